@@ -1,0 +1,23 @@
+"""The one exception a user is meant to read."""
+
+from __future__ import annotations
+
+
+class PortraitError(Exception):
+    """A request that cannot be honoured.
+
+    `field` is where in the request the fault lies (``identities[0].photos[1]``, or the name of a file or setting),
+    `problem` says what is wrong with the value found, `remedy` what to do about it.
+
+    The WebUI's API answers with an exception's own `status_code` and `detail` when it has them
+    (`modules/api/api.py: handle_exception`), so both are attributes here: 4xx when the request is at fault,
+    5xx when this installation is.
+    """
+
+    def __init__(self, field: str, problem: str, remedy: str, status_code: int = 422):
+        self.field = field
+        self.problem = problem.rstrip(".")
+        self.remedy = remedy
+        self.status_code = status_code
+        self.detail = f"{self.field}: {self.problem}. {self.remedy}"
+        super().__init__(self.detail)
