@@ -1,0 +1,18 @@
+"""A UNet seen as an ordered list of attention sites, and the one way to change what happens at them."""
+
+from lib_portrait.attention.injection import Call, Injection, Rule
+from lib_portrait.attention.rows import NEGATIVE, POSITIVE, mark, unmark
+from lib_portrait.attention.sites import Site, find_sites, spatial_shape
+
+__all__ = [
+    "NEGATIVE",
+    "POSITIVE",
+    "Call",
+    "Injection",
+    "Rule",
+    "Site",
+    "find_sites",
+    "mark",
+    "spatial_shape",
+    "unmark",
+]

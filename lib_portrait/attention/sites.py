@@ -1,0 +1,111 @@
+"""A UNet as an ordered list of attention sites.
+
+The order is the one in which published adapters number their layers: diffusers' `unet.attn_processors`, which lists the
+down blocks, then the up blocks, then the mid block, and in every transformer block `attn1` before `attn2`. The key
+``"{i}.to_k_faceid.weight"`` of an adapter belongs to site i. Three layouts are understood: ldm (SD1, SD2), sgm (SDXL;
+the same names as ldm, with several transformer blocks in a row) and diffusers.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+
+from lib_portrait.errors import PortraitError
+
+# The parts of a UNet in the order of the published numbering.
+LAYOUTS = {
+    "ldm": ("input_blocks", "output_blocks", "middle_block"),
+    "diffusers": ("down_blocks", "up_blocks", "mid_block"),
+}
+
+
+@dataclass(frozen=True, eq=False)
+class Site:
+    """One attention layer of a UNet.
+
+    index: its number in the published order. path: its name inside the UNet.
+    cross: whether it attends to the text (attn2) or to the picture itself (attn1).
+    channels: width of its input; inner: width of queries, keys and values (heads * head_dim);
+    context: width of what keys and values are made from.
+    module: the layer itself, with children to_q, to_k, to_v and to_out (whose first entry is the linear layer).
+    """
+
+    index: int
+    path: str
+    cross: bool
+    channels: int
+    inner: int
+    context: int
+    heads: int
+    module: nn.Module
+
+    def split_heads(self, x: torch.Tensor) -> torch.Tensor:
+        """(B, n, heads * d) -> (B, heads, n, d)."""
+        return x.unflatten(-1, (self.heads, -1)).transpose(1, 2)
+
+
+def layout_of(unet: nn.Module) -> str:
+    """ "ldm" or "diffusers". Raises PortraitError for anything else (SD3 and Flux have no such UNet)."""
+    for layout, parts in LAYOUTS.items():
+        if all(hasattr(unet, part) for part in parts):
+            return layout
+    raise PortraitError(
+        "model", f"{type(unet).__name__} is not a Stable Diffusion UNet", "Load an SD1.5-family checkpoint."
+    )
+
+
+def _transformer_blocks(part: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+    for path, module in part.named_modules():
+        if hasattr(module, "attn1") and hasattr(module, "attn2"):
+            yield path, module
+
+
+def _natural(path: str) -> list[int | str]:
+    return [int(piece) if piece.isdigit() else piece for piece in re.split(r"(\d+)", path)]
+
+
+def find_sites(unet: nn.Module) -> list[Site]:
+    """All attention sites of `unet`, in the published order.
+
+    Works on ldm's and sgm's `UNetModel` and on diffusers' `UNet2DConditionModel`, whatever the attention optimisation.
+    """
+    sites: list[Site] = []
+    for part in LAYOUTS[layout_of(unet)]:
+        blocks = sorted(_transformer_blocks(getattr(unet, part)), key=lambda item: _natural(item[0]))
+        for path, block in blocks:
+            for name in ("attn1", "attn2"):
+                attention = getattr(block, name)
+                sites.append(
+                    Site(
+                        index=len(sites),
+                        path=f"{part}.{path}.{name}",
+                        cross=name == "attn2",
+                        channels=attention.to_q.in_features,
+                        inner=attention.to_q.out_features,
+                        context=attention.to_k.in_features,
+                        heads=attention.heads,
+                        module=attention,
+                    )
+                )
+    if not sites:
+        raise PortraitError("model", "its UNet has no attention layers", "Load an SD1.5-family checkpoint.")
+    return sites
+
+
+def spatial_shape(tokens: int, latent: tuple[int, int]) -> tuple[int, int]:
+    """Height and width of a site that sees `tokens` positions of a latent of (height, width).
+
+    Each level of the UNet halves both, rounding up (a stride-2 convolution with padding 1). Raises ValueError when no
+    level has that many positions, as when another extension has merged or cut tokens.
+    """
+    height, width = latent
+    while height * width > tokens and (height > 1 or width > 1):
+        height, width = -(-height // 2), -(-width // 2)
+    if height * width != tokens:
+        raise ValueError(f"{tokens} positions are no level of a {latent[0]}x{latent[1]} latent")
+    return height, width

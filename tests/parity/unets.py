@@ -1,0 +1,86 @@
+"""The small UNet of the parity cases in diffusers' layout and, with the same weights, as ldm's own `UNetModel`."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file
+from torch import nn
+
+DATA = Path(__file__).parent.parent / "data" / "parity"
+
+
+def unet_config() -> dict[str, Any]:
+    return json.loads((DATA / "meta.json").read_text())["unet_config"]
+
+
+def diffusers_unet() -> nn.Module:
+    from diffusers import UNet2DConditionModel
+
+    unet = UNet2DConditionModel(**unet_config())
+    unet.load_state_dict(load_file(DATA / "unet.safetensors"))
+    return unet.eval()
+
+
+def ldm_config() -> dict[str, Any]:
+    """`UNetModel` arguments of the architecture `unet_config` describes."""
+    config = unet_config()
+    base = config["block_out_channels"][0]
+    return {
+        "image_size": config["sample_size"],
+        "in_channels": config["in_channels"],
+        "out_channels": config["out_channels"],
+        "model_channels": base,
+        "attention_resolutions": [2**i for i, kind in enumerate(config["down_block_types"]) if "Attn" in kind],
+        "num_res_blocks": config["layers_per_block"],
+        "channel_mult": [width // base for width in config["block_out_channels"]],
+        "num_heads": config["attention_head_dim"],
+        "use_spatial_transformer": True,
+        "transformer_depth": 1,
+        "context_dim": config["cross_attention_dim"],
+        "use_checkpoint": False,
+        "legacy": False,
+    }
+
+
+def ldm_weights(unet: nn.Module, config: dict[str, Any]) -> dict[str, torch.Tensor]:
+    """diffusers weights under ldm's names: diffusers' own ldm -> diffusers conversion, followed backwards."""
+    from diffusers.loaders.single_file_utils import convert_ldm_unet_checkpoint
+
+    state = unet.state_dict()
+    tags = {f"model.diffusion_model.{key}": torch.tensor(number) for number, key in enumerate(state)}
+    names = dict(enumerate(state))
+    converted = convert_ldm_unet_checkpoint(tags, config)
+    return {names[int(tag)]: key for key, tag in converted.items()}  # type: ignore[misc]
+
+
+def ldm_unet(unet_class: type[nn.Module] | None = None) -> nn.Module:
+    """The parity UNet as ldm's `UNetModel` (from stable-diffusion-sdkit unless another copy of the class is given)."""
+    if unet_class is None:
+        from ldm.modules.diffusionmodules.openaimodel import UNetModel as unet_class
+
+    unet = unet_class(**ldm_config()).eval()
+    names = ldm_weights(unet, unet_config())
+    source = load_file(DATA / "unet.safetensors")
+    unet.load_state_dict({ldm: source[diffusers] for ldm, diffusers in names.items()})
+    return unet
+
+
+def load_bin(name: str) -> dict[str, Any]:
+    return torch.load(DATA / name, map_location="cpu", weights_only=True)
+
+
+def flatten(tree: dict[str, Any], prefix: str = "") -> dict[str, torch.Tensor]:
+    flat: dict[str, torch.Tensor] = {}
+    for key, value in tree.items():
+        if isinstance(value, dict):
+            flat.update(flatten(value, f"{prefix}{key}."))
+        else:
+            flat[prefix + key] = value
+    return flat
+
+
+__all__ = ["DATA", "diffusers_unet", "flatten", "ldm_unet", "load_bin", "unet_config"]
