@@ -1,0 +1,1 @@
+"""One file a paper: its embedding module, its attention rule and its checkpoint layout."""

@@ -1,0 +1,636 @@
+"""UniPortrait: A Unified Framework for Identity-Preserving Single- and Multi-Human Image Personalization.
+
+arXiv 2408.05939; the numbers to match are those of the official code (junjiehe96/UniPortrait, Apache-2.0).
+
+In the paper's order: the ID embedding (sec. 3.2) turns the features of one person's photos into a few tokens F_id; the
+decoupled cross-attention adds an attention over these tokens to the one over the text; with several people the ID
+router (sec. 3.3) gives every position of the picture to one of them; LoRA adapts the UNet's own attention (sec. 3.4).
+
+Notation: N identities, T ID tokens each (16), D context width (768), H heads of width d, n positions.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Callable, Hashable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import cast
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from lib_portrait.attention.injection import Around, Call
+from lib_portrait.attention.rows import POSITIVE
+from lib_portrait.attention.sites import Site
+from lib_portrait.errors import PortraitError
+
+PROJECTIONS = ("to_q", "to_k", "to_v", "to_out")
+# The names the linear layers have inside an attention layer of the UNet.
+PATHS = {"to_q": "to_q", "to_k": "to_k", "to_v": "to_v", "to_out": "to_out.0"}
+
+
+# ----------------------------------------------------------------------------------------------- ID embedding, sec. 3.2
+
+
+class PerceiverAttention(nn.Module):
+    """Attention of the queries over features and queries together: keys and values come from [features; queries]."""
+
+    def __init__(self, width: int, heads: int):
+        super().__init__()
+        self.heads = heads
+        self.norm1 = nn.LayerNorm(width)
+        self.norm2 = nn.LayerNorm(width)
+        self.to_q = nn.Linear(width, width, bias=False)
+        self.to_kv = nn.Linear(width, width * 2, bias=False)
+        self.to_out = nn.Linear(width, width, bias=False)
+
+    def forward(self, features: Tensor, queries: Tensor) -> Tensor:
+        """features (B, m, width), queries (B, T, width) -> (B, T, width)."""
+        features, queries = self.norm1(features), self.norm2(queries)
+        q = self.to_q(queries)
+        k, v = self.to_kv(torch.cat([features, queries], dim=1)).chunk(2, dim=-1)
+        q, k, v = (x.unflatten(-1, (self.heads, -1)).transpose(1, 2) for x in (q, k, v))
+        return self.to_out(F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2))
+
+
+def _mlp(inside: int, outside: int) -> nn.Sequential:
+    return nn.Sequential(nn.Linear(inside, inside * 2), nn.GELU(), nn.Linear(inside * 2, outside))
+
+
+def _feed_forward(width: int, factor: int) -> nn.Sequential:
+    return nn.Sequential(
+        nn.LayerNorm(width),
+        nn.Linear(width, width * factor, bias=False),
+        nn.GELU(),
+        nn.Linear(width * factor, width, bias=False),
+    )
+
+
+class IDEmbedding(nn.Module):
+    """The Q-Former of sec. 3.2: T learnable queries gather intrinsic ID and face structure features layer by layer.
+
+    Parameter names are those of the released file's ``faceid_proj``. The head width is 64 as published, or the largest
+    power of two below it that divides the width (the file does not say).
+    """
+
+    def __init__(
+        self, intrinsic: int, structure: int, tokens: int, width: int, output: int, depth: int, ff_factor: int = 4
+    ):
+        super().__init__()
+        heads = width // math.gcd(width, 64)
+        self.intrinsic_width, self.structure_width = intrinsic, structure
+        self.latents = nn.Parameter(torch.randn(1, tokens, width) / width**0.5)
+        self.proj_id = _mlp(intrinsic, width)
+        self.proj_clip = _mlp(structure, width)
+        self.layers = nn.ModuleList(
+            nn.ModuleList(
+                [PerceiverAttention(width, heads), PerceiverAttention(width, heads), _feed_forward(width, ff_factor)]
+            )
+            for _ in range(depth)
+        )
+        self.proj_out = nn.Linear(width, output)
+        self.norm_out = nn.LayerNorm(output)
+
+    @staticmethod
+    def from_tensors(tensors: Mapping[str, Tensor], field: str = "checkpoint") -> IDEmbedding:
+        """The module a ``faceid_proj`` state dict describes; every size is read off the tensors.
+
+        Raises PortraitError when names or shapes are not those of an ID embedding.
+        """
+        try:
+            _, count, width = tensors["latents"].shape
+            depth = 1 + max(int(key.split(".")[1]) for key in tensors if key.startswith("layers."))
+            module = IDEmbedding(
+                intrinsic=tensors["proj_id.0.weight"].shape[1],
+                structure=tensors["proj_clip.0.weight"].shape[1],
+                tokens=count,
+                width=width,
+                output=tensors["proj_out.weight"].shape[0],
+                depth=depth,
+                ff_factor=tensors["layers.0.2.1.weight"].shape[0] // width,
+            )
+            module.load_state_dict(dict(tensors))
+        except (KeyError, ValueError, IndexError, RuntimeError) as error:
+            raise PortraitError(
+                field, f"its ID embedding is not UniPortrait's ({error})", "Use an unmodified UniPortrait faceid file."
+            ) from None
+        return module.eval().requires_grad_(False)
+
+    def forward(self, intrinsic: Tensor, structure: Tensor, beta: float = 1.0) -> Tensor:
+        """F_id of one identity a row: intrinsic (B, m_r, d_r), structure (B, m_s, d_s) -> (B, T, D).
+
+        beta scales the structure branch of every layer (fig. I(a)). Several photos of one identity come concatenated
+        along the tokens (sec. 3.2, multi-reference).
+        """
+        queries = self.latents.expand(intrinsic.shape[0], -1, -1)
+        intrinsic, structure = self.proj_id(intrinsic), self.proj_clip(structure)
+        for layer in self.layers:
+            attend_intrinsic, attend_structure, feed_forward = cast(nn.ModuleList, layer)
+            queries = attend_intrinsic(intrinsic, queries) + queries
+            queries = beta * attend_structure(structure, queries) + queries
+            queries = feed_forward(queries) + queries
+        return self.norm_out(self.proj_out(queries))
+
+
+def interpolate(master: Tensor, others: Sequence[Tensor], weights: Sequence[float]) -> Tensor:
+    """Identity interpolation (sec. 3.2): (1 - sum w) F_master + sum w_i F_i, all of shape (T, D)."""
+    mixed = master * (1.0 - math.fsum(weights))
+    for other, weight in zip(others, weights, strict=True):
+        mixed = mixed + other * weight
+    return mixed
+
+
+# ------------------------------------------------------------------------------------------------------------- adapter
+
+
+@dataclass(frozen=True)
+class LowRank:
+    """One LoRA pair: W + up @ down. up (out, r), down (r, in)."""
+
+    up: Tensor
+    down: Tensor
+
+
+@dataclass(frozen=True)
+class Router:
+    """The ID router of one site (eq. 3): theta on positions, phi on aggregated identities, both two-layer MLPs.
+
+    theta: (weight (2C, C), bias (2C), weight (C, 2C)); phi: the same from D; aggregate: weight (1, T), bias (1).
+    """
+
+    theta: tuple[Tensor, Tensor, Tensor]
+    phi: tuple[Tensor, Tensor, Tensor]
+    aggregate: tuple[Tensor, Tensor]
+
+    def identity_keys(self, tokens: Tensor) -> Tensor:
+        """phi(W_aggr F_id) folded with theta's last layer, which is linear: (N, T, D) -> (N, 2C)."""
+        w_in, bias, w_out = (x.to(tokens) for x in self.phi)
+        weight, offset = (x.to(tokens) for x in self.aggregate)
+        aggregated = F.linear(tokens.transpose(1, 2), weight, offset).squeeze(-1)
+        keys = F.linear(F.gelu(F.linear(aggregated, w_in, bias)), w_out)
+        return keys @ self.theta[2].to(tokens)
+
+
+@dataclass(frozen=True)
+class SiteWeights:
+    """What an adapter holds for one site. `key` and `value` (W_k^id, W_v^id: (inner, D)) stand at cross sites only."""
+
+    lora_single: dict[str, LowRank] = field(default_factory=dict)
+    lora_multi: dict[str, LowRank] = field(default_factory=dict)
+    key: Tensor | None = None
+    value: Tensor | None = None
+    router: Router | None = None
+
+
+@dataclass(frozen=True)
+class Adapter:
+    """A UniPortrait adapter: the ID embedding and the weights of every attention site, by site number."""
+
+    embedding: IDEmbedding
+    sites: dict[int, SiteWeights]
+
+    @property
+    def has_router(self) -> bool:
+        return all(weights.router is not None for weights in self.sites.values() if weights.key is not None)
+
+    @staticmethod
+    def from_tensors(faceid: Mapping[str, Tensor], router: Mapping[str, Tensor] | None) -> Adapter:
+        """An adapter from the flat tensors of the released files.
+
+        faceid: ``faceid_proj.*`` and ``faceid_adapter.{site}.*`` (LoRA for one ID, W_k^id, W_v^id);
+        router: ``faceid_adapter.{site}.*`` (the router, and the LoRA for several IDs, there named ``lora``), or None.
+        Raises PortraitError when the files are not what they should be.
+        """
+        embedding = IDEmbedding.from_tensors(_under(faceid, "faceid_proj."), "faceid")
+        single = _by_site(_under(faceid, "faceid_adapter."), "faceid")
+        multi = _by_site(_under(router, "faceid_adapter."), "router") if router is not None else {}
+        if router is not None and not any("aggr_router.weight" in tensors for tensors in multi.values()):
+            raise PortraitError("router", "the file holds no ID router", "Use UniPortrait's router file.")
+        if not any("to_k_faceid.weight" in tensors for tensors in single.values()):
+            raise PortraitError("faceid", "the file holds no ID attention", "Use UniPortrait's faceid file.")
+        sites = {}
+        for index in sorted({*single, *multi}):
+            own, other = single.get(index, {}), multi.get(index, {})
+            sites[index] = SiteWeights(
+                lora_single=_low_rank(own),
+                lora_multi=_low_rank(other),
+                key=own.get("to_k_faceid.weight"),
+                value=own.get("to_v_faceid.weight"),
+                router=_router(other),
+            )
+        return Adapter(embedding, sites)
+
+    def check_fits(self, sites: Sequence[Site]) -> None:
+        """Raises PortraitError unless the adapter was made for a UNet with these attention sites."""
+        own = {index: weights for index, weights in self.sites.items() if weights.key is not None}
+        cross = [site for site in sites if site.cross]
+        for site in cross:
+            weights = own.get(site.index)
+            found = None if weights is None or weights.key is None else tuple(weights.key.shape)
+            if found != (site.inner, site.context):
+                raise PortraitError(
+                    "checkpoint",
+                    f"the adapter was made for another kind of model: it has {len(own)} ID attentions, the loaded "
+                    f"model {len(cross)} text attentions; at {site.path} it has {found}, the model "
+                    f"{(site.inner, site.context)}",
+                    "Load a Stable Diffusion checkpoint of the adapter's family (SD1.5 for uniportrait sd15).",
+                )
+        if len(own) != len(cross):
+            raise PortraitError(
+                "checkpoint",
+                f"the adapter has {len(own)} ID attentions, the loaded model {len(cross)} text attentions",
+                "Load a Stable Diffusion checkpoint of the adapter's family (SD1.5 for uniportrait sd15).",
+            )
+
+
+def _under(tensors: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:
+    return {key[len(prefix) :]: tensor for key, tensor in tensors.items() if key.startswith(prefix)}
+
+
+def _by_site(tensors: Mapping[str, Tensor], field: str) -> dict[int, dict[str, Tensor]]:
+    found: dict[int, dict[str, Tensor]] = {}
+    for key, tensor in tensors.items():
+        number, _, name = key.partition(".")
+        if not re.fullmatch(r"[0-9]{1,4}", number):
+            raise PortraitError(field, f"{key!r} is no key of an adapter", "Use an unmodified UniPortrait file.")
+        found.setdefault(int(number), {})[name] = tensor
+    return found
+
+
+def _low_rank(tensors: Mapping[str, Tensor]) -> dict[str, LowRank]:
+    return {
+        name: LowRank(up=tensors[f"{name}_lora.up.weight"], down=tensors[f"{name}_lora.down.weight"])
+        for name in PROJECTIONS
+        if f"{name}_lora.up.weight" in tensors and f"{name}_lora.down.weight" in tensors
+    }
+
+
+def _router(tensors: Mapping[str, Tensor]) -> Router | None:
+    if "aggr_router.weight" not in tensors:
+        return None
+    try:
+        return Router(
+            theta=_two_layers(tensors, "to_q_router"),
+            phi=_two_layers(tensors, "to_k_router"),
+            aggregate=(tensors["aggr_router.weight"], tensors["aggr_router.bias"]),
+        )
+    except KeyError as error:
+        raise PortraitError(
+            "router", f"its router lacks {error}", "Use UniPortrait's router file, downloaded whole."
+        ) from None
+
+
+def _two_layers(tensors: Mapping[str, Tensor], name: str) -> tuple[Tensor, Tensor, Tensor]:
+    return tensors[f"{name}.0.weight"], tensors[f"{name}.0.bias"], tensors[f"{name}.2.weight"]
+
+
+# --------------------------------------------------------------------------------------------- conditions of a sampling
+
+
+@dataclass(frozen=True)
+class Person:
+    """One identity as the rule needs it.
+
+    tokens: F_id of each kind of row ({POSITIVE: (T, D), NEGATIVE: (T, D)}); a kind that is absent gets no identity.
+    scale: lambda of the decoupled cross-attention. start, end: share of the sampling in which it takes part, 0 to 1.
+    region: (h, w) weights of where it belongs, in [0, 1], or None to let the router decide.
+    """
+
+    tokens: dict[int, Tensor]
+    scale: float = 1.0
+    start: float = 0.0
+    end: float = 1.0
+    region: Tensor | None = None
+
+    def active(self, progress: float) -> bool:
+        return self.start <= progress and (progress < self.end or self.end >= 1.0)
+
+
+class RoutingMaps:
+    """Collects where each person went: per site and step, and averaged over both.
+
+    A map gives every position's share for each of N people: the router's softmax (eq. 3), or the regions where these
+    override it.
+    """
+
+    def __init__(self, keep_all: bool = False):
+        self.keep_all = keep_all
+        self.maps: dict[tuple[int, float], Tensor] = {}
+        """(site number, progress) -> (rows, N, h, w) of the positive rows; filled only with `keep_all`."""
+        self._sums: dict[torch.Size, tuple[Tensor, int]] = {}
+        self._last: torch.Size | None = None
+
+    def add(self, site: Site, call: Call, shares: Tensor) -> None:
+        """shares (rows, n, N) of the positive rows of a call."""
+        h, w = call.shape_at(site, shares.shape[1])
+        maps = shares.detach().float().transpose(1, 2).unflatten(-1, (h, w))
+        if self.keep_all:
+            self.maps[(site.index, call.progress)] = maps.cpu()
+        resized = F.interpolate(maps, size=call.latent, mode="bilinear", align_corners=False).cpu()
+        # Kept apart by shape: hires fix changes the latent's size, and the last pass is the one that is seen.
+        self._last = resized.shape
+        total, count = self._sums.get(self._last, (torch.zeros_like(resized), 0))
+        self._sums[self._last] = (total + resized, count + 1)
+
+    def mean(self) -> Tensor | None:
+        """(rows, N, h, w) in [0, 1] at the size of the last latent; None before the first map."""
+        if self._last is None:
+            return None
+        total, count = self._sums[self._last]
+        return total / count
+
+
+# ---------------------------------------------------------------------------------------------------------------- rule
+
+
+class _FusedLinear:
+    """One of the UNet's linear layers with a LoRA pair added to its weight: W' = W + s * up @ down.
+
+    W is what the host's layer computes at this moment (with its own LoRAs, casts and moves), found by asking it for the
+    identity matrix; the sum lives here, never in the host. It is made anew when the host's weight changes.
+    """
+
+    # The layer's bias would swallow the low bits of W in half precision; scaled up, W is the larger of the two.
+    PROBE = 256.0
+
+    def __init__(self, module: nn.Module, pair: LowRank, scale: float):
+        self.module = module
+        self.pair = pair
+        self.scale = scale
+        self._made_for: Hashable = None
+        self._fused: tuple[Tensor, Tensor | None] | None = None
+
+    def __call__(self, host: Callable[[Tensor], Tensor], x: Tensor, call: Call) -> Tensor:
+        # An empty input costs nothing and lets the host bring its weight up to date: the Lora extension applies the
+        # prompt's networks when a layer is called.
+        host(x[:0])
+        weight = self.module.weight
+        current = (id(weight), weight._version, call.host_state, x.device, x.dtype)
+        if self._fused is None or current != self._made_for:
+            self._fused = self._fuse(host, x)
+            self._made_for = current
+        return F.linear(x, *self._fused)
+
+    def _fuse(self, host: Callable[[Tensor], Tensor], x: Tensor) -> tuple[Tensor, Tensor | None]:
+        """(W' (out, in), bias or None)."""
+        width = self.pair.down.shape[1]
+        bias = host(x.new_zeros(1, width))[0]
+        weight = (host(torch.eye(width, device=x.device, dtype=x.dtype) * self.PROBE) - bias).float() / self.PROBE
+        up, down = (pair.to(x.device, torch.float32) for pair in (self.pair.up, self.pair.down))
+        # (in, out) from the probe; F.linear wants (out, in).
+        fused = (weight.T + self.scale * (up @ down)).to(bias.dtype).contiguous()
+        return fused, bias if getattr(self.module, "bias", None) is not None else None
+
+
+@dataclass
+class _SiteState:
+    """Keys, values and router keys of one site for one set of active people; and its query while the site runs.
+
+    key, value: per kind (G, H, T, d), one entry for each group of people whose tokens are equal.
+    """
+
+    active: tuple[int, ...] = ()
+    device: object = None
+    groups: dict[int, list[list[int]]] = field(default_factory=dict)
+    key: dict[int, Tensor] = field(default_factory=dict)
+    value: dict[int, Tensor] = field(default_factory=dict)
+    router_key: dict[int, Tensor] = field(default_factory=dict)
+    theta: tuple[Tensor, Tensor] | None = None
+    regions: dict[tuple[tuple[int, int], tuple[int, int]], Tensor] = field(default_factory=dict)
+    query: Tensor | None = None
+    hidden: Tensor | None = None
+
+
+class UniPortraitRule:
+    """UniPortrait at the attention sites of one UNet, for `attention.Injection`.
+
+    At every cross-attention: text attention + s * attention(q, W_k^id F, W_v^id F) before the output projection
+    (decoupled cross-attention, sec. 3.2), where with several people each position attends to the one the router gives
+    it (eq. 2), or to those whose region it lies in. At every attention, self and cross: LoRA on q, k, v and out, one
+    set of weights for one person, another for several.
+
+    Raises PortraitError if several people are asked for and the adapter has no router.
+    """
+
+    def __init__(
+        self,
+        adapter: Adapter,
+        people: Sequence[Person],
+        lora_scale: float = 1.0,
+        routing: RoutingMaps | None = None,
+    ):
+        if len(people) > 1 and not adapter.has_router:
+            raise PortraitError(
+                "identities",
+                f"{len(people)} people were asked for, but this checkpoint has no router file",
+                "Put its uniportrait-router file beside the faceid file, or ask for one person.",
+            )
+        self.adapter = adapter
+        self.people = list(people)
+        self.lora_scale = lora_scale
+        self.routing = routing
+        self._states: dict[int, _SiteState] = {}
+
+    # ---- what Injection asks
+
+    def active(self, progress: float) -> bool:
+        return any(person.active(progress) for person in self.people)
+
+    def must_visit(self, site: Site) -> bool:
+        return site.cross
+
+    def overrides(self, site: Site, call: Call) -> dict[str, Around]:
+        weights = self.adapter.sites.get(site.index, SiteWeights())
+        pairs = weights.lora_single if len(self.people) == 1 else weights.lora_multi
+        linears = {
+            name: _FusedLinear(site.module.get_submodule(PATHS[name]), pair, self.lora_scale)
+            for name, pair in pairs.items()
+            if self.lora_scale > 0
+        }
+
+        def project(name: str, host: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
+            return linears[name](host, x, call) if name in linears else host(x)
+
+        functions: dict[str, Around] = {
+            PATHS[name]: lambda host, x, name=name: project(name, host, x) for name in linears
+        }
+        if site.cross:
+            state = self._states[site.index] = _SiteState()
+
+            def query(host: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
+                state.hidden, state.query = x, project("to_q", host, x)
+                return state.query
+
+            def output(host: Callable[[Tensor], Tensor], attended: Tensor) -> Tensor:
+                hidden, q = state.hidden, state.query
+                state.hidden = state.query = None
+                if hidden is None or q is None or attended.shape != q.shape:
+                    raise PortraitError(
+                        "model",
+                        f"{site.path} was run in a way its projections do not show",
+                        "Choose another cross attention optimization in Settings > Optimizations.",
+                        500,
+                    )
+                call.visited.add(site.index)
+                return project("to_out", host, self._add_identities(site, call, state, hidden, q, attended))
+
+            functions["to_q"] = query
+            functions["to_out.0"] = output
+        return functions
+
+    # ---- the decoupled cross-attention
+
+    def _add_identities(
+        self, site: Site, call: Call, state: _SiteState, hidden: Tensor, q: Tensor, attended: Tensor
+    ) -> Tensor:
+        """attended + s * identity attention; hidden (B, n, C), q and attended (B, n, H * d)."""
+        kinds = call.kinds or []
+        if len(kinds) != q.shape[0]:
+            raise PortraitError(
+                "rows",
+                f"{site.path} sees {q.shape[0]} rows, the UNet was called with {len(kinds)}",
+                "Switch off extensions that split or join the batch inside the UNet.",
+                500,
+            )
+        active = tuple(i for i, person in enumerate(self.people) if person.active(call.progress))
+        if not any(self.people[i].scale > 0 for i in active):
+            return attended
+        if state.active != active or state.device != (q.device, q.dtype):
+            self._prepare(site, state, active, q)
+        regions = self._regions_at(site, call, state, q.shape[1]) if self._has_regions(active) else None
+        added = torch.zeros_like(attended)
+        for kind in dict.fromkeys(kinds):
+            if kind not in state.key:
+                continue
+            rows = call.rows_of(kind)
+            # All rows are of one kind where cond and uncond run apart: a view then saves the copies.
+            every = len(rows) == q.shape[0]
+            q_rows, hidden_rows = (q, hidden) if every else (q[rows], hidden[rows])
+            identity = self._attend(site, call, state, kind, q_rows, hidden_rows, regions)
+            if every:
+                added = identity
+            else:
+                added[rows] = identity
+        return attended + added.to(attended.dtype)
+
+    def _attend(
+        self,
+        site: Site,
+        call: Call,
+        state: _SiteState,
+        kind: int,
+        q: Tensor,
+        hidden: Tensor,
+        regions: Tensor | None,
+    ) -> Tensor:
+        """Sum over people of weight * attention to their tokens, for rows of one kind: (R, n, H * d)."""
+        groups = state.groups[kind]
+        heads = site.split_heads(q)
+        if len(groups) == 1 and regions is None:
+            # One person, or several whose tokens are equal (the unconditional ones): nothing to route. People of
+            # different scale would be told apart by the router only, which cannot: they share the mean scale.
+            scale = math.fsum(self.people[i].scale for i in groups[0]) / len(groups[0])
+            key, value = (x[kind].expand(q.shape[0], -1, -1, -1) for x in (state.key, state.value))
+            return F.scaled_dot_product_attention(heads, key, value).transpose(1, 2).flatten(2) * scale
+        weights = self._weights(site, call, state, kind, hidden, regions)
+        out = torch.zeros_like(q)
+        for g in range(len(groups)):
+            # Each position is computed for the people it belongs to only: with eight people the cost is that of one.
+            row, position = weights[..., g].nonzero(as_tuple=True)
+            if not len(row):
+                continue
+            chosen = site.split_heads(q[row, position].unsqueeze(0))
+            seen = F.scaled_dot_product_attention(chosen, state.key[kind][g : g + 1], state.value[kind][g : g + 1])
+            seen = seen[0].transpose(0, 1).flatten(1) * weights[row, position, g].unsqueeze(-1)
+            out[row, position] += seen.to(out.dtype)
+        return out
+
+    def _weights(
+        self, site: Site, call: Call, state: _SiteState, kind: int, hidden: Tensor, regions: Tensor | None
+    ) -> Tensor:
+        """How much each position belongs to each group of people, scales included: (R, n, G).
+
+        Regions override the router where they lie and are normalised to sum 1; people without a region share, by
+        routing (eq. 2), what no region covers.
+        """
+        active = state.active
+        free = [a for a, i in enumerate(active) if regions is None or self.people[i].region is None]
+        weights = hidden.new_zeros(hidden.shape[0], hidden.shape[1], len(active))
+        shares = weights
+        if free:
+            logits = self._route(state, kind, hidden, free)
+            weights[..., free] = F.one_hot(logits.argmax(dim=-1), len(free)).to(weights.dtype)
+            if self.routing is not None:
+                shares = torch.zeros_like(weights)
+                shares[..., free] = logits.float().softmax(dim=-1).to(weights.dtype)
+        if regions is not None:
+            total = regions.sum(dim=-1, keepdim=True)
+            inside, covered = regions / total.clamp(min=1e-3), total.clamp(max=1)
+            if free:
+                inside, weights, shares = inside * covered, weights * (1 - covered), shares * (1 - covered)
+            weights, shares = weights + inside, shares + inside
+        if self.routing is not None and kind == POSITIVE and len(active) == len(self.people):
+            self.routing.add(site, call, shares)
+        weights = weights * hidden.new_tensor([self.people[i].scale for i in active])
+        groups = [[active.index(i) for i in group] for group in state.groups[kind]]
+        return torch.stack([weights[..., group].sum(dim=-1) for group in groups], dim=-1)
+
+    def _route(self, state: _SiteState, kind: int, hidden: Tensor, free: list[int]) -> Tensor:
+        """The router's logits (eq. 3 before the softmax) for the `free` active people: (R, n, len(free))."""
+        if len(free) == 1:
+            return hidden.new_ones(*hidden.shape[:2], 1)
+        w_in, bias = state.theta  # type: ignore[misc]
+        # theta's last layer is folded into the identities' keys, which saves one of its two matrix products.
+        return F.gelu(F.linear(hidden.to(w_in.dtype), w_in, bias)) @ state.router_key[kind][free].T
+
+    # ---- what does not change from step to step
+
+    def _prepare(self, site: Site, state: _SiteState, active: tuple[int, ...], q: Tensor) -> None:
+        weights = self.adapter.sites[site.index]
+        assert weights.key is not None and weights.value is not None
+        state.active, state.device = active, (q.device, q.dtype)
+        state.regions.clear()
+        for kind in sorted({kind for i in active for kind in self.people[i].tokens}):
+            tokens = [self.people[i].tokens[kind].to(q.device, torch.float32) for i in active]
+            groups: list[list[int]] = []
+            for person, own in zip(active, tokens, strict=True):
+                same = next((g for g in groups if torch.equal(tokens[active.index(g[0])], own)), None)
+                if same is None:
+                    groups.append([person])
+                else:
+                    same.append(person)
+            distinct = torch.stack([tokens[active.index(group[0])] for group in groups])
+            state.groups[kind] = groups
+            for store, matrix in ((state.key, weights.key), (state.value, weights.value)):
+                projected = F.linear(distinct, matrix.to(q.device, torch.float32)).to(q.dtype)
+                store[kind] = site.split_heads(projected).contiguous()
+            if weights.router is not None and len(active) > 1:
+                keys = weights.router.identity_keys(torch.stack(tokens))
+                state.router_key[kind] = keys.to(q.dtype)
+                w_in, bias, _ = weights.router.theta
+                state.theta = (w_in.to(q.device, q.dtype), bias.to(q.device, q.dtype))
+
+    def _has_regions(self, active: Sequence[int]) -> bool:
+        return any(self.people[i].region is not None for i in active)
+
+    def _regions_at(self, site: Site, call: Call, state: _SiteState, tokens: int) -> Tensor:
+        """The active people's regions at this site, (1, n, A); zero for people without one."""
+        shape = call.shape_at(site, tokens)
+        if (call.latent, shape) not in state.regions:
+            maps = []
+            for i in state.active:
+                region = self.people[i].region
+                if region is None:
+                    maps.append(torch.zeros(shape).flatten())
+                    continue
+                image = region[None, None].float()
+                if region.shape[0] > call.latent[0] or region.shape[1] > call.latent[1]:
+                    # Fine masks are averaged down to the latent first: bilinear reduction alone would skip pixels.
+                    image = F.interpolate(image, size=call.latent, mode="area")
+                image = F.interpolate(image, size=shape, mode="bilinear", align_corners=False)
+                maps.append(image.flatten())
+            reference = state.key[next(iter(state.key))]
+            state.regions[(call.latent, shape)] = torch.stack(maps, dim=-1)[None].to(reference)
+        return state.regions[(call.latent, shape)]

@@ -1,0 +1,285 @@
+"""Promises of the UniPortrait rule that parity does not cover."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from lib_portrait.attention import NEGATIVE, POSITIVE, Injection, find_sites, mark
+from lib_portrait.errors import PortraitError
+from lib_portrait.methods.uniportrait import Adapter, IDEmbedding, Person, RoutingMaps, UniPortraitRule, interpolate
+from tests.parity.unets import diffusers_unet, flatten, ldm_unet, load_bin
+from tests.unit.test_attention import attributes
+
+TOKENS, WIDTH = 4, 48
+
+
+@pytest.fixture(scope="module")
+def unet() -> nn.Module:
+    return ldm_unet()
+
+
+def files() -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]]:
+    return flatten(load_bin("uniportrait-faceid_small.bin")), flatten(load_bin("uniportrait-router_small.bin"))
+
+
+@pytest.fixture(scope="module")
+def adapter() -> Adapter:
+    return Adapter.from_tensors(*files())
+
+
+def tokens(seed: int, count: int = TOKENS) -> torch.Tensor:
+    return torch.randn(count, WIDTH, generator=torch.Generator().manual_seed(seed))
+
+
+def person(seed: int, **kwargs) -> Person:
+    return Person({POSITIVE: tokens(seed), NEGATIVE: tokens(99)}, **kwargs)
+
+
+def run(unet: nn.Module, kinds: tuple[int, ...] = (POSITIVE, NEGATIVE), size=(16, 16), dtype=torch.float32):
+    generator = torch.Generator().manual_seed(5)
+    x = torch.randn(1, 4, *size, generator=generator).to(dtype)
+    text = torch.randn(1, 9, WIDTH, generator=generator).to(dtype)
+    context = torch.cat([mark(text, kind) for kind in kinds])
+    with torch.no_grad():
+        return unet(x.expand(len(kinds), -1, -1, -1), torch.tensor([500] * len(kinds)), context)
+
+
+def with_people(unet: nn.Module, adapter: Adapter, people: list[Person], progress: float = 0.5, **kwargs):
+    size = kwargs.pop("size", (16, 16))
+    kinds = kwargs.pop("kinds", (POSITIVE, NEGATIVE))
+    with Injection(unet, UniPortraitRule(adapter, people, **kwargs)) as injection:
+        injection.progress = progress
+        return run(unet, kinds, size)
+
+
+def test_people_change_their_rows_and_only_by_their_own_tokens(unet, adapter) -> None:
+    one, other = (with_people(unet, adapter, [person(seed)]) for seed in (1, 2))
+    assert (one[0] - other[0]).abs().max() > 1e-3, "two people must differ in the positive row"
+    assert torch.equal(one[1], other[1]), "the negative row knows the unconditional tokens only"
+    changed = Person({POSITIVE: tokens(1), NEGATIVE: tokens(98)})
+    third = with_people(unet, adapter, [changed])
+    assert torch.equal(one[0], third[0])
+    assert (one[1] - third[1]).abs().max() > 1e-3
+
+
+def test_rows_may_come_in_any_order_and_number(unet, adapter) -> None:
+    people = [person(1), person(2)]
+    both = with_people(unet, adapter, people)
+    for kinds in [(NEGATIVE, POSITIVE), (POSITIVE,), (NEGATIVE,), (POSITIVE, POSITIVE, NEGATIVE, POSITIVE)]:
+        found = with_people(unet, adapter, people, kinds=kinds)
+        for row, kind in enumerate(kinds):
+            assert torch.allclose(found[row], both[0 if kind == POSITIVE else 1], atol=1e-5)
+
+
+def test_out_of_range_people_are_absent_and_outside_all_ranges_the_unet_is_bare(unet, adapter) -> None:
+    bare = with_people(unet, adapter, [person(1, scale=0.0)], lora_scale=0.0)
+    early, late = person(1, end=0.4), person(2, start=0.4)
+    assert torch.equal(with_people(unet, adapter, [early], progress=0.5), bare)
+    assert not torch.allclose(with_people(unet, adapter, [early], progress=0.3), bare)
+    pair = [early, late]
+    rule = UniPortraitRule(adapter, pair)
+    with Injection(unet, rule) as injection:
+        outs = []
+        for progress in (0.1, 0.9, 0.1):
+            injection.progress = progress
+            outs.append(run(unet))
+    assert torch.equal(outs[0], outs[2])
+    assert not torch.allclose(outs[0], outs[1])
+    assert torch.equal(with_people(unet, adapter, [person(1)], progress=1.0), with_people(unet, adapter, [person(1)]))
+
+
+def half(left: bool) -> torch.Tensor:
+    mask = torch.zeros(16, 16)
+    mask[:, :8] = 1
+    return mask if left else mask.flip(1)
+
+
+def attention_of(unet: nn.Module, adapter: Adapter, people: list[Person], site_index: int, **kwargs) -> torch.Tensor:
+    """What enters the output projection of one cross-attention, minus what enters it without people: (n, inner)."""
+    site = [site for site in find_sites(unet) if site.cross][site_index]
+    seen: list[torch.Tensor] = []
+    for scales in ([0.0] * len(people), None):
+        chosen = [Person(p.tokens, p.scale if scales is None else 0.0, p.start, p.end, p.region) for p in people]
+        original = type(site.module.to_out[0]).forward
+        with Injection(unet, UniPortraitRule(adapter, chosen, lora_scale=0.0, **kwargs)):
+            ours = site.module.to_out[0].forward
+            inner = ours.host
+            ours.host = lambda x, inner=inner: (seen.append(x[:1].clone()), inner(x))[1]
+            run(unet, (POSITIVE,))
+        assert type(site.module.to_out[0]).forward is original
+    return (seen[1] - seen[0])[0]
+
+
+def test_regions_separate_people(unet, adapter) -> None:
+    """At the first site (nothing upstream mixes positions yet) each half sees its own person, exactly."""
+    left, right = person(1, region=half(True)), person(2, region=half(False))
+    both = attention_of(unet, adapter, [left, right], 0).view(16, 16, -1)
+    swapped = attention_of(unet, adapter, [person(2, region=half(True)), person(1, region=half(False))], 0)
+    alone = [attention_of(unet, adapter, [person(seed)], 0).view(16, 16, -1) for seed in (1, 2)]
+    assert torch.allclose(both[:, :8], alone[0][:, :8], atol=1e-5)
+    assert torch.allclose(both[:, 8:], alone[1][:, 8:], atol=1e-5)
+    assert torch.allclose(swapped.view(16, 16, -1)[:, :8], alone[1][:, :8], atol=1e-5)
+
+
+def test_a_single_region_leaves_the_rest_alone_and_free_people_get_the_rest(unet, adapter) -> None:
+    alone = attention_of(unet, adapter, [person(1, region=half(True))], 0).view(16, 16, -1)
+    assert alone[:, :8].abs().max() > 1e-3
+    assert alone[:, 8:].abs().max() == 0
+    mixed = attention_of(unet, adapter, [person(1, region=half(True)), person(2)], 0).view(16, 16, -1)
+    free = attention_of(unet, adapter, [person(2)], 0).view(16, 16, -1)
+    assert torch.allclose(mixed[:, :8], alone[:, :8], atol=1e-5)
+    assert torch.allclose(mixed[:, 8:], free[:, 8:], atol=1e-5)
+
+
+def test_scales_are_per_person(unet, adapter) -> None:
+    left, right = person(1, region=half(True)), person(2, region=half(False))
+    both = attention_of(unet, adapter, [left, right], 0)
+    scaled = attention_of(unet, adapter, [left, person(2, region=half(False), scale=0.5)], 0)
+    assert torch.allclose(scaled.view(16, 16, -1)[:, :8], both.view(16, 16, -1)[:, :8], atol=1e-5)
+    assert torch.allclose(scaled.view(16, 16, -1)[:, 8:], both.view(16, 16, -1)[:, 8:] * 0.5, atol=1e-5)
+
+
+def test_every_position_attends_to_exactly_one_routed_person(unet, adapter) -> None:
+    pair = attention_of(unet, adapter, [person(1), person(2)], 0)
+    alone = [attention_of(unet, adapter, [person(seed)], 0) for seed in (1, 2)]
+    distance = torch.stack([(pair - one).abs().amax(dim=1) for one in alone])
+    assert (distance.min(dim=0).values < 1e-5).all()
+    assert (distance.argmin(dim=0).bincount(minlength=2) > 0).all(), "this case must route to both"
+
+
+def test_routing_maps_are_given_per_site_and_step_and_averaged(unet, adapter) -> None:
+    maps = RoutingMaps(keep_all=True)
+    rule = UniPortraitRule(adapter, [person(1), person(2), person(3)], routing=maps)
+    with Injection(unet, rule) as injection:
+        for progress in (0.0, 0.5):
+            injection.progress = progress
+            run(unet, (POSITIVE, NEGATIVE, POSITIVE), (16, 24))
+    cross = [site.index for site in find_sites(unet) if site.cross]
+    assert sorted(maps.maps) == sorted((index, progress) for index in cross for progress in (0.0, 0.5))
+    assert {tuple(each.shape) for each in maps.maps.values()} == {
+        (2, 3, 16, 24),
+        (2, 3, 8, 12),
+        (2, 3, 4, 6),
+        (2, 3, 2, 3),
+    }
+    mean = maps.mean()
+    assert mean is not None
+    assert mean.shape == (2, 3, 16, 24)
+    assert torch.allclose(mean.sum(dim=1), torch.ones(2, 16, 24), atol=1e-5)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_half_precision_follows_the_host(adapter, dtype) -> None:
+    expected = with_people(diffusers_unet(), adapter, [person(1)]).sample
+    small = diffusers_unet().to(dtype)
+    found = {}
+    for count in (1, 2):
+        people = [person(seed) for seed in range(1, count + 1)]
+        with Injection(small, UniPortraitRule(adapter, people)):
+            found[count] = run(small, dtype=dtype).sample
+        assert found[count].dtype == dtype
+        assert found[count].isfinite().all()
+    # One person only: with two, a position on the border between them may go to the other by rounding.
+    assert F.cosine_similarity(found[1].float().flatten(), expected.flatten(), dim=0) > 0.99
+
+
+def test_the_host_s_weights_are_followed_when_they_change_in_place(adapter) -> None:
+    """As the WebUI's Lora extension and its checkpoint change do, between two steps of one injection."""
+    unet = ldm_unet()
+    weight = find_sites(unet)[3].module.to_q.weight
+    with Injection(unet, UniPortraitRule(adapter, [person(1)])):
+        before = run(unet)
+        with torch.no_grad():
+            original = weight.clone()
+            weight.copy_(weight * 1.5)
+        changed = run(unet)
+        with torch.no_grad():
+            weight.copy_(original)
+        assert not torch.allclose(changed, before)
+        assert torch.equal(run(unet), before)
+    with torch.no_grad():
+        weight.copy_(original * 1.5)
+    assert torch.allclose(with_people(unet, adapter, [person(1)]), changed, atol=1e-6)
+
+
+def test_host_networks_applied_on_the_fly_are_seen_through_the_host_state(adapter) -> None:
+    """As with the Lora extension's `lora_functional`: the same weights compute something else."""
+    unet = ldm_unet()
+    linear = find_sites(unet)[3].module.to_q
+    factor = {"now": 1.0}
+    linear.forward = lambda x: factor["now"] * type(linear).forward(linear, x)
+    with Injection(unet, UniPortraitRule(adapter, [person(1)]), host_state=lambda: factor["now"]):
+        before = run(unet)
+        factor["now"] = 2.0
+        assert not torch.allclose(run(unet), before)
+        factor["now"] = 1.0
+        assert torch.equal(run(unet), before)
+
+
+def test_the_host_s_weights_are_never_written(unet, adapter) -> None:
+    before, weights = attributes(unet), {key: value.clone() for key, value in unet.state_dict().items()}
+    with_people(unet, adapter, [person(1), person(2)])
+    assert attributes(unet) == before
+    assert all(torch.equal(weights[key], value) for key, value in unet.state_dict().items())
+
+
+def test_lora_scale_scales_and_zero_switches_off(unet, adapter) -> None:
+    quiet = [person(1, scale=0.0)]
+    full, some, none = (with_people(unet, adapter, quiet, lora_scale=scale) for scale in (1.0, 0.5, 0.0))
+    assert (full - none).abs().max() > (some - none).abs().max() > 0
+
+
+def test_interpolation_ends_at_both_people() -> None:
+    a, b = tokens(1), tokens(2)
+    assert torch.equal(interpolate(a, [], []), a)
+    assert torch.allclose(interpolate(a, [b], [1.0]), b)
+    assert torch.allclose(interpolate(a, [b], [0.25]), 0.75 * a + 0.25 * b)
+
+
+def test_several_people_need_a_router(adapter) -> None:
+    alone = Adapter.from_tensors(files()[0], None)
+    UniPortraitRule(alone, [person(1)])
+    with pytest.raises(PortraitError, match="no router file"):
+        UniPortraitRule(alone, [person(1), person(2)])
+
+
+def test_an_adapter_of_another_family_is_refused_with_both_shapes(unet, adapter) -> None:
+    sites = find_sites(unet)
+    with pytest.raises(PortraitError, match="another kind of model"):
+        adapter.check_fits([dataclasses.replace(site, context=2048) for site in sites])
+    with pytest.raises(PortraitError, match="16 ID attentions, the loaded model 14"):
+        adapter.check_fits(sites[:-4])
+
+
+def cut(tensors: Mapping[str, torch.Tensor], part: str) -> dict[str, torch.Tensor]:
+    return {key: value for key, value in tensors.items() if part not in key}
+
+
+@pytest.mark.parametrize(
+    ("part", "message"),
+    [("faceid_proj.latents", "ID embedding"), ("layers.0.1", "ID embedding"), ("to_k_faceid", "no ID attention")],
+)
+def test_incomplete_faceid_files_are_refused(part: str, message: str) -> None:
+    with pytest.raises(PortraitError, match=message):
+        Adapter.from_tensors(cut(files()[0], part), None)
+
+
+@pytest.mark.parametrize("part", ["aggr_router", "to_q_router.2", "faceid_adapter."])
+def test_incomplete_router_files_are_refused(part: str) -> None:
+    with pytest.raises(PortraitError, match="router"):
+        Adapter.from_tensors(files()[0], cut(files()[1], part))
+
+
+@pytest.mark.parametrize(("count", "width", "output"), [(4, 48, 48), (16, 64, 96), (1, 128, 32)])
+def test_sizes_of_the_id_embedding_are_read_off_the_file(count: int, width: int, output: int) -> None:
+    source = IDEmbedding(20, 30, count, width, output, depth=2, ff_factor=3)
+    copy = IDEmbedding.from_tensors(source.state_dict())
+    intrinsic, structure = torch.randn(1, 5, 20), torch.randn(1, 6, 30)
+    assert copy(intrinsic, structure).shape == (1, count, output)
+    assert torch.equal(copy(intrinsic, structure, 0.3), source.eval()(intrinsic, structure, 0.3))
