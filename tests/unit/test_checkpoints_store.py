@@ -1,0 +1,201 @@
+"""Where weights are looked for, which names are allowed, and what is said when one is missing."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import save_file
+
+from lib_portrait.checkpoints import Folders, Store, registry
+from lib_portrait.errors import PortraitError
+
+BACKBONE = "glint360k_curricular_face_r101_backbone.bin"
+VISION = "CLIP-ViT-H-14-laion2B-s32B-b79K.safetensors"
+PUBLISHED = ["uniportrait-faceid_sd15.bin", "uniportrait-router_sd15.bin", BACKBONE, VISION]
+
+
+@pytest.fixture
+def store(tmp_path: Path) -> Store:
+    shared = {"vision": [tmp_path / "clip_vision"], "detector": [tmp_path / "buffalo_l"]}
+    return Store(Folders([tmp_path / "Portrait", tmp_path / "models"], shared))
+
+
+def put(folder: Path, *names: str) -> None:
+    folder.mkdir(parents=True, exist_ok=True)
+    for name in names:
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).write_bytes(b"weights")
+
+
+def test_registry_is_sound() -> None:
+    assert {weight.role for weight in registry.KNOWN} == set(registry.ROLES)
+    for weight in registry.KNOWN:
+        assert weight.url.startswith("https://")
+        assert weight.sha256 is None or len(bytes.fromhex(weight.sha256)) == 32
+        assert registry.by_role(weight.role) is weight
+        assert weight in registry.select(registry.download_command(weight).rpartition(" ")[2])
+    assert [weight.role for weight in registry.select("uniportrait")] == ["faceid", "router", "backbone", "vision"]
+    assert registry.select("nothing") == []
+
+
+def test_published_kit_is_found_over_several_folders(store: Store, tmp_path: Path) -> None:
+    put(tmp_path / "Portrait", "uniportrait-faceid_sd15.bin", "uniportrait-router_sd15.bin")
+    put(tmp_path / "models", BACKBONE)
+    put(tmp_path / "clip_vision", "clip_h.pth")
+    kit = store.kit("automatic")
+    assert kit == store.kit("sd15")
+    assert kit.name == "sd15"
+    assert kit.router == kit.routed() == tmp_path / "Portrait" / "uniportrait-router_sd15.bin"
+    assert kit.backbone == tmp_path / "models" / BACKBONE
+    assert kit.vision == tmp_path / "clip_vision" / "clip_h.pth"
+    [status] = store.kits()
+    assert status.usable and status.missing == () and status.files["vision"] == kit.vision
+
+
+def test_safetensors_comes_before_bin_and_the_first_folder_before_the_next(store: Store, tmp_path: Path) -> None:
+    put(tmp_path / "Portrait", *PUBLISHED)
+    save_file({"a": torch.zeros(1)}, tmp_path / "Portrait" / "uniportrait-faceid_sd15.safetensors")
+    put(tmp_path / "models", "uniportrait-router_sd15.safetensors")
+    kit = store.kit("sd15")
+    assert kit.faceid.suffix == ".safetensors"
+    assert kit.router == tmp_path / "Portrait" / "uniportrait-router_sd15.bin"
+
+
+def test_converted_companions_are_found_under_their_new_suffix(store: Store, tmp_path: Path) -> None:
+    stem = BACKBONE.removesuffix(".bin")
+    put(tmp_path / "Portrait", *PUBLISHED[:2], f"{stem}.safetensors", VISION.replace(".safetensors", ".pth"))
+    kit = store.kit()
+    assert kit.backbone.name == f"{stem}.safetensors"
+    assert kit.vision.suffix == ".pth"
+    assert store.find("backbone", BACKBONE) == kit.backbone == store.find("backbone", stem)
+
+
+def test_missing_files_are_named_with_folder_source_and_command(store: Store, tmp_path: Path) -> None:
+    with pytest.raises(PortraitError) as caught:
+        store.kit()
+    error = caught.value
+    assert (error.field, error.status_code) == ("checkpoint", 404)
+    for name in ("uniportrait-faceid_sd15.bin", BACKBONE, VISION):
+        assert name in error.problem and name in error.remedy
+    assert "router" not in error.problem
+    assert "portrait.py download uniportrait" in error.remedy
+    assert str(tmp_path / "Portrait") in error.remedy
+    assert str(tmp_path / "clip_vision") in error.problem
+    assert "https://huggingface.co/Junjie96/UniPortrait/resolve/main/" + BACKBONE in error.remedy
+    [status] = store.kits()
+    assert status.name == "sd15" and not status.usable
+    assert [gap.role for gap in status.missing if not gap.optional] == ["faceid", "backbone", "vision"]
+
+
+def test_without_router_one_person_works_and_several_are_told_what_is_missing(store: Store, tmp_path: Path) -> None:
+    put(tmp_path / "Portrait", "uniportrait-faceid_sd15.bin", BACKBONE, VISION, "uniportrait-faceid_own.bin")
+    assert store.kit("sd15").router is None
+    assert all(status.usable for status in store.kits())
+    with pytest.raises(PortraitError, match=r"uniportrait-router_sd15\.bin.*portrait\.py download") as caught:
+        store.kit("sd15").routed()
+    assert caught.value.status_code == 404
+    with pytest.raises(PortraitError, match=r"Put into .*Portrait: uniportrait-router_own\.bin\."):
+        store.kit("own").routed()
+
+
+def test_unknown_checkpoint_lists_those_there_are(store: Store, tmp_path: Path) -> None:
+    put(tmp_path / "Portrait", *PUBLISHED, "uniportrait-faceid_anime.bin")
+    with pytest.raises(PortraitError, match=r"uniportrait-faceid_other.*There: anime, sd15") as caught:
+        store.kit("other")
+    assert caught.value.status_code == 404
+
+
+def test_automatic_without_the_published_one_is_the_first_by_name(store: Store, tmp_path: Path) -> None:
+    put(tmp_path / "Portrait", "uniportrait-faceid_b.bin", BACKBONE, VISION)
+    put(tmp_path / "models", "uniportrait-faceid_a.bin")
+    assert store.names() == ["a", "b"]
+    assert store.kit().name == "a"
+
+
+def test_own_adapter_names_its_backbone_and_vision(store: Store, tmp_path: Path) -> None:
+    own = tmp_path / "Portrait"
+    put(own, *PUBLISHED, "tiny_backbone.safetensors")
+    put(tmp_path / "clip_vision", "tiny.safetensors")
+    metadata = {"backbone": "tiny_backbone.bin", "vision": "tiny.safetensors"}
+    save_file({"a": torch.zeros(1)}, own / "uniportrait-faceid_tiny.safetensors", metadata)
+    kit = store.kit("tiny")
+    assert kit.backbone.name == "tiny_backbone.safetensors"
+    assert kit.vision == tmp_path / "clip_vision" / "tiny.safetensors"
+    assert store.kit("sd15").backbone.name == BACKBONE
+    (own / "tiny_backbone.safetensors").unlink()
+    with pytest.raises(PortraitError, match=r"Put into .*Portrait: tiny_backbone\.bin\."):
+        store.kit("tiny")
+
+
+def test_metadata_cannot_lead_out_of_the_folders(store: Store, tmp_path: Path) -> None:
+    put(tmp_path / "Portrait", *PUBLISHED)
+    put(tmp_path, "secret.safetensors")
+    path = tmp_path / "Portrait" / "uniportrait-faceid_evil.safetensors"
+    save_file({"a": torch.zeros(1)}, path, {"backbone": "../secret.safetensors"})
+    with pytest.raises(PortraitError, match="not a bare file name") as caught:
+        store.kit("evil")
+    assert caught.value.field == "uniportrait-faceid_evil.safetensors: backbone"
+    evil, good = store.kits()
+    assert evil.problem and not evil.usable and good.usable
+
+
+def test_one_damaged_adapter_does_not_hide_the_others(store: Store, tmp_path: Path) -> None:
+    put(tmp_path / "Portrait", *PUBLISHED, "uniportrait-faceid_broken.safetensors")
+    broken, good = store.kits()
+    assert "safetensors header" in str(broken.problem) and good.usable
+    with pytest.raises(PortraitError, match="safetensors header"):
+        store.kit("broken")
+
+
+BAD_NAMES = ["../a", "a/b", "a\\b", "/etc/passwd", "C:a", "..", ".", ".hidden", "", "a\0b", "a\nb", "x" * 300]
+
+
+@pytest.mark.parametrize("name", BAD_NAMES)
+def test_names_that_are_no_bare_names_are_refused(name: str, store: Store, tmp_path: Path) -> None:
+    put(tmp_path, "a.bin", "uniportrait-faceid_a.bin")
+    for ask in (store.kit, lambda n: store.find("backbone", n)):
+        with pytest.raises(PortraitError, match="not a bare file name") as caught:
+            ask(name)
+        assert caught.value.status_code == 422
+
+
+def test_links_inside_the_folders_are_followed_and_folders_are_no_files(store: Store, tmp_path: Path) -> None:
+    put(tmp_path / "elsewhere", "big.bin")
+    (tmp_path / "Portrait").mkdir()
+    (tmp_path / "Portrait" / BACKBONE).symlink_to(tmp_path / "elsewhere" / "big.bin")
+    (tmp_path / "Portrait" / "other.bin").mkdir()
+    assert store.find("backbone", BACKBONE) == tmp_path / "Portrait" / BACKBONE
+    with pytest.raises(PortraitError, match=r"other\.bin is not there") as caught:
+        store.find("backbone", "other.bin")
+    assert caught.value.status_code == 404 and str(tmp_path / "models") in caught.value.problem
+
+
+def test_names_shared_by_several_models_count_only_in_our_own_folders(store: Store, tmp_path: Path) -> None:
+    put(tmp_path / "clip_vision", "model.safetensors", "open_clip_pytorch_model.bin")
+    assert store.published("vision") is None
+    put(tmp_path / "models" / "image_encoder", "model.safetensors")
+    assert store.published("vision") == tmp_path / "models" / "image_encoder" / "model.safetensors"
+
+
+def test_listing_by_role(store: Store, tmp_path: Path) -> None:
+    put(tmp_path / "Portrait", *PUBLISHED, "README.md", "uniportrait-faceid_x.txt", "uniportrait-faceid_.bin")
+    put(tmp_path / "models", BACKBONE)
+    put(tmp_path / "clip_vision", "clip_g.pth", "readme.txt")
+    put(tmp_path / "buffalo_l", "det_10g.onnx", "w600k_r50.onnx")
+    names = {role: [entry.name for entry in store.list(role)] for role in registry.ROLES}
+    assert names == {
+        "faceid": ["uniportrait-faceid_sd15.bin"],
+        "router": ["uniportrait-router_sd15.bin"],
+        "backbone": [BACKBONE],
+        "vision": [VISION, "clip_g.pth"],
+        "detector": ["det_10g.onnx"],
+    }
+    assert store.list("backbone")[0].path == tmp_path / "Portrait" / BACKBONE
+    assert store.published("detector") == tmp_path / "buffalo_l" / "det_10g.onnx"
+
+
+def test_a_store_needs_a_folder_of_its_own() -> None:
+    with pytest.raises(ValueError, match="folder of its own"):
+        Store(Folders([]))
