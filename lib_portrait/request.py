@@ -416,7 +416,13 @@ def json_schema(limits: Limits | None = None) -> dict[str, Any]:
     properties = {
         "enabled": {"type": "boolean", "default": True},
         "method": {"enum": list(METHODS), "default": METHODS[0]},
-        "checkpoint": {"type": "string", "default": AUTOMATIC, "description": "a name that /portrait/models lists"},
+        "checkpoint": {
+            "type": "string",
+            "minLength": 1,
+            "maxLength": limits.name_length,
+            "default": AUTOMATIC,
+            "description": "a name that /portrait/models lists",
+        },
         "identities": {"type": "array", "items": identity, "maxItems": limits.identities, "default": []},
         **numbers(PortraitRequest),
         "show_routing": {
