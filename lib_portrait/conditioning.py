@@ -1,0 +1,188 @@
+"""From a checked request to what a UNet is conditioned on: photos and weight files in, `Person`s and a rule out.
+
+Both hosts come through here, so that a request means the same in the WebUI and outside it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from lib_portrait.attention import NEGATIVE, POSITIVE
+from lib_portrait.checkpoints.formats import read_tensors
+from lib_portrait.checkpoints.store import Kit, Store
+from lib_portrait.errors import PortraitError
+from lib_portrait.faces.features import FaceEncoder, FaceFeatures
+from lib_portrait.faces.recognition import Backbone, backbone_from_state_dict
+from lib_portrait.faces.service import FaceService
+from lib_portrait.faces.vision import VisionTower, vision_from_state_dict
+from lib_portrait.methods.uniportrait import Adapter, Person, RoutingMaps, UniPortraitRule, interpolate
+from lib_portrait.request import Identity, Photo, PortraitRequest, Region
+
+# Boxes are drawn on a square of this size, fine enough for any latent up to 4096 pixels wide.
+BOX_RESOLUTION = 512
+# How far a mask's aspect ratio may be from the picture's: pictures are rounded to multiples of 8.
+ASPECT_TOLERANCE = 0.04
+
+
+@dataclass(frozen=True)
+class Conditioning:
+    """A request made ready: the adapter, and one `Person` for each identity in the request's order."""
+
+    request: PortraitRequest
+    adapter: Adapter
+    people: tuple[Person, ...]
+
+    def rule(self, routing: RoutingMaps | None = None) -> UniPortraitRule:
+        """The request's rule for one UNet (`attention.Injection`)."""
+        return UniPortraitRule(self.adapter, self.people, self.request.lora_scale, routing)
+
+
+class Conditioner:
+    """Makes requests ready. Keeps the weights of the last kit used, on the CPU, and nothing on the accelerator."""
+
+    def __init__(self, faces: FaceService, store: Store):
+        self.faces = faces
+        self.store = store
+        self._adapter: tuple[object, Adapter] | None = None
+        self._networks: tuple[object, tuple[Backbone, VisionTower]] | None = None
+
+    def drop(self) -> None:
+        """Forgets loaded weights."""
+        self._adapter = self._networks = None
+
+    @torch.no_grad()
+    def prepare(
+        self,
+        request: PortraitRequest,
+        size: tuple[int, int],
+        device: torch.device | str = "cpu",
+        dtype: torch.dtype = torch.float32,
+    ) -> Conditioning:
+        """The request's conditioning for pictures of `size` (width, height) pixels.
+
+        device, dtype: where and in what the face networks run. Raises PortraitError naming the photo, mask or file at
+        fault: no face, unknown hash, missing or foreign weights, weights that do not belong together.
+        """
+        kit = self.store.kit(request.checkpoint)
+        if len(request.identities) > 1:
+            kit.routed()
+        # The cheap checks of the whole request come before the networks are loaded.
+        regions = [
+            self._region(identity.region, f"identities[{i}].region", size)
+            for i, identity in enumerate(request.identities)
+        ]
+        for i, identity in enumerate(request.identities):
+            for field, photo in _photos(identity, f"identities[{i}]"):
+                self.faces.crop(photo, field)
+        adapter = self._load_adapter(kit)
+        encoder = self._encoder(kit, device, dtype)
+        zero = self.faces.zero(encoder)
+        self._check_widths(kit, adapter, zero)
+        people = []
+        for i, identity in enumerate(request.identities):
+            tokens = {
+                POSITIVE: self._identity_tokens(adapter, encoder, identity, f"identities[{i}]"),
+                NEGATIVE: _embed(adapter, [zero], identity.structure),
+            }
+            scale = request.scale * identity.scale
+            people.append(Person(tokens, scale, identity.start, identity.end, regions[i]))
+        if self._networks is not None:
+            # Between requests the accelerator's memory belongs to the host.
+            for network in self._networks[1]:
+                network.to("cpu")
+        return Conditioning(request, adapter, tuple(people))
+
+    def _identity_tokens(self, adapter: Adapter, encoder: FaceEncoder, identity: Identity, path: str) -> Tensor:
+        """F_id of one identity, people mixed into it included: (T, D)."""
+
+        def tokens(photos: Sequence[Photo], field: str) -> Tensor:
+            features = [self.faces.features(photo, f"{field}[{j}]", encoder) for j, photo in enumerate(photos)]
+            return _embed(adapter, features, identity.structure)
+
+        master = tokens(identity.photos, f"{path}.photos")
+        others = [tokens(mix.photos, f"{path}.mix[{j}].photos") for j, mix in enumerate(identity.mix)]
+        return interpolate(master, others, [mix.weight for mix in identity.mix])
+
+    def _region(self, region: Region | None, field: str, size: tuple[int, int]) -> Tensor | None:
+        """(h, w) weights in [0, 1] of a region, at whatever resolution it comes in."""
+        if region is None:
+            return None
+        if region.box is not None:
+            left, top, right, bottom = region.box
+            across, down = _coverage(left, right), _coverage(top, bottom)
+            return down[:, None] * across[None, :]
+        assert region.mask is not None
+        mask = torch.from_numpy(self.faces.mask(region.mask, f"{field}.mask"))
+        height, width = mask.shape
+        if abs((width / height) / (size[0] / size[1]) - 1) > ASPECT_TOLERANCE:
+            raise PortraitError(
+                f"{field}.mask",
+                f"the mask is {width}x{height}, the picture {size[0]}x{size[1]}: their shapes differ",
+                "Draw the mask on a canvas of the picture's width and height (or any multiple of both).",
+            )
+        return mask
+
+    def _load_adapter(self, kit: Kit) -> Adapter:
+        key = _stamp(kit.faceid, kit.router)
+        if self._adapter is None or self._adapter[0] != key:
+            faceid = read_tensors(kit.faceid, "faceid").tensors
+            router = read_tensors(kit.router, "router").tensors if kit.router is not None else None
+            adapter = Adapter.from_tensors(faceid, router)
+            adapter.embedding.float()
+            self._adapter = (key, adapter)
+        return self._adapter[1]
+
+    def _encoder(self, kit: Kit, device: torch.device | str, dtype: torch.dtype) -> FaceEncoder:
+        def networks() -> tuple[Backbone, VisionTower]:
+            key = _stamp(kit.backbone, kit.vision)
+            if self._networks is None or self._networks[0] != key:
+                backbone = backbone_from_state_dict(read_tensors(kit.backbone, "backbone").tensors, kit.backbone.name)
+                checkpoint = read_tensors(kit.vision, "vision")
+                vision = vision_from_state_dict(checkpoint.tensors, checkpoint.metadata, kit.vision.name)
+                self._networks = (key, (backbone, vision))
+            return self._networks[1]
+
+        weights_hash = "-".join(self.store.sha256(path) for path in (kit.backbone, kit.vision))
+        return FaceEncoder(networks, weights_hash, device, dtype)
+
+    def _check_widths(self, kit: Kit, adapter: Adapter, features: FaceFeatures) -> None:
+        for name, found, wanted, file in (
+            ("intrinsic", features.intrinsic.shape[-1], adapter.embedding.intrinsic_width, kit.backbone),
+            ("structure", features.structure.shape[-1], adapter.embedding.structure_width, kit.vision),
+        ):
+            if found != wanted:
+                raise PortraitError(
+                    "checkpoint",
+                    f"{kit.faceid.name} wants {name} features of width {wanted}, {file.name} gives {found}",
+                    "Use the recognition backbone and image encoder that the adapter was trained with.",
+                )
+
+
+def _embed(adapter: Adapter, features: Sequence[FaceFeatures], beta: float) -> Tensor:
+    """F_id from the features of one person's photos, concatenated along the tokens (sec. 3.2): (T, D) float32."""
+    intrinsic = torch.cat([one.intrinsic for one in features]).float()
+    structure = torch.cat([one.structure for one in features]).float()
+    return adapter.embedding(intrinsic[None], structure[None], beta)[0]
+
+
+def _photos(identity: Identity, path: str) -> list[tuple[str, Photo]]:
+    named = [(f"{path}.photos[{j}]", photo) for j, photo in enumerate(identity.photos)]
+    for m, mix in enumerate(identity.mix):
+        named += [(f"{path}.mix[{m}].photos[{j}]", photo) for j, photo in enumerate(mix.photos)]
+    return named
+
+
+def _coverage(low: float, high: float) -> Tensor:
+    """How much of each of BOX_RESOLUTION equal intervals of [0, 1] lies between low and high."""
+    edges = torch.linspace(0, 1, BOX_RESOLUTION + 1)
+    return ((edges[1:].clamp(max=high) - edges[:-1].clamp(min=low)) * BOX_RESOLUTION).clamp(0, 1)
+
+
+def _stamp(*paths: Path | None) -> tuple[object, ...]:
+    """Changes when one of the files does."""
+    return tuple((path, (stat := path.stat()).st_size, stat.st_mtime_ns) if path else None for path in paths)

@@ -1,0 +1,170 @@
+"""Promises of `lib_portrait.conditioning`: requests become people, with the networks and files standing in small."""
+
+from __future__ import annotations
+
+import io
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from safetensors.torch import save_file
+
+from lib_portrait.attention import NEGATIVE, POSITIVE
+from lib_portrait.checkpoints.store import Folders, Store
+from lib_portrait.conditioning import BOX_RESOLUTION, Conditioner
+from lib_portrait.errors import PortraitError
+from lib_portrait.faces.recognition import Backbone
+from lib_portrait.faces.service import FaceService
+from lib_portrait.methods.uniportrait import IDEmbedding
+from lib_portrait.request import Identity, Mix, Photo, PortraitRequest, Region
+from tests.parity.unets import flatten, load_bin
+from tests.small_networks import tiny_backbone, tiny_vision
+
+SIZE = (64, 48)
+
+
+def picture(seed: int, size: tuple[int, int] = (224, 224)) -> bytes:
+    pixels = np.random.default_rng(seed).integers(0, 255, (size[1], size[0], 3), dtype=np.uint8)
+    stream = io.BytesIO()
+    Image.fromarray(pixels).save(stream, "PNG")
+    return stream.getvalue()
+
+
+def face(seed: int) -> Photo:
+    return Photo.of(picture(seed), aligned=True)
+
+
+def mask(size: tuple[int, int], fill: int = 255) -> Photo:
+    stream = io.BytesIO()
+    Image.new("L", size, fill).save(stream, "PNG")
+    return Photo.of(stream.getvalue())
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A kit of small random files: the parity adapter with an ID embedding that fits small networks."""
+    place = tmp_path_factory.mktemp("kit")
+    backbone, vision = tiny_backbone(), tiny_vision()
+    *_, last = backbone.widths
+    structure = sum(backbone.widths[1:-1]) + vision["vision_model.embeddings.class_embedding"].shape[0]
+    torch.manual_seed(0)
+    embedding = IDEmbedding(last, structure, 4, 48, 48, depth=2)
+    faceid = flatten(load_bin("uniportrait-faceid_small.bin"))
+    faceid = {key: value for key, value in faceid.items() if not key.startswith("faceid_proj.")}
+    faceid |= {f"faceid_proj.{key}": value for key, value in embedding.state_dict().items()}
+    names = {"backbone": "small_backbone.safetensors", "vision": "small_vision.safetensors"}
+    save_file(faceid, place / "uniportrait-faceid_small.safetensors", names)
+    save_file(flatten(load_bin("uniportrait-router_small.bin")), place / "uniportrait-router_small.safetensors")
+    save_file(faceid, place / "uniportrait-faceid_alone.safetensors", names)
+    save_file(dict(backbone.state_dict()), place / names["backbone"])
+    save_file(vision, place / names["vision"])
+    return place
+
+
+@pytest.fixture
+def conditioner(folder: Path, tmp_path: Path) -> Conditioner:
+    return Conditioner(FaceService([], tmp_path), Store(Folders(own=[folder]), hash_cache=tmp_path))
+
+
+def ask(*identities: Identity, **changes) -> PortraitRequest:
+    return PortraitRequest(identities=identities, checkpoint=changes.pop("checkpoint", "small"), **changes)
+
+
+def tokens(conditioner: Conditioner, *identities: Identity, kind: int = POSITIVE) -> list[torch.Tensor]:
+    return [person.tokens[kind] for person in conditioner.prepare(ask(*identities), SIZE).people]
+
+
+def test_people_carry_what_was_asked_for(conditioner: Conditioner) -> None:
+    request = ask(Identity((face(1),), scale=0.5, start=0.1, end=0.8), Identity((face(2),), structure=1.0), scale=0.6)
+    one, two = conditioner.prepare(request, SIZE).people
+    assert (one.scale, one.start, one.end, one.region) == (0.3, 0.1, 0.8, None)
+    assert two.scale == 0.6
+    assert one.tokens[POSITIVE].shape == one.tokens[NEGATIVE].shape == (4, 48)
+    assert not torch.equal(one.tokens[POSITIVE], two.tokens[POSITIVE])
+    assert not torch.equal(one.tokens[NEGATIVE], two.tokens[NEGATIVE]), "another beta, other unconditional tokens"
+
+
+def test_unconditional_tokens_depend_on_beta_alone(conditioner: Conditioner) -> None:
+    one, two = tokens(conditioner, Identity((face(1),)), Identity((face(2),)), kind=NEGATIVE)
+    assert torch.equal(one, two)
+
+
+def test_several_photos_are_one_identity_and_their_order_does_not_matter(conditioner: Conditioner) -> None:
+    single, both, swapped = (
+        tokens(conditioner, Identity(photos))[0] for photos in ((face(1),), (face(1), face(2)), (face(2), face(1)))
+    )
+    assert not torch.allclose(single, both, atol=1e-3)
+    assert torch.allclose(both, swapped, atol=1e-4)
+
+
+def test_mixing_interpolates_tokens(conditioner: Conditioner) -> None:
+    (one,), (two,) = tokens(conditioner, Identity((face(1),))), tokens(conditioner, Identity((face(2),)))
+    (mixed,) = tokens(conditioner, Identity((face(1),), mix=(Mix((face(2),), 0.25),)))
+    assert torch.allclose(mixed, 0.75 * one + 0.25 * two, atol=1e-5)
+
+
+def test_boxes_become_exact_areas(conditioner: Conditioner) -> None:
+    request = ask(Identity((face(1),), region=Region(box=(0.25, 0.0, 0.75, 0.1))))
+    region = conditioner.prepare(request, SIZE).people[0].region
+    assert region is not None
+    assert region.shape == (BOX_RESOLUTION, BOX_RESOLUTION)
+    assert region.mean().item() == pytest.approx(0.05, abs=1e-4)
+    assert region[0, BOX_RESOLUTION // 2] == 1
+    assert region[BOX_RESOLUTION // 2].max() == 0
+
+
+@pytest.mark.parametrize("size", [SIZE, (640, 480), (32, 24), (65, 48)])
+def test_masks_of_the_picture_s_shape_are_taken_at_any_size(conditioner: Conditioner, size: tuple[int, int]) -> None:
+    region = conditioner.prepare(ask(Identity((face(1),), region=Region(mask=mask(size)))), SIZE).people[0].region
+    assert region is not None
+    assert region.shape == (size[1], size[0])
+    assert region.min() == 1
+
+
+@pytest.mark.parametrize(
+    ("photo", "problem"),
+    [(mask((64, 64)), "shapes differ"), (mask(SIZE, 0), "is empty"), (Photo.of(b"no image"), "image")],
+)
+def test_unusable_masks_are_refused(conditioner: Conditioner, photo: Photo, problem: str) -> None:
+    with pytest.raises(PortraitError, match=problem) as caught:
+        conditioner.prepare(ask(Identity((face(1),), region=Region(mask=photo))), SIZE)
+    assert caught.value.field == "identities[0].region.mask"
+
+
+def test_the_photo_at_fault_is_named(conditioner: Conditioner) -> None:
+    bad = Photo("ab" * 32)
+    for request, field in [
+        (ask(Identity((face(1), bad))), "identities[0].photos[1]"),
+        (ask(Identity((face(1),)), Identity((face(2),), mix=(Mix((bad,)),))), "identities[1].mix[0].photos[0]"),
+    ]:
+        with pytest.raises(PortraitError, match="not kept") as caught:
+            conditioner.prepare(request, SIZE)
+        assert caught.value.field == field
+
+
+def test_several_people_without_a_router_file_are_refused(conditioner: Conditioner) -> None:
+    conditioner.prepare(ask(Identity((face(1),)), checkpoint="alone"), SIZE)
+    with pytest.raises(PortraitError, match="uniportrait-router_alone"):
+        conditioner.prepare(ask(Identity((face(1),)), Identity((face(2),)), checkpoint="alone"), SIZE)
+
+
+def test_networks_that_do_not_belong_to_the_adapter_are_refused(
+    conditioner: Conditioner, folder: Path, tmp_path: Path
+) -> None:
+    other: Backbone = tiny_backbone(width=24)
+    for file in folder.iterdir():
+        (tmp_path / file.name).write_bytes(file.read_bytes())
+    save_file(dict(other.state_dict()), tmp_path / "small_backbone.safetensors")
+    with pytest.raises(PortraitError, match="wants intrinsic features of width"):
+        Conditioner(conditioner.faces, Store(Folders(own=[tmp_path]))).prepare(ask(Identity((face(1),))), SIZE)
+
+
+def test_a_second_request_with_the_same_faces_loads_no_network(conditioner: Conditioner) -> None:
+    request = ask(Identity((face(1), face(2))))
+    first = conditioner.prepare(request, SIZE).people[0]
+    conditioner._networks = None
+    second = conditioner.prepare(request, SIZE).people[0]
+    assert conditioner._networks is None
+    assert torch.equal(first.tokens[POSITIVE], second.tokens[POSITIVE])
