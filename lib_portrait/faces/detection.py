@@ -1,0 +1,237 @@
+"""Face detectors behind one interface: SCRFD of insightface where its weights are, otherwise MTCNN."""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import importlib.metadata
+import importlib.util
+import logging
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import cv2
+import numpy as np
+
+from lib_portrait.errors import PortraitError
+
+log = logging.getLogger(__name__)
+
+SCRFD_FILE = "det_10g.onnx"
+_SCRFD_PLACES = ("", "buffalo_l", "models/buffalo_l", "insightface/models/buffalo_l")
+
+# MTCNN needs memory and time in proportion to the pixels; a face of 20 pixels at this size is still found.
+_MTCNN_SIDE = 2048
+_MTCNN_MIN_FACE = 20
+# Between the network's own threshold (0.7) and this lie hands and curtains, which would shift the counting of faces.
+_MTCNN_SCORE = 0.9
+_GREY = (128, 128, 128)
+
+
+@dataclass(frozen=True)
+class Face:
+    """One face of a picture, in the picture's pixels.
+
+    box: (4,) float32: left, top, right, bottom. landmarks: (5, 2) float32: left eye, right eye, nose, left and right
+    corner of the mouth, as seen by the viewer. score: the detector's confidence, 0 to 1.
+    """
+
+    box: np.ndarray
+    landmarks: np.ndarray
+    score: float
+
+    @property
+    def area(self) -> float:
+        """Of the box, in square pixels."""
+        return float((self.box[2] - self.box[0]) * (self.box[3] - self.box[1]))
+
+
+@dataclass(frozen=True)
+class Detector:
+    """A way to find faces. find: (H, W, 3) uint8 RGB -> faces in any order. version: tells its weights apart."""
+
+    name: str
+    version: str
+    find: Callable[[np.ndarray], list[Face]]
+
+    @property
+    def key(self) -> str:
+        return f"{self.name}-{self.version}"
+
+
+def detect_faces(image: np.ndarray, detector: Detector) -> list[Face]:
+    """The faces of a picture (H, W, 3) uint8 RGB, left to right by the middle of their boxes.
+
+    Where none is found the picture gets a grey border of a quarter of its size and a second try: detectors miss faces
+    that fill the frame (UniPortrait, gradio_app.py: process_faceid_image).
+    """
+    height, width = image.shape[:2]
+    left, top = 0, 0
+    found = detector.find(image)
+    if not found:
+        left, top = width // 4, height // 4
+        found = detector.find(cv2.copyMakeBorder(image, top, top, left, left, cv2.BORDER_CONSTANT, value=_GREY))
+    shift = np.array([left, top], dtype=np.float32)
+    edge = np.array([width, height], dtype=np.float32)
+    faces = [
+        Face((face.box.reshape(2, 2) - shift).clip(0, edge).reshape(4), face.landmarks - shift, face.score)
+        for face in found
+    ]
+    sound = [face for face in faces if face.area > 0 and np.isfinite(face.landmarks).all() and np.ptp(face.landmarks)]
+    return sorted(sound, key=lambda face: float(face.box[0] + face.box[2]))
+
+
+def available_detectors(model_dirs: Sequence[Path]) -> list[str]:
+    """Names of the detectors that can be used here, the preferred one first. Nothing is imported for it."""
+    names = []
+    if _installed("insightface") and _installed("onnxruntime") and _scrfd_file(model_dirs):
+        names.append("insightface")
+    if _installed("facenet_pytorch"):
+        names.append("mtcnn")
+    return names
+
+
+def get_detector(name: str | None, model_dirs: Sequence[Path]) -> Detector:
+    """The detector of that name, or the preferred one of those available (None).
+
+    model_dirs: folders in which insightface's `buffalo_l` may lie. Raises PortraitError when it cannot be had. An
+    insightface that is there but does not start is passed over with a warning, unless it was asked for by name.
+    """
+    makers = {"insightface": _insightface, "mtcnn": _mtcnn}
+    if name is not None:
+        if name not in makers:
+            raise PortraitError("detector", f"{name!r} is not a detector", f"Use one of: {', '.join(makers)}.")
+        return makers[name](model_dirs)
+    if "insightface" in available_detectors(model_dirs):
+        try:
+            return _insightface(model_dirs)
+        except PortraitError as error:
+            log.warning("Portrait: %s Using mtcnn instead.", error.detail)
+    return _mtcnn(model_dirs)
+
+
+def _installed(package: str) -> bool:
+    return importlib.util.find_spec(package) is not None
+
+
+def _scrfd_file(model_dirs: Sequence[Path]) -> Path | None:
+    folders = [Path(folder) for folder in model_dirs] + [Path.home() / ".insightface"]
+    files = (folder / place / SCRFD_FILE for folder in folders for place in _SCRFD_PLACES)
+    return next((file for file in files if file.is_file()), None)
+
+
+def _insightface(model_dirs: Sequence[Path]) -> Detector:
+    """SCRFD at 640 pixels, as the official demo has it (gradio_app.py: face_app.prepare)."""
+    file = _scrfd_file(model_dirs)
+    if file is None:
+        folders = ", ".join(str(folder) for folder in model_dirs) or "~/.insightface"
+        raise PortraitError(
+            "detector",
+            f"the detector's weights {SCRFD_FILE} were not found",
+            f"Put insightface's buffalo_l folder into one of: {folders}; or use the detector mtcnn.",
+        )
+    try:
+        from insightface.model_zoo import get_model
+
+        model = get_model(str(file), providers=["CPUExecutionProvider"])
+        model.prepare(ctx_id=-1, input_size=(640, 640), det_thresh=0.5)
+    except Exception as error:  # a broken onnxruntime, protobuf, numpy ABI or weights file: each has its own exception
+        raise PortraitError(
+            "detector",
+            f"insightface does not start with {file.name} ({type(error).__name__}: {error})",
+            "Repair or remove the packages insightface and onnxruntime, or use the detector mtcnn.",
+            status_code=500,
+        ) from error
+
+    def find(image: np.ndarray) -> list[Face]:
+        boxes, landmarks = model.detect(np.ascontiguousarray(image[..., ::-1]), max_num=0, metric="default")
+        if landmarks is None:
+            return []
+        return [
+            Face(box[:4].astype(np.float32), five.astype(np.float32), float(box[4]))
+            for box, five in zip(boxes, landmarks, strict=True)
+        ]
+
+    return Detector("insightface", hashlib.sha256(file.read_bytes()).hexdigest()[:16], find)
+
+
+def _mtcnn(model_dirs: Sequence[Path]) -> Detector:
+    """MTCNN of facenet-pytorch, whose weights are part of the package. It loads when a face is first sought."""
+    if not _installed("facenet_pytorch"):
+        raise PortraitError(
+            "detector",
+            "no face detector is installed",
+            "Run: pip install --no-deps facenet-pytorch (its own pins would replace torch), then restart.",
+            status_code=500,
+        )
+
+    @functools.cache
+    def network():  # type: ignore[no-untyped-def]
+        from facenet_pytorch import MTCNN
+
+        return MTCNN(keep_all=True, min_face_size=_MTCNN_MIN_FACE, device="cpu")
+
+    def look(image: np.ndarray) -> list[Face]:
+        height, width = image.shape[:2]
+        shrink = min(1.0, _MTCNN_SIDE / max(height, width))
+        if shrink < 1:
+            size = (max(1, round(width * shrink)), max(1, round(height * shrink)))
+            image = cv2.resize(image, size, interpolation=cv2.INTER_AREA)
+        if min(image.shape[:2]) < _MTCNN_MIN_FACE:
+            return []  # the package's image pyramid would be empty, which it does not expect
+        boxes, scores, landmarks = network().detect(image, landmarks=True)
+        if boxes is None:
+            return []
+        scale = np.array([width / image.shape[1], height / image.shape[0]], dtype=np.float32)
+        return [
+            Face(
+                (np.asarray(box, np.float32).reshape(2, 2) * scale).reshape(4),
+                np.asarray(five, np.float32) * scale,
+                float(score),
+            )
+            for box, score, five in zip(boxes, scores, landmarks, strict=True)
+            if score >= _MTCNN_SCORE
+        ]
+
+    def look_closer(image: np.ndarray, face: Face) -> Face:
+        """The same face in a window of twice its size, grey beyond the picture, or as it was where none is seen."""
+        side = 2 * float(np.ptp(face.box.reshape(2, 2), axis=0).max())
+        corner = face.box.reshape(2, 2).mean(axis=0) - side / 2
+        scale = min(1.0, _MTCNN_SIDE / side)
+        matrix = np.array([[scale, 0, -scale * corner[0]], [0, scale, -scale * corner[1]]])
+        size = max(1, round(scale * side))
+        window = cv2.warpAffine(image, matrix, (size, size), borderValue=_GREY)
+        seen = [
+            Face(
+                (one.box.reshape(2, 2) / scale + corner).reshape(4).astype(np.float32),
+                (one.landmarks / scale + corner).astype(np.float32),
+                one.score,
+            )
+            for one in look(window)
+        ]
+        same = [one for one in seen if _overlap(one.box, face.box) > one.area / 2]
+        return max(same, key=lambda one: one.area, default=face)
+
+    def find(image: np.ndarray) -> list[Face]:
+        return [look_closer(image, face) if _leaves(face.box, image) else face for face in look(image)]
+
+    return Detector("mtcnn", importlib.metadata.version("facenet-pytorch"), find)
+
+
+def _overlap(one: np.ndarray, other: np.ndarray) -> float:
+    """The area that two boxes share, in square pixels."""
+    sides = np.minimum(one[2:], other[2:]) - np.maximum(one[:2], other[:2])
+    return float(sides.clip(0).prod())
+
+
+def _leaves(box: np.ndarray, image: np.ndarray) -> bool:
+    """Whether the square around a box leaves the picture.
+
+    The package cuts that square off at the picture's edge and stretches what remains back to a square, on which the
+    last network then places the landmarks: off by a tenth to half of the face in photos that are cut to the face.
+    """
+    corners = box.reshape(2, 2)
+    reach = np.ptp(corners, axis=0).max() / 2
+    centre = corners.mean(axis=0)
+    return bool((centre < reach).any() or (centre + reach > image.shape[1::-1]).any())

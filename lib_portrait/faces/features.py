@@ -1,0 +1,127 @@
+"""What a method's identity embedding reads of a face: intrinsic and structure features (UniPortrait, sec. 3.1).
+
+Follows the official `get_single_faceid_embeds` (uniportrait/uniportrait_pipeline.py).
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from lib_portrait.errors import PortraitError
+from lib_portrait.faces.recognition import Backbone
+from lib_portrait.faces.vision import VisionTower
+
+CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
+CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
+
+
+@dataclass(frozen=True)
+class FaceFeatures:
+    """Features of one face, on the CPU. They are shared with the caches: not to be written to.
+
+    intrinsic: (49, 512), the recognition network's last tap. structure: (256, 448 + 1280), its other taps beside the
+    CLIP patch tokens, on the CLIP tower's grid. Sizes are those of the published networks; others follow their files.
+    """
+
+    intrinsic: Tensor
+    structure: Tensor
+
+
+def pixels_of(crops: Sequence[np.ndarray]) -> Tensor:
+    """Crops (H, W, 3) uint8 of one size as (B, 3, H, W) float32 in [0, 1]."""
+    return torch.from_numpy(np.stack(crops)).permute(0, 3, 1, 2).float() / 255
+
+
+def clip_view(pixels: Tensor) -> Tensor:
+    """What the vision tower sees of pixels (B, 3, H, W) in [0, 1]: normalised with CLIP's mean and deviation."""
+    mean, std = (pixels.new_tensor(values).view(3, 1, 1) for values in (CLIP_MEAN, CLIP_STD))
+    return (pixels - mean) / std
+
+
+def recognition_view(pixels: Tensor, size: int = 112) -> Tensor:
+    """What the recognition network sees of pixels (B, 3, H, W) in [0, 1]: (B, 3, size, size) in [-1, 1]."""
+    return functional.interpolate(pixels * 2 - 1, size=(size, size), mode="bilinear", align_corners=False)
+
+
+class FaceEncoder:
+    """Both networks together. They are loaded by the first face that is in no cache, and not before.
+
+    networks: gives the recognition network and the vision tower. weights_hash: stands for the weights of both in the
+    caches' keys. device, dtype: where and in what the networks run.
+    """
+
+    def __init__(
+        self,
+        networks: Callable[[], tuple[Backbone, VisionTower]],
+        weights_hash: str,
+        device: torch.device | str = "cpu",
+        dtype: torch.dtype = torch.float32,
+    ):
+        self._load = networks
+        self.weights_hash = weights_hash
+        self.device = torch.device(device)
+        self.dtype = dtype
+
+    @functools.cached_property
+    def _networks(self) -> tuple[Backbone, VisionTower]:
+        backbone, vision = self._load()
+        return backbone.to(self.device, self.dtype), vision.to(self.device, self.dtype)
+
+    @property
+    def key(self) -> str:
+        """Tells the features of this encoder from those of others."""
+        return f"{self.weights_hash}-{str(self.dtype).removeprefix('torch.')}"
+
+    # Features outlive the caller's inference mode, in caches and in training, where inference tensors are refused.
+    @torch.inference_mode(False)
+    @torch.no_grad()
+    def encode(self, crops: Sequence[np.ndarray]) -> list[FaceFeatures]:
+        """The features of aligned faces (224, 224, 3) uint8, in the encoder's dtype.
+
+        Raises PortraitError when a network answers with infinities or NaN: damaged weights, or too narrow a dtype.
+        """
+        if not crops:
+            return []
+        backbone, vision = self._networks
+        pixels = pixels_of(crops).to(self.device)
+        clip = vision.penultimate(clip_view(pixels).to(self.dtype))
+        _, taps = backbone(recognition_view(pixels, backbone.image_size).to(self.dtype))
+        size = (vision.grid, vision.grid)
+        resized = [functional.interpolate(tap, size=size, mode="bilinear", align_corners=False) for tap in taps[:-1]]
+        intrinsic = _tokens(taps[-1])
+        structure = torch.cat([_tokens(torch.cat(resized, dim=1)), clip], dim=-1)
+        if not (intrinsic.isfinite().all() and structure.isfinite().all()):
+            raise PortraitError(
+                "weights",
+                f"the face networks give infinite or undefined features in {self.dtype}",
+                "Fetch their files again, or run without half precision (--no-half).",
+                status_code=500,
+            )
+        pairs = zip(intrinsic.cpu(), structure.cpu(), strict=True)
+        return [FaceFeatures(own.clone(), its.clone()) for own, its in pairs]
+
+    @torch.inference_mode(False)
+    @torch.no_grad()
+    def zero(self) -> FaceFeatures:
+        """The features of no face, for the unconditional tokens: intrinsic 0, structure [0; CLIP(pixels of 0)]."""
+        backbone, vision = self._networks
+        size = vision.image_size
+        clip = vision.penultimate(torch.zeros(1, 3, size, size, device=self.device, dtype=self.dtype))[0].cpu()
+        _, *taps, last = backbone.widths
+        grid = backbone.image_size // 2 ** (len(taps) + 1)
+        return FaceFeatures(
+            intrinsic=clip.new_zeros(grid**2, last),
+            structure=torch.cat([clip.new_zeros(len(clip), sum(taps)), clip], dim=-1),
+        )
+
+
+def _tokens(maps: Tensor) -> Tensor:
+    """(B, C, H, W) -> (B, H W, C)."""
+    return maps.flatten(2).transpose(1, 2)

@@ -1,0 +1,94 @@
+"""Faces land on the ArcFace template."""
+
+from __future__ import annotations
+
+import cv2
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from lib_portrait.faces.alignment import align_face, fit_aligned, similarity, template
+
+transforms = st.tuples(st.floats(0.25, 4), st.floats(-np.pi, np.pi), st.floats(-500, 500), st.floats(-500, 500))
+
+
+def matrix(scale: float, angle: float, x: float, y: float) -> np.ndarray:
+    c, s = scale * np.cos(angle), scale * np.sin(angle)
+    return np.array([[c, -s, x], [s, c, y]])
+
+
+def umeyama(source: np.ndarray, target: np.ndarray) -> np.ndarray:
+    """Umeyama 1991, eq. 40-42, by singular values, as scikit-image has it."""
+    mean_s, mean_t = source.mean(0), target.mean(0)
+    s, t = source - mean_s, target - mean_t
+    u, d, v = np.linalg.svd(t.T @ s / len(s))
+    signs = np.array([1, np.sign(np.linalg.det(u) * np.linalg.det(v))])
+    rotation = u @ np.diag(signs) @ v
+    scale = (d * signs).sum() / s.var(axis=0).sum()
+    return np.c_[scale * rotation, mean_t - scale * rotation @ mean_s]
+
+
+@given(transforms)
+def test_a_known_similarity_is_recovered(parameters):
+    expected = matrix(*parameters)
+    points = template().astype(np.float64)
+    moved = points @ expected[:, :2].T + expected[:, 2]
+    np.testing.assert_allclose(similarity(points, moved), expected, atol=1e-8)
+
+
+@given(st.lists(st.tuples(st.floats(-1000, 1000), st.floats(-1000, 1000)), min_size=5, max_size=5, unique=True))
+def test_any_landmarks_give_umeyamas_estimate(points):
+    source = np.array(points)
+    if np.ptp(source, axis=0).min() < 1e-3:
+        return
+    target = template().astype(np.float64)
+    estimate, expected = similarity(source, target), umeyama(source, target)
+    np.testing.assert_allclose(
+        source @ estimate[:, :2].T + estimate[:, 2], source @ expected[:, :2].T + expected[:, 2], atol=1e-6
+    )
+
+
+@settings(max_examples=30, deadline=None)
+@given(st.floats(0.4, 2.5), st.floats(-np.pi, np.pi), st.floats(-50, 50), st.floats(-50, 50))
+def test_aligning_undoes_a_known_similarity(scale, angle, x, y):
+    """A smooth crop is put into a picture turned, scaled and shifted; aligning that picture gives the crop back."""
+    rows, columns = np.mgrid[:224, :224] / 224
+    crop = np.stack([rows, columns, (rows + columns) / 2], -1)
+    crop = (60 + 120 * crop).astype(np.uint8)
+    placed = matrix(scale, angle, 0, 0)
+    placed[:, 2] = np.array([400 + x, 400 + y]) - placed[:, :2] @ (112, 112)
+    picture = cv2.warpAffine(crop, placed, (800, 800), borderValue=(0, 0, 0))
+    landmarks = (template() @ placed[:, :2].T + placed[:, 2]).astype(np.float32)
+    back = align_face(picture, landmarks)
+    assert back.shape == (224, 224, 3)
+    assert back.dtype == np.uint8
+    assert np.abs(back[30:-30, 30:-30].astype(int) - crop[30:-30, 30:-30]).max() <= 4
+
+
+def test_what_lies_beyond_the_picture_is_black():
+    white = np.full((224, 224, 3), 255, np.uint8)
+    crop = align_face(white, template() + np.float32(100))
+    assert crop[0, 0].tolist() == [255] * 3
+    assert crop[-1, -1].tolist() == [0] * 3
+
+
+def test_coinciding_landmarks_are_refused():
+    with pytest.raises(ValueError, match="coincide"):
+        align_face(np.zeros((50, 50, 3), np.uint8), np.full((5, 2), 7, np.float32))
+
+
+def test_an_aligned_crop_is_used_as_it_is():
+    crop = np.random.default_rng(0).integers(0, 255, (224, 224, 3), dtype=np.uint8)
+    np.testing.assert_array_equal(fit_aligned(crop), crop)
+
+
+@pytest.mark.parametrize("shape", [(112, 112), (512, 512), (300, 320), (320, 300)])
+def test_other_square_crops_are_resized(shape):
+    assert fit_aligned(np.zeros((*shape, 3), np.uint8)).shape == (224, 224, 3)
+
+
+@pytest.mark.parametrize("shape", [(300, 400), (400, 300)])
+def test_an_oblong_picture_is_no_aligned_crop(shape):
+    with pytest.raises(ValueError, match=f"{shape[1]}x{shape[0]}"):
+        fit_aligned(np.zeros((*shape, 3), np.uint8))
