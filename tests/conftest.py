@@ -1,8 +1,9 @@
-"""What holds for every test: nothing is fetched, two threads at most, and a word about tests that did not run."""
+"""What holds for every test: nothing is fetched, two threads at most, one line for all skipped WebUI tests."""
 
 from __future__ import annotations
 
 import os
+from pathlib import Path
 
 import pytest
 
@@ -12,9 +13,7 @@ os.environ.setdefault("OMP_NUM_THREADS", "2")
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
-    skipped = [report for report in terminalreporter.getreports("skipped") if "webui" in report.keywords]
-    if skipped:
-        terminalreporter.write_line(
-            f"{len(skipped)} WebUI tests were skipped: install AUTOMATIC1111's WebUI v1.10.1 with its venv at "
-            "~/stable-diffusion-webui, or set WEBUI_DIR to where it is."
-        )
+    """WebUI tests skipped for one reason are folded into one line of the summary, which else has one for each place."""
+    for report in terminalreporter.getreports("skipped"):
+        if "webui" in report.keywords and isinstance(report.longrepr, tuple):
+            report.longrepr = (str(Path(__file__).parent / "webui"), None, report.longrepr[2])

@@ -1,0 +1,23 @@
+"""Measure: one JSON object a line on standard output.
+
+portrait.py bench step     cost of a UNet step with 1, 2, 4 and 8 people beside a bare one
+"""
+
+from __future__ import annotations
+
+import argparse
+
+import benchmarks
+
+REQUIREMENTS = "dev"
+
+
+def configure(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "bench", choices=benchmarks.BENCHES, metavar="NAME", help=f"one of: {', '.join(benchmarks.BENCHES)}"
+    )
+    parser.add_argument("arguments", nargs=argparse.REMAINDER, help="arguments of this bench; --help after its name")
+
+
+def run(options: argparse.Namespace) -> int:
+    return benchmarks.run(options.bench, options.arguments)

@@ -1,0 +1,222 @@
+"""Who may import whom: the table of the README's architecture section, read off the syntax trees of all files."""
+
+from __future__ import annotations
+
+import ast
+import subprocess
+import sys
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[2]
+HOST = {"modules", "gradio", "ldm", "sgm", "k_diffusion", "networks"}
+
+
+@dataclass(frozen=True)
+class Room:
+    """What the files of one place may import beside the standard library and their own place.
+
+    packages: from outside. own: other places of this project, by the start of their dotted name.
+    """
+
+    packages: str = ""
+    own: str = ""
+
+
+SERIALISED = "torch safetensors"
+PICTURES = "numpy cv2 PIL"
+ROOMS = {
+    "portrait": Room(own="lib_portrait.commands"),
+    "install": Room(),
+    "scripts": Room("modules gradio", "lib_portrait.webui"),
+    "benchmarks": Room("torch numpy einops ldm omegaconf", "lib_portrait"),
+    "lib_portrait": Room(),
+    "lib_portrait.errors": Room(),
+    "lib_portrait.request": Room(own="lib_portrait.errors"),
+    "lib_portrait.attention": Room("torch einops", "lib_portrait.errors"),
+    "lib_portrait.checkpoints": Room(SERIALISED, "lib_portrait.errors"),
+    "lib_portrait.faces": Room(
+        f"{SERIALISED} {PICTURES} transformers facenet_pytorch insightface onnxruntime",
+        "lib_portrait.errors lib_portrait.request lib_portrait.checkpoints",
+    ),
+    "lib_portrait.methods": Room(
+        "torch einops", "lib_portrait.errors lib_portrait.request lib_portrait.attention lib_portrait.faces"
+    ),
+    "lib_portrait.conditioning": Room(
+        "torch numpy einops",
+        "lib_portrait.errors lib_portrait.request lib_portrait.attention lib_portrait.faces lib_portrait.checkpoints "
+        "lib_portrait.methods",
+    ),
+    "lib_portrait.routing_picture": Room("torch numpy PIL"),
+    "lib_portrait.commands": Room(own="lib_portrait.errors lib_portrait.checkpoints benchmarks"),
+    "lib_portrait.webui": Room(
+        "modules gradio ldm sgm k_diffusion networks fastapi starlette pydantic torch numpy PIL",
+        "lib_portrait.errors lib_portrait.request lib_portrait.attention lib_portrait.faces lib_portrait.checkpoints "
+        "lib_portrait.methods lib_portrait.conditioning lib_portrait.routing_picture",
+    ),
+}
+HEAVY = {"cv2", "transformers", "insightface", "onnxruntime", "facenet_pytorch", "open_clip", "diffusers"}
+
+
+def sources() -> list[Path]:
+    files = [ROOT / "portrait.py", ROOT / "install.py"]
+    for folder in ("scripts", "benchmarks", "lib_portrait", "trainer"):
+        files += sorted((ROOT / folder).rglob("*.py"))
+    return files
+
+
+def dotted(path: Path) -> str:
+    """The module's name, as if the project's folder was on the path."""
+    parts = path.relative_to(ROOT).with_suffix("").parts
+    return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
+
+
+def room_of(module: str) -> str:
+    """The place of the table that a module belongs to: the longest of its prefixes there."""
+    names = module.split(".")
+    prefixes = (".".join(names[:length]) for length in range(len(names), 0, -1))
+    name = next((prefix for prefix in prefixes if prefix in ROOMS), None)
+    if name is None or (name == "lib_portrait" and module != name):
+        raise AssertionError(f"{module} has no place in the table of {Path(__file__).name}")
+    return name
+
+
+def imports(tree: ast.AST, module: str, package: bool) -> Iterator[str]:
+    """Dotted names of everything imported anywhere below `tree`, also by importlib with a literal name.
+
+    `from a import b` counts as a.b: b may be a module.
+    """
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            base = module.split(".")[: None if package else -1]
+            base = base[: len(base) - node.level + 1] if node.level else []
+            start = ".".join([*base, *filter(None, [node.module])])
+            yield from (f"{start}.{alias.name}" for alias in node.names)
+        elif isinstance(node, ast.Call) and node.args and isinstance(node.args[0], ast.Constant):
+            called = node.func.attr if isinstance(node.func, ast.Attribute) else getattr(node.func, "id", "")
+            if called in ("import_module", "__import__", "find_spec"):
+                yield str(node.args[0].value)
+
+
+def offences(source: str, module: str, package: bool = False) -> list[str]:
+    """The imports of a file that its place in the table does not allow."""
+    room = room_of(module)
+    packages = {*ROOMS[room].packages.split(), *sys.stdlib_module_names}
+    own = [room, *ROOMS[room].own.split()]
+    found = []
+    for name in imports(ast.parse(source), module, package):
+        top = name.split(".")[0]
+        if top in ("lib_portrait", "benchmarks", "scripts", "trainer", "tests"):
+            # The package itself is its version number, which everybody may tell.
+            allowed = name == "lib_portrait.__version__" or any(
+                name == place or name.startswith(place + ".") for place in own
+            )
+        else:
+            allowed = top in packages
+        if not allowed:
+            found.append(name)
+    return found
+
+
+@pytest.mark.parametrize("path", sources(), ids=lambda path: str(path.relative_to(ROOT)))
+def test_every_file_imports_only_what_its_place_may(path):
+    assert offences(path.read_text(encoding="utf-8"), dotted(path), path.name == "__init__.py") == []
+
+
+@pytest.mark.parametrize(
+    ("module", "source", "caught"),
+    [
+        ("lib_portrait.faces.detection", "from modules import shared", ["modules.shared"]),
+        ("lib_portrait.faces.detection", "def f():\n    import gradio", ["gradio"]),
+        ("lib_portrait.faces.detection", "import importlib\nimportlib.import_module('ldm.util')", ["ldm.util"]),
+        ("lib_portrait.webui.panel", "import diffusers", ["diffusers"]),
+        ("lib_portrait.request", "import torch", ["torch"]),
+        ("lib_portrait.attention.sites", "from lib_portrait import methods", ["lib_portrait.methods"]),
+        ("lib_portrait.attention.sites", "from ..methods import uniportrait", ["lib_portrait.methods.uniportrait"]),
+        ("lib_portrait.conditioning", "import lib_portrait.webui.panel", ["lib_portrait.webui.panel"]),
+        ("install", "import lib_portrait.errors", ["lib_portrait.errors"]),
+        ("portrait", "from lib_portrait import checkpoints", ["lib_portrait.checkpoints"]),
+        ("scripts.portrait", "from lib_portrait import conditioning", ["lib_portrait.conditioning"]),
+        ("lib_portrait.attention.sites", "from .rows import mark\nimport torch, math", []),
+        ("lib_portrait.webui.panel", "from modules import shared\nfrom lib_portrait import request", []),
+    ],
+)
+def test_the_check_catches_what_it_is_for(module, source, caught):
+    assert offences(source, module) == caught
+
+
+def test_a_new_place_must_be_entered_in_the_table():
+    with pytest.raises(AssertionError, match=r"lib_portrait\.novelty has no place"):
+        room_of("lib_portrait.novelty")
+
+
+def test_only_webui_and_scripts_may_import_the_host():
+    allowed = {name for name, room in ROOMS.items() if HOST & set(room.packages.split())}
+    # The bench measures the genuine ldm UNet of stable-diffusion-sdkit, which is no host.
+    assert allowed == {"scripts", "lib_portrait.webui", "benchmarks"}
+    assert HOST & set(ROOMS["benchmarks"].packages.split()) == {"ldm"}
+
+
+def top_level(tree: ast.Module) -> Iterator[ast.stmt]:
+    """The statements that run when a module is imported; what only a type checker reads is left out."""
+    pending: list[ast.stmt] = list(tree.body)
+    while pending:
+        node = pending.pop()
+        if isinstance(node, (ast.If, ast.Try, ast.With)):
+            if not (isinstance(node, ast.If) and "TYPE_CHECKING" in ast.unparse(node.test)):
+                pending += node.body
+            pending += getattr(node, "orelse", [])
+            for handler in getattr(node, "handlers", []):
+                pending += handler.body
+        elif isinstance(node, ast.ClassDef):
+            pending += node.body
+        elif not isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef)):
+            yield node
+
+
+def imported_at_start(start: list[str]) -> dict[str, str]:
+    """Every module that importing the `start` modules imports: its name, and through which file it came."""
+    paths = {dotted(path): path for path in sources()}
+    found = dict.fromkeys(start, "the start")
+    pending = list(start)
+    while pending:
+        module = pending.pop()
+        path = paths.get(module)
+        if path is None:
+            continue
+        for statement in top_level(ast.parse(path.read_text(encoding="utf-8"))):
+            for name in imports(statement, module, path.name == "__init__.py"):
+                parts = name.split(".")
+                for length in range(1, len(parts) + 1):
+                    prefix = ".".join(parts[:length])
+                    if prefix not in found:
+                        found[prefix] = module
+                        pending.append(prefix)
+    return found
+
+
+def test_the_webui_starts_without_what_is_heavy():
+    """The statements at the top of scripts/portrait.py and of all it imports, followed through the whole project."""
+    found = imported_at_start([dotted(path) for path in (ROOT / "scripts").glob("*.py")])
+    assert any(name.startswith("lib_portrait.webui") for name in found)
+    assert {name: through for name, through in found.items() if name.split(".")[0] in HEAVY} == {}
+
+
+def test_the_commands_parse_on_a_bare_machine():
+    found = imported_at_start(["portrait", "lib_portrait.commands"])
+    bare = {*sys.stdlib_module_names, "portrait", "lib_portrait", "benchmarks"}
+    assert {name for name in found if name.split(".")[0] not in bare} == set()
+
+
+def test_importing_the_doors_of_the_packages_imports_nothing_heavy():
+    code = (
+        "import lib_portrait.request, lib_portrait.errors, lib_portrait.checkpoints, lib_portrait.faces, sys;"
+        f"print(*sorted({HEAVY | {'torch'}!r} & set(sys.modules)))"
+    )
+    result = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
+    assert result.stdout.split() == []
