@@ -348,7 +348,7 @@ def to_json(request: PortraitRequest) -> dict[str, Any]:
 
 def to_infotext(request: PortraitRequest) -> str:
     """The request as one line for a picture's generation parameters; `from_infotext` reads it back."""
-    return json.dumps(to_json(request), separators=(",", ":"), sort_keys=True)
+    return json.dumps(to_json(request), sort_keys=True)
 
 
 def from_infotext(text: str, limits: Limits | None = None) -> PortraitRequest:

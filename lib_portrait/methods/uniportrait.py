@@ -377,7 +377,9 @@ class _FusedLinear:
         """(W' (out, in), bias or None)."""
         width = self.pair.down.shape[1]
         bias = host(x.new_zeros(1, width))[0]
-        weight = (host(torch.eye(width, device=x.device, dtype=x.dtype) * self.PROBE) - bias).float() / self.PROBE
+        # Made in float32: torch 2.1 has no eye() in bfloat16.
+        probe = torch.eye(width, device=x.device).mul_(self.PROBE).to(x.dtype)
+        weight = (host(probe) - bias).float() / self.PROBE
         up, down = (pair.to(x.device, torch.float32) for pair in (self.pair.up, self.pair.down))
         # (in, out) from the probe; F.linear wants (out, in).
         fused = (weight.T + self.scale * (up @ down)).to(bias.dtype).contiguous()
