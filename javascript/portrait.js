@@ -1,0 +1,59 @@
+// The Portrait panel's behaviour in the page. Names begin with "portrait": the WebUI has one global scope for all.
+
+// For "New canvas": the size that the picture will have, as the panel's text "width x height".
+function portraitPictureSize(tab) {
+    const side = (name) => gradioApp().querySelector(`#${tab}_${name} input[type=number]`)?.value ?? "";
+    return `${side("width")} x ${side("height")}`;
+}
+
+// How many photos each identity has, in the tabs, and how many people there are, in the folded panel's title.
+function portraitShowCounts() {
+    for (const tab of ["txt2img", "img2img"]) {
+        const panel = gradioApp().querySelector(`#${tab}_portrait`);
+        const title = panel?.querySelector(".label-wrap > span");
+        if (!title) continue;
+        let people = 0;
+        panel.querySelectorAll(`#${tab}_portrait_people > .tab-nav > button`).forEach((button, index) => {
+            const found = panel.querySelector(`#${tab}_portrait_${index}_photos_found`);
+            const photos = found?.querySelectorAll(".portrait-card").length ?? 0;
+            people += photos > 0;
+            portraitSetData(button, "portraitPhotos", photos ? String(photos) : "");
+            portraitSetData(button, "portraitProblem", found?.querySelector(".portrait-card-error") ? "yes" : "");
+        });
+        const enabled = panel.querySelector(`#${tab}_portrait_enabled input`)?.checked ?? false;
+        const count = people === 1 ? "1 person" : people ? `${people} people` : "";
+        portraitSetData(title, "portraitPeople", enabled ? count || "no photos yet" : count && `${count}, off`);
+        portraitSetData(title, "portraitEnabled", enabled ? "yes" : "");
+    }
+}
+
+function portraitSetData(element, name, value) {
+    if ((element.dataset[name] ?? "") === value) return;
+    if (value) {
+        element.dataset[name] = value;
+    } else {
+        delete element.dataset[name];
+    }
+}
+
+// The buttons in the cards take an entry out of the hidden list of photos beside them; the panel then draws anew.
+function portraitRemovePhoto(button) {
+    const found = button.closest("[id$=_photos_found]");
+    const kept = found && gradioApp().querySelector(`#${found.id.slice(0, -"_found".length)} textarea`);
+    if (!kept) return;
+    let photos;
+    try {
+        photos = JSON.parse(kept.value || "[]");
+    } catch (error) {
+        photos = [];
+    }
+    photos.splice(Number(button.dataset.index), 1);
+    kept.value = photos.length ? JSON.stringify(photos) : "";
+    updateInput(kept);
+}
+
+document.addEventListener("click", (event) => {
+    const button = event.target.closest?.(".portrait-remove");
+    if (button) portraitRemovePhoto(button);
+});
+onAfterUiUpdate(portraitShowCounts);

@@ -1,0 +1,104 @@
+"""Axes of the host's "X/Y/Z plot" script, and how their values get into a request."""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from lib_portrait.errors import PortraitError
+from lib_portrait.request import Identity, PortraitRequest
+
+# Where the axes leave their values on the host's processing object, for the session to merge into the request.
+ATTRIBUTE = "portrait_overrides"
+PREFIX = "[Portrait]"
+
+_KEY = re.compile(r"(?:identities\[(\d+|\*)\]\.)?(\w+)")
+
+
+def apply_overrides(request: Mapping[str, Any], overrides: Mapping[str, Any]) -> dict[str, Any]:
+    """A request's JSON form with values put in its place; the request given is not changed.
+
+    overrides: value by key: ``name``, ``identities[0].name`` or ``identities[*].name`` (all of them). Values are
+    checked by `parse_request` afterwards. Raises PortraitError for an identity that the request does not have.
+    """
+    changed = dict(request)
+    for key, value in overrides.items():
+        match = _KEY.fullmatch(key)
+        if match is None:
+            raise PortraitError(str(key)[:200], "this is no key of a request", "Use a name, or identities[0].name.")
+        which, name = match.groups()
+        if which is None:
+            changed[name] = value
+            continue
+        # Faults in the shape of the request are left for parse_request, which names them.
+        identities = changed.get("identities", [])
+        if not isinstance(identities, (list, tuple)) or not all(isinstance(item, Mapping) for item in identities):
+            continue
+        if which != "*" and int(which) >= len(identities):
+            raise PortraitError(
+                key,
+                f"the request has {len(identities)} {'identity' if len(identities) == 1 else 'identities'}",
+                "Add a person in the panel, or use another axis.",
+            )
+        changed["identities"] = [
+            {**item, name: value} if which in ("*", str(index)) else item for index, item in enumerate(identities)
+        ]
+    return changed
+
+
+def register() -> None:
+    """Adds the axes to the host's X/Y/Z plot script, once; for the host's `on_before_ui`.
+
+    Called again after the settings changed, it adds what is missing.
+    """
+    from modules import scripts
+
+    from lib_portrait.webui import settings
+
+    for data in scripts.scripts_data:
+        if Path(data.path).name == "xyz_grid.py" and hasattr(data.module, "axis_options"):
+            present = {option.label for option in data.module.axis_options}
+            wanted = _options(data.module, settings.limits().identities)
+            data.module.axis_options.extend(option for option in wanted if option.label not in present)
+
+
+def _options(xyz: Any, identities: int) -> list[Any]:
+    """The axes for a number of identities; `xyz` is the host's xyz_grid module."""
+    scale = _range(PortraitRequest, "scale")
+    lora = _range(PortraitRequest, "lora_scale")
+    structure = _range(Identity, "structure")
+    own = _range(Identity, "scale")
+
+    def numbers(name: str, key: str, limits: tuple[float, float]) -> Any:
+        label = f"{PREFIX} {name}"
+        return xyz.AxisOption(label, float, _setter(key), confirm=xyz.confirm_range(*limits, label))
+
+    def checkpoints() -> list[str]:
+        from lib_portrait.webui import services
+
+        return list(services.store().names())
+
+    return [
+        numbers("ID scale", "scale", scale),
+        numbers("Structure scale", "identities[*].structure", structure),
+        numbers("LoRA scale", "lora_scale", lora),
+        # The cost makes the host vary it in the outermost loop: weights are read from disk when it changes.
+        xyz.AxisOption(f"{PREFIX} Checkpoint", str, _setter("checkpoint"), cost=0.5, choices=checkpoints),
+        *(numbers(f"Scale of identity {i + 1}", f"identities[{i}].scale", own) for i in range(identities)),
+    ]
+
+
+def _setter(key: str) -> Callable[[Any, Any, Sequence[Any]], None]:
+    def apply(p: Any, value: Any, values: Sequence[Any]) -> None:
+        # Each cell of the plot has a shallow copy of one processing object: the mapping must not be shared.
+        setattr(p, ATTRIBUTE, {**getattr(p, ATTRIBUTE, {}), key: value})
+
+    return apply
+
+
+def _range(form: type, name: str) -> tuple[float, float]:
+    spec = next(item for item in dataclasses.fields(form) if item.name == name)
+    return spec.metadata["low"], spec.metadata["high"]

@@ -1,0 +1,92 @@
+"""From the "Portrait" key of pasted generation parameters back to the panel.
+
+The host calls one function per control with all parameters of the infotext, both for "send to" and paste buttons and
+for the API's `infotext`. Infotext comes from anywhere: nothing here raises, and nothing of it is used unchecked.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from collections.abc import Callable, Mapping
+from html import escape
+from typing import Any
+
+from lib_portrait.errors import PortraitError
+from lib_portrait.request import Limits, from_infotext
+from lib_portrait.webui.values import GLOBAL_FIELDS, IDENTITY_FIELDS, values_from_request
+
+INFOTEXT_KEY = "Portrait"
+# An infotext of sixteen people with thirty-two photos each has some 50,000 characters.
+LONGEST = 400_000
+
+# What `gr.update()` makes.
+UNCHANGED = {"__type__": "generic_update"}
+
+Reader = Callable[[Mapping[str, Any]], Any]
+
+
+@functools.lru_cache(maxsize=4)
+def panel_values(text: str, identities: int) -> tuple[tuple[Any, ...] | None, str]:
+    """The panel's values for an infotext's "Portrait" value, or None where it is unusable; and a message, or "".
+
+    The message says why nothing, or not everything, could be restored.
+    """
+    if len(text) > LONGEST:
+        return None, "Portrait was not restored: its part of the generation parameters is too long."
+    try:
+        # Not the limits of this installation: what was made elsewhere with more people is shown as far as it fits.
+        request = from_infotext(text, dataclasses.replace(Limits(), identities=1000, photos=1000))
+    except PortraitError as error:
+        return None, f"Portrait was not restored. {error.detail}"
+    values, lost = values_from_request(request, identities)
+    return tuple(values), " ".join(lost)
+
+
+def _read(params: Mapping[str, Any], identities: int) -> tuple[tuple[Any, ...] | None, str] | None:
+    text = params.get(INFOTEXT_KEY)
+    return panel_values(text, identities) if isinstance(text, str) and text else None
+
+
+def field_update(params: Mapping[str, Any], position: int, identities: int) -> dict[str, Any] | None:
+    """The update of the control at a position of the panel's values; None leaves it as it is.
+
+    A picture made without Portrait, or with a request that cannot be read, switches Portrait off and changes nothing
+    else, so that the other settings of the panel are not lost.
+    """
+    read = _read(params, identities)
+    if read is None or read[0] is None:
+        return _update(False) if position == 0 else None
+    return _update(read[0][position])
+
+
+def message_update(params: Mapping[str, Any], identities: int) -> dict[str, Any]:
+    """The update of the panel's message after pasting."""
+    read = _read(params, identities)
+    return _update(message_html(read[1]) if read is not None and read[1] else "")
+
+
+def message_html(text: str, kind: str = "error") -> str:
+    """A message for the panel; kind is "error", "warning" or "info"."""
+    return f'<div class="portrait-message portrait-{kind}" role="alert">{escape(text)}</div>'
+
+
+def _update(value: Any) -> dict[str, Any]:
+    """What `gr.update(value=value)` makes. The API reads a value only from this generic form."""
+    return {**UNCHANGED, "value": value}
+
+
+@functools.cache
+def reader(position: int, identities: int) -> Reader:
+    """The host's paste function for a control. The same object each time: "send to" buttons find fields by it."""
+    return lambda params: field_update(params, position, identities)
+
+
+def sendable(name: str) -> bool:
+    """Whether a field can be copied from tab to tab: files and sketches are no values that gradio takes back."""
+    return not (name.endswith("uploads") or name == "drawing")
+
+
+def positions(identities: int) -> list[str]:
+    """The name of each position of the panel's values; those of identities repeat."""
+    return [*GLOBAL_FIELDS, *(IDENTITY_FIELDS * identities)]

@@ -1,0 +1,401 @@
+"""The panel's positional values and the request's JSON form, each from the other.
+
+The order of the values is also that of ``alwayson_scripts.Portrait.args`` where it is given as a list: GLOBAL_FIELDS,
+then IDENTITY_FIELDS once for each identity. It needs neither gradio nor the host, so that both are tested without them.
+"""
+
+from __future__ import annotations
+
+import base64
+import hashlib
+import io
+import json
+import os
+import re
+import tempfile
+from collections.abc import Mapping, Sequence
+from decimal import Decimal, InvalidOperation
+from pathlib import Path
+from typing import Any
+
+from lib_portrait.errors import PortraitError
+from lib_portrait.request import (
+    HASH_PREFIX,
+    LARGEST,
+    Identity,
+    Limits,
+    Mix,
+    Photo,
+    PortraitRequest,
+    Region,
+)
+
+GLOBAL_FIELDS = ("enabled", "method", "checkpoint", "scale", "lora_scale", "show_routing")
+# `uploads` are files that gradio took and the panel has not stored yet; `photos` is the JSON list of stored ones.
+IDENTITY_FIELDS = (
+    "uploads",
+    "photos",
+    "face",
+    "aligned",
+    "scale",
+    "structure",
+    "start",
+    "end",
+    "region",
+    "box",
+    "drawing",
+    "mask",
+    "mix1_uploads",
+    "mix1_photos",
+    "mix1_weight",
+    "mix2_uploads",
+    "mix2_photos",
+    "mix2_weight",
+)
+MIXES = ("mix1", "mix2")
+
+METHOD_NAMES = {"uniportrait": "UniPortrait"}
+ROUTED, BOX, MASK = "automatic", "box", "mask"
+REGION_NAMES = {ROUTED: "Automatic routing", BOX: "Box", MASK: "Drawn mask"}
+LARGEST_NAME = "Largest"
+FACE_CHOICES = 12
+INCOMPLETE = " (files missing)"
+
+# Painted masks that are at least this close to grey count as masks; coloured pictures are photos to paint on.
+GREY_TOLERANCE = 24
+
+
+def face_name(index: int | None) -> str:
+    """What the panel calls a face: the largest, or the one at `index` counted from the left from 0."""
+    if index is None:
+        return LARGEST_NAME
+    count = index + 1
+    suffix = "th" if 10 <= count % 100 <= 20 else {1: "st", 2: "nd", 3: "rd"}.get(count % 10, "th")
+    return f"{count}{suffix} from left"
+
+
+def face_choices() -> list[str]:
+    return [face_name(None), *(face_name(index) for index in range(FACE_CHOICES))]
+
+
+# ------------------------------------------------------------------------------------------------- values to request
+
+
+def request_from_values(values: Sequence[Any], limits: Limits | None = None) -> dict[str, Any] | None:
+    """The request's JSON form from the panel's values, or None where Portrait is disabled.
+
+    values[0] may be the request itself, as an object: it is returned as it is, to be checked by `parse_request`.
+    None stands for a control's default. An identity without any photo is not in use and is left out; one that only has
+    people mixed in is kept, so that checking says what it lacks. Raises PortraitError for uploads, boxes and masks that
+    cannot be read; everything else is left to `parse_request`.
+    """
+    limits = limits or Limits()
+    if not values:
+        return None
+    if isinstance(values[0], Mapping):
+        return values[0]  # type: ignore[return-value]
+    if values[0] is None or values[0] is False:
+        return None
+    request: dict[str, Any] = {}
+    for name, value in zip(GLOBAL_FIELDS, values, strict=False):
+        if value is not None:
+            request[name] = value
+    if isinstance(request.get("method"), str):
+        shown = {name.lower(): method for method, name in METHOD_NAMES.items()}
+        request["method"] = shown.get(request["method"].lower(), request["method"])
+    if isinstance(request.get("checkpoint"), str):
+        request["checkpoint"] = request["checkpoint"].removesuffix(INCOMPLETE)
+    identities: list[dict[str, Any]] = []
+    width = len(IDENTITY_FIELDS)
+    for first in range(len(GLOBAL_FIELDS), len(values), width):
+        block = dict.fromkeys(IDENTITY_FIELDS)
+        block.update(zip(IDENTITY_FIELDS, values[first : first + width], strict=False))
+        identity = _identity(block, f"identities[{len(identities)}]", limits)
+        if identity is not None:
+            identities.append(identity)
+    request["identities"] = identities
+    return request
+
+
+def _identity(block: Mapping[str, Any], path: str, limits: Limits) -> dict[str, Any] | None:
+    photos = _photo_list(block["photos"], block["uploads"], f"{path}.photos", limits)
+    controls: dict[str, Any] = {}
+    if (face := _face(block["face"])) != LARGEST:
+        controls["face"] = face
+    if block["aligned"] not in (None, False):
+        controls["aligned"] = block["aligned"]
+    if controls:
+        photos = [{"image": photo, **controls} if isinstance(photo, str) else photo for photo in photos]
+    mixes: list[dict[str, Any]] = []
+    for slot in MIXES:
+        at = f"{path}.mix[{len(mixes)}].photos"
+        found = _photo_list(block[f"{slot}_photos"], block[f"{slot}_uploads"], at, limits)
+        if found:
+            mix: dict[str, Any] = {"photos": found}
+            if block[f"{slot}_weight"] is not None:
+                mix["weight"] = block[f"{slot}_weight"]
+            mixes.append(mix)
+    if not photos and not mixes:
+        return None
+    identity: dict[str, Any] = {"photos": photos}
+    for name in ("scale", "structure", "start", "end"):
+        if block[name] is not None:
+            identity[name] = block[name]
+    region = _region(block, f"{path}.region", limits)
+    if region is not None:
+        identity["region"] = region
+    if mixes:
+        identity["mix"] = mixes
+    return identity
+
+
+def _face(value: Any) -> Any:
+    """The request's `face` from the panel's words; what is neither is passed on for `parse_request` to refuse."""
+    if value is None or value == "" or value == LARGEST_NAME:
+        return LARGEST
+    match = re.fullmatch(r"(\d{1,4})(?:st|nd|rd|th) from left", value) if isinstance(value, str) else None
+    return int(match.group(1)) - 1 if match else value
+
+
+def _photo_list(stored: Any, uploads: Any, path: str, limits: Limits) -> list[Any]:
+    """Photos in the request's JSON form: those stored first, then uploads that are not among them yet."""
+    photos = [photo for photo in stored_photos(stored, path) if photo is not None]
+    known = {photo["image"] if isinstance(photo, Mapping) else photo for photo in photos if _is_photo(photo)}
+    for upload in _listed(uploads):
+        if isinstance(upload, str) or upload is None or not hasattr(upload, "name"):
+            photos += [] if upload in (None, "") else [upload]
+            continue
+        data = uploaded_bytes(upload, f"{path}[{len(photos)}]", limits)
+        if HASH_PREFIX + hashlib.sha256(data).hexdigest() not in known:
+            photos.append(base64.b64encode(data).decode("ascii"))
+    return photos
+
+
+def _is_photo(photo: Any) -> bool:
+    return isinstance(photo, str) or (isinstance(photo, Mapping) and isinstance(photo.get("image"), str))
+
+
+def _listed(value: Any) -> list[Any]:
+    if value is None:
+        return []
+    return list(value) if isinstance(value, (list, tuple)) else [value]
+
+
+def stored_photos(stored: Any, path: str) -> list[Any]:
+    """The photos of a panel's textbox (a JSON list), or of what an API user put in its place: strings, objects, lists.
+
+    Raises PortraitError where a text begins like JSON and is none.
+    """
+    if isinstance(stored, str):
+        text = stored.strip()
+        if not text:
+            return []
+        if text[0] not in "[{":
+            return [text]
+        try:
+            stored = json.loads(text)
+        except (json.JSONDecodeError, RecursionError):
+            raise PortraitError(
+                path, "the list of photos is not JSON", "Remove this person's photos, then add them."
+            ) from None
+    return _listed(stored)
+
+
+def uploaded_bytes(upload: Any, path: str, limits: Limits) -> bytes:
+    """The bytes of a file that gradio took from a browser.
+
+    gradio 3 copies whatever path a client names into its own folder and remembers the name as `orig_name`, so both are
+    held against that folder: no request may have this process read another file. Raises PortraitError.
+    """
+    root = Path(os.environ.get("GRADIO_TEMP_DIR") or Path(tempfile.gettempdir()) / "gradio").resolve()
+    names = [Path(str(upload.name))]
+    original = str(getattr(upload, "orig_name", "") or "")
+    if "/" in original or "\\" in original:
+        names.append(Path(original))
+    if not all(name.resolve().is_relative_to(root) for name in names):
+        raise PortraitError(
+            path, "the file was not uploaded here", "Upload the photo in the panel, or send it as base64."
+        )
+    try:
+        size = names[0].stat().st_size
+        if size <= limits.photo_bytes:
+            return names[0].read_bytes()
+    except OSError:
+        raise PortraitError(path, "the uploaded file is gone", "Upload the photo again.") from None
+    raise PortraitError(
+        path,
+        f"the file has {size / 2**20:.1f} MiB, at most {limits.photo_bytes // 2**20} are allowed",
+        "Use a smaller file of this photo, or raise the limit in Settings > Portrait.",
+    )
+
+
+def _region(block: Mapping[str, Any], path: str, limits: Limits) -> dict[str, Any] | None:
+    kind = block["region"]
+    if kind is None or kind in (ROUTED, REGION_NAMES[ROUTED]):
+        return None
+    if kind in (BOX, REGION_NAMES[BOX]):
+        return {"box": box_from_text(block["box"], f"{path}.box")}
+    if kind in (MASK, REGION_NAMES[MASK]):
+        drawn = _drawn_mask(block["drawing"], f"{path}.mask")
+        stored = stored_photos(block["mask"], f"{path}.mask")
+        if drawn is None and not stored:
+            raise PortraitError(
+                f"{path}.mask", "nothing is painted", "Paint where this person goes, or use another region."
+            )
+        return {"mask": drawn if drawn is not None else stored[0]}
+    raise PortraitError(path, f"{str(kind)[:60]!r} is no kind of region", f"Use one of: {', '.join(REGION_NAMES)}.")
+
+
+def box_from_text(text: Any, path: str) -> list[Any]:
+    """[left, top, right, bottom] as fractions from "left, top, right, bottom" in percent; lists are passed on.
+
+    Raises PortraitError unless there are four finite numbers from 0 to 100 with left < right and top < bottom.
+    """
+    if isinstance(text, (list, tuple)):
+        return list(text)
+    remedy = 'Give left, top, right, bottom in percent of the picture, such as "0, 0, 50, 100".'
+    parts = [part for part in re.split(r"[\s,;%]+", str(text if text is not None else "")) if part]
+    if len(parts) != 4:
+        raise PortraitError(path, f"{len(parts)} numbers are given instead of 4", remedy)
+    try:
+        numbers = [Decimal(part) for part in parts]
+    except InvalidOperation:
+        raise PortraitError(path, f"{', '.join(parts)[:60]!r} are not numbers", remedy) from None
+    if not all(number.is_finite() and 0 <= number <= 100 for number in numbers):
+        raise PortraitError(path, f"{', '.join(parts)[:60]} leaves the picture", remedy)
+    left, top, right, bottom = (float(number / 100) for number in numbers)
+    if left >= right or top >= bottom:
+        raise PortraitError(path, "it is empty", "Keep left below right and top below bottom.")
+    return [left, top, right, bottom]
+
+
+def box_to_text(box: Sequence[float]) -> str:
+    """The text that `box_from_text` reads as exactly these fractions."""
+    return ", ".join(f"{(Decimal(repr(float(edge))) * 100).normalize():f}" for edge in box)
+
+
+def _drawn_mask(value: Any, path: str) -> Any | None:
+    """The mask of a sketch control: what was painted, else the uploaded picture where it is black and white.
+
+    value: None, {"image": picture, "mask": painted} with PIL pictures or base64, or one of these alone.
+    """
+    if value is None:
+        return None
+    if isinstance(value, Mapping) and "mask" in value:
+        image, painted = value.get("image"), value.get("mask")
+    elif isinstance(value, Mapping):
+        return value
+    else:
+        image, painted = value, None
+    if isinstance(painted, str) or (painted is None and isinstance(image, str)):
+        return painted or image or None
+    if painted is not None and _any_white(painted):
+        return _png(painted.convert("L"))
+    if image is None or isinstance(image, str):
+        return image or None
+    grey = image.convert("L")
+    if _colourfulness(image) > GREY_TOLERANCE:
+        raise PortraitError(
+            path, "nothing is painted on the picture", "Paint where this person goes, or upload a black and white mask."
+        )
+    if not _any_white(grey):
+        raise PortraitError(path, "nothing is painted", "Paint where this person goes, or use another region.")
+    return _png(grey)
+
+
+def _any_white(picture: Any) -> bool:
+    return bool(picture.convert("L").getextrema()[1])
+
+
+def _colourfulness(picture: Any) -> int:
+    """The largest difference, in grey levels of 256, between a pixel's channels and its grey."""
+    from PIL import ImageChops
+
+    rgb = picture.convert("RGB")
+    grey = rgb.convert("L")
+    differences = (ImageChops.difference(band, grey).histogram() for band in rgb.split())
+    return max(level for histogram in differences for level, pixels in enumerate(histogram) if pixels)
+
+
+def _png(picture: Any) -> str:
+    out = io.BytesIO()
+    picture.save(out, "PNG")
+    return base64.b64encode(out.getvalue()).decode("ascii")
+
+
+# ------------------------------------------------------------------------------------------------- request to values
+
+
+def values_from_request(request: PortraitRequest, identities: int) -> tuple[list[Any], list[str]]:
+    """The panel's values for a request, and what of it the panel has no place for.
+
+    identities: how many the panel has. `request_from_values` of the result is the request again, except for what the
+    second value says. Photos are named by hash; uploads and drawings are None.
+    """
+    values: list[Any] = [
+        request.enabled,
+        METHOD_NAMES[request.method],
+        request.checkpoint,
+        request.scale,
+        request.lora_scale,
+        request.show_routing,
+    ]
+    lost: list[str] = []
+    if len(request.identities) > identities:
+        lost.append(
+            f"It has {len(request.identities)} people, this panel {identities}; the others are left out. "
+            "Raise the number in Settings > Portrait."
+        )
+    for index in range(identities):
+        identity = request.identities[index] if index < len(request.identities) else None
+        block = identity_values(identity)
+        values += [block[name] for name in IDENTITY_FIELDS]
+        if identity is not None and len(identity.mix) > len(MIXES):
+            text = f"Identity {index + 1} mixes {len(identity.mix)} people, this panel {len(MIXES)}; "
+            lost.append(text + "the others are left out.")
+    return values, lost
+
+
+def identity_values(identity: Identity | None) -> dict[str, Any]:
+    """The values of one identity's controls by name (IDENTITY_FIELDS); the defaults for None."""
+    identity = identity or Identity(photos=())
+    same = {(photo.face, photo.aligned) for photo in identity.photos}
+    face, aligned = next(iter(same)) if len(same) == 1 else (None, False)
+    if face is not None and face >= FACE_CHOICES:
+        face, aligned = None, False
+    region = identity.region or Region()
+    block: dict[str, Any] = {
+        "uploads": None,
+        "photos": _stored_text(identity.photos, face, aligned),
+        "face": face_name(face),
+        "aligned": aligned,
+        "scale": identity.scale,
+        "structure": identity.structure,
+        "start": identity.start,
+        "end": identity.end,
+        "region": BOX if region.box else MASK if region.mask else ROUTED,
+        "box": box_to_text(region.box) if region.box else "",
+        "drawing": None,
+        "mask": _stored_text((region.mask,)) if region.mask else "",
+    }
+    for slot, name in enumerate(MIXES):
+        mix = identity.mix[slot] if slot < len(identity.mix) else Mix(photos=())
+        block[f"{name}_uploads"] = None
+        block[f"{name}_photos"] = _stored_text(mix.photos)
+        block[f"{name}_weight"] = mix.weight
+    return block
+
+
+def _stored_text(photos: Sequence[Photo], face: int | None = None, aligned: bool = False) -> str:
+    """The textbox's JSON list. Photos that differ from the controls carry their own face and aligned with them."""
+    entries: list[Any] = []
+    for photo in photos:
+        if (photo.face, photo.aligned) == (face, aligned):
+            entries.append(HASH_PREFIX + photo.sha256)
+        else:
+            own: dict[str, Any] = {
+                "image": HASH_PREFIX + photo.sha256,
+                "face": LARGEST if photo.face is None else photo.face,
+            }
+            entries.append({**own, "aligned": photo.aligned})
+    return json.dumps(entries, separators=(",", ":")) if entries else ""

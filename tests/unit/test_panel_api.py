@@ -1,0 +1,175 @@
+"""The routes' answers, without a server; `tests/webui` asks a real one."""
+
+from __future__ import annotations
+
+import asyncio
+import base64
+import io
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from lib_portrait.checkpoints import Folders, Store
+from lib_portrait.errors import PortraitError
+from lib_portrait.request import METHODS, Limits, Photo
+from lib_portrait.webui import api
+
+LIMITS = Limits()
+
+
+def picture(size=(48, 40)):
+    out = io.BytesIO()
+    Image.new("RGB", size, (9, 90, 200)).save(out, "PNG")
+    return out.getvalue()
+
+
+def encoded(data):
+    return base64.b64encode(data).decode()
+
+
+class Faces:
+    """Finds two faces in everything."""
+
+    def find(self, photo, field):
+        assert field == "image"
+        self.photo = photo
+        return [
+            SimpleNamespace(
+                face=SimpleNamespace(
+                    box=np.array([x, 1, x + side, 1 + side], np.float32),
+                    landmarks=np.full((5, 2), x, np.float32),
+                    score=0.9,
+                    area=side * side,
+                ),
+                crop=np.full((224, 224, 3), x, np.uint8),
+            )
+            for x, side in ((2, 5), (20, 9))
+        ]
+
+
+class Request:
+    def __init__(self, *chunks):
+        self.chunks = chunks
+
+    async def stream(self):
+        for chunk in self.chunks:
+            yield chunk
+
+
+def test_faces_are_counted_from_the_left():
+    faces = Faces()
+    answer = api.detect_faces({"image": encoded(picture())}, faces, LIMITS)
+    assert answer["sha256"] == Photo.of(picture()).sha256
+    assert [face["index"] for face in answer["faces"]] == [0, 1]
+    assert [face["largest"] for face in answer["faces"]] == [False, True]
+    assert answer["faces"][0]["box"] == [2, 1, 7, 6]
+    assert len(answer["faces"][0]["landmarks"]) == 5
+    assert "crop" not in answer["faces"][0]
+    assert not faces.photo.aligned
+
+
+def test_crops_are_sent_when_asked_for():
+    answer = api.detect_faces({"image": encoded(picture()), "aligned": True, "crops": True}, Faces(), LIMITS)
+    crop = Image.open(io.BytesIO(base64.b64decode(answer["faces"][1]["crop"])))
+    assert crop.size == (224, 224) and crop.getpixel((0, 0)) == (20, 20, 20)
+
+
+@pytest.mark.parametrize(
+    ("body", "field"),
+    [
+        ([], "body"),
+        (None, "body"),
+        ({}, "image"),
+        ({"image": 3}, "image"),
+        ({"image": "not base64!"}, "image"),
+        ({"image": ""}, "image"),
+        ({"image": "/etc/passwd"}, "image"),
+        ({"image": "sha256:xyz"}, "image"),
+        ({"image": "QUJD", "aligned": 1}, "aligned"),
+        ({"image": "QUJD", "crops": "yes"}, "crops"),
+        ({"image": "QUJD", "x": 1}, "x"),
+    ],
+)
+def test_bad_bodies_name_the_field(body, field):
+    with pytest.raises(PortraitError) as caught:
+        api.detect_faces(body, Faces(), LIMITS)
+    assert caught.value.field == field
+    assert caught.value.status_code == 422
+
+
+def test_a_photo_is_kept_only_when_it_is_one():
+    kept = []
+
+    def remember(data):
+        kept.append(data)
+        return Photo.of(data).sha256
+
+    assert api.keep_photo({"image": encoded(picture())}, remember, LIMITS) == {
+        "image": f"sha256:{Photo.of(picture()).sha256}"
+    }
+    for image in (encoded(b"no picture"), "sha256:" + 64 * "a", encoded(picture((4000, 4000)))):
+        with pytest.raises(PortraitError):
+            api.keep_photo({"image": image}, remember, Limits(photo_pixels=1_000_000))
+    assert kept == [picture()]
+
+
+def test_a_body_too_large_is_read_to_its_end_and_refused():
+    request = Request()
+    request.chunks = iter([b"x" * 1000] * 20)
+    with pytest.raises(PortraitError) as caught:
+        asyncio.run(api.read_json(request, 5000))
+    assert caught.value.status_code == 413
+    assert not list(request.chunks)
+
+
+def test_an_endless_body_is_cut_off():
+    class Endless:
+        async def stream(self):
+            while True:
+                yield b"x" * 1000
+
+    with pytest.raises(PortraitError, match="larger than"):
+        asyncio.run(api.read_json(Endless(), 5000))
+
+
+@pytest.mark.parametrize("body", [b"", b"{", b"\xff\xfe\xff", b"[" * 200_000])
+def test_a_body_that_is_no_json_is_refused(body):
+    with pytest.raises(PortraitError, match="not JSON"):
+        asyncio.run(api.read_json(Request(body), 10**6))
+
+
+def test_a_body_in_pieces():
+    assert asyncio.run(api.read_json(Request(b'{"image"', b": 3}"), 100)) == {"image": 3}
+
+
+def test_credentials_are_the_hosts():
+    accepted = api.credentials("ann:secret,bob:pass:word")
+    assert api.matches(accepted, "ann", "secret")
+    assert api.matches(accepted, "bob", "pass:word")
+    for user, password in (("ann", ""), ("ann", "secret "), ("bob", "secret"), ("eve", "secret"), ("ann", "sécret")):
+        assert not api.matches(accepted, user, password)
+    assert api.credentials(None) == api.credentials("") == {}
+
+
+def test_errors_have_the_hosts_form_and_the_field():
+    error = PortraitError("identities[0].photos[1]", "no face was found", "Use another photo.")
+    assert api.error_json(error) == {
+        "error": "PortraitError",
+        "field": "identities[0].photos[1]",
+        "detail": "identities[0].photos[1]: no face was found. Use another photo.",
+    }
+
+
+def test_methods():
+    assert [method["name"] for method in api.list_methods()["methods"]] == list(METHODS)
+
+
+def test_models_say_what_is_missing_and_where_it_goes(tmp_path):
+    answer = api.list_models(Store(Folders(own=[tmp_path])))
+    kit = next(kit for kit in answer["checkpoints"] if kit["name"] == "sd15")
+    assert not kit["usable"]
+    assert {gap["role"] for gap in kit["missing"]} == {"faceid", "router", "backbone", "vision"}
+    assert all(gap["folder"] == str(tmp_path) and gap["source"].startswith("https://") for gap in kit["missing"])
+    assert set(answer["roles"]) == {"faceid", "router", "backbone", "vision", "detector"}

@@ -1,0 +1,405 @@
+"""The panel's positional values: to a request and back, with no gradio and no host."""
+
+from __future__ import annotations
+
+import base64
+import io
+import json
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from PIL import Image
+
+from lib_portrait.errors import PortraitError
+from lib_portrait.request import Identity, Limits, Mix, Photo, PortraitRequest, Region, parse_request
+from lib_portrait.webui import values as layout
+from lib_portrait.webui.values import box_from_text, box_to_text, request_from_values, values_from_request
+
+PNG = b"\x89PNG not decoded here"
+HASH = "sha256:" + 64 * "a"
+
+
+def panel(identities: int = 1, **given):
+    """The panel's values with its defaults (None), and some controls set: `enabled` or `face`, `photos_2` for tab 2."""
+    values = [None] * (len(layout.GLOBAL_FIELDS) + identities * len(layout.IDENTITY_FIELDS))
+    values[0] = True
+    for name, value in given.items():
+        field, _, number = name.rpartition("_") if name[-1].isdigit() else (name, "", "1")
+        if name in layout.GLOBAL_FIELDS:
+            values[layout.GLOBAL_FIELDS.index(field)] = value
+        else:
+            block = len(layout.GLOBAL_FIELDS) + (int(number) - 1) * len(layout.IDENTITY_FIELDS)
+            values[block + layout.IDENTITY_FIELDS.index(field)] = value
+    return values
+
+
+@dataclass
+class Upload:
+    """What gradio 3 gives for an uploaded file."""
+
+    name: str
+    orig_name: str = "photo.png"
+
+
+@pytest.fixture
+def gradio_folder(tmp_path, monkeypatch):
+    folder = tmp_path / "gradio"
+    folder.mkdir()
+    monkeypatch.setenv("GRADIO_TEMP_DIR", str(folder))
+    return folder
+
+
+def upload(folder: Path, data: bytes = PNG, name: str = "photo.png") -> Upload:
+    path = folder / name
+    path.write_bytes(data)
+    return Upload(str(path), name)
+
+
+def png(colour, size=(8, 8), mode="RGB"):
+    return Image.new(mode, size, colour)
+
+
+# ------------------------------------------------------------------------------------------------- values to request
+
+
+def test_an_object_in_the_first_place_is_the_request():
+    request = {"identities": [{"photos": [HASH]}]}
+    assert request_from_values([request, *panel()[1:]]) is request
+
+
+@pytest.mark.parametrize("values", [[], [False], [None], panel(enabled=False), panel(enabled=None)])
+def test_disabled_is_none(values):
+    assert request_from_values(values) is None
+
+
+def test_what_is_no_switch_is_left_for_checking_to_refuse():
+    with pytest.raises(PortraitError) as caught:
+        parse_request(request_from_values(panel(enabled="yes", photos=HASH)))
+    assert caught.value.field == "enabled"
+
+
+def test_enabled_without_any_photo_is_refused_by_checking():
+    request = request_from_values(panel(4))
+    assert request == {"enabled": True, "identities": []}
+    with pytest.raises(PortraitError, match="the list is empty"):
+        parse_request(request)
+
+
+def test_untouched_controls_give_the_defaults():
+    assert parse_request(request_from_values(panel(photos=HASH))) == PortraitRequest(
+        identities=(Identity(photos=(Photo(64 * "a"),)),)
+    )
+
+
+def test_all_controls_arrive():
+    request = request_from_values(
+        panel(
+            2,
+            method="UniPortrait",
+            checkpoint="mine (files missing)",
+            scale=0.5,
+            lora_scale=0.25,
+            show_routing=True,
+            photos_2=json.dumps([HASH, {"image": HASH, "face": 3}]),
+            face_2="2nd from left",
+            aligned_2=True,
+            scale_2=1.5,
+            structure_2=0.3,
+            start_2=0.1,
+            end_2=0.9,
+            region_2="box",
+            box_2="0, 10, 50, 100",
+            mix2_photos_2=json.dumps([HASH]),
+            mix2_weight_2=0.25,
+        )
+    )
+    assert request == {
+        "enabled": True,
+        "method": "uniportrait",
+        "checkpoint": "mine",
+        "scale": 0.5,
+        "lora_scale": 0.25,
+        "show_routing": True,
+        "identities": [
+            {
+                "photos": [{"image": HASH, "face": 1, "aligned": True}, {"image": HASH, "face": 3}],
+                "scale": 1.5,
+                "structure": 0.3,
+                "start": 0.1,
+                "end": 0.9,
+                "region": {"box": [0.0, 0.1, 0.5, 1.0]},
+                "mix": [{"photos": [HASH], "weight": 0.25}],
+            }
+        ],
+    }
+
+
+def test_people_mixed_into_nobody_are_not_dropped_in_silence():
+    with pytest.raises(PortraitError) as caught:
+        parse_request(request_from_values(panel(mix1_photos=HASH)))
+    assert caught.value.field == "identities[0].photos"
+
+
+@pytest.mark.parametrize(
+    "photos",
+    [
+        "QUJD",
+        ["QUJD"],
+        {"image": "QUJD"},
+        '["QUJD"]',
+        "data:image/png;base64,QUJD",
+    ],
+)
+def test_photos_of_api_users_in_every_form(photos):
+    for control in ("photos",) if photos == '["QUJD"]' else ("photos", "uploads"):
+        request = parse_request(request_from_values(panel(**{control: photos})))
+        assert request.identities[0].photos[0].data == b"ABC"
+
+
+@pytest.mark.parametrize(
+    "photos", [3, [3], [None, True], {"name": "/etc/passwd", "is_file": True}, "[", "[[", '{"a":', "nö"]
+)
+def test_what_is_no_photo_is_refused(photos):
+    with pytest.raises(PortraitError):
+        request = request_from_values(panel(photos=photos))
+        parse_request(request)
+
+
+@pytest.mark.parametrize("control", ["photos", "uploads", "mask", "mix1_uploads"])
+def test_a_path_given_as_text_is_never_opened(control, tmp_path, monkeypatch):
+    secret = tmp_path / "secret.png"
+    secret.write_bytes(PNG)
+    monkeypatch.setattr(Path, "read_bytes", lambda self: pytest.fail(f"{self} was read"))
+    given = {"photos": HASH, "region": "mask" if control == "mask" else "automatic", control: str(secret)}
+    with pytest.raises(PortraitError, match="not valid base64"):
+        parse_request(request_from_values(panel(**given)))
+
+
+# ------------------------------------------------------------------------------------------------------------ uploads
+
+
+def test_an_upload_is_read(gradio_folder):
+    request = request_from_values(panel(uploads=[upload(gradio_folder)]))
+    assert request["identities"][0]["photos"] == [base64.b64encode(PNG).decode()]
+
+
+def test_an_upload_that_is_stored_already_counts_once(gradio_folder):
+    stored = "sha256:" + Photo.of(PNG).sha256
+    request = request_from_values(panel(uploads=[upload(gradio_folder)], photos=json.dumps([stored])))
+    assert request["identities"][0]["photos"] == [stored]
+
+
+def test_a_large_upload_is_refused_by_name(gradio_folder):
+    with pytest.raises(PortraitError, match="Settings") as caught:
+        request_from_values(panel(uploads=[upload(gradio_folder, b"x" * 2000)]), Limits(photo_bytes=1000))
+    assert caught.value.field == "identities[0].photos[0]"
+
+
+def test_only_files_that_gradio_took_are_opened(gradio_folder, tmp_path):
+    outside = tmp_path / "outside.png"
+    outside.write_bytes(PNG)
+    link = gradio_folder / "link.png"
+    link.symlink_to(outside)
+    inside = upload(gradio_folder)
+    for fake in (
+        Upload(str(outside)),
+        Upload(str(gradio_folder / ".." / "outside.png")),
+        Upload(str(link)),
+        # gradio 3 copies what a client names into its folder, and keeps the name it was given.
+        Upload(inside.name, str(outside)),
+        Upload(inside.name, "../outside.png"),
+    ):
+        with pytest.raises(PortraitError, match="not uploaded here"):
+            request_from_values(panel(uploads=[fake]))
+
+
+def test_an_upload_that_is_gone_says_so(gradio_folder):
+    with pytest.raises(PortraitError, match="gone"):
+        request_from_values(panel(uploads=[Upload(str(gradio_folder / "none.png"))]))
+
+
+def test_gradios_folder_without_its_variable(monkeypatch):
+    monkeypatch.delenv("GRADIO_TEMP_DIR", raising=False)
+    folder = Path(tempfile.gettempdir()) / "gradio"
+    with pytest.raises(PortraitError, match="gone"):
+        request_from_values(panel(uploads=[Upload(str(folder / "no such file"))]))
+
+
+# -------------------------------------------------------------------------------------------------------------- faces
+
+
+@pytest.mark.parametrize(
+    ("index", "name"),
+    [(None, "Largest"), (0, "1st from left"), (1, "2nd from left"), (2, "3rd from left"), (10, "11th from left")],
+)
+def test_names_of_faces(index, name):
+    assert layout.face_name(index) == name
+    request = parse_request(request_from_values(panel(photos=HASH, face=name)))
+    assert request.identities[0].photos[0].face == index
+
+
+@pytest.mark.parametrize("face", ["first", "0th from left", -1, 2.5, "1st from left or so"])
+def test_an_unknown_face_is_refused(face):
+    with pytest.raises(PortraitError) as caught:
+        parse_request(request_from_values(panel(photos=HASH, face=face)))
+    assert caught.value.field == "identities[0].photos[0].face"
+
+
+# ------------------------------------------------------------------------------------------------------------ regions
+
+
+@pytest.mark.parametrize(
+    ("text", "box"),
+    [("0, 0, 50, 100", [0, 0, 0.5, 1]), ("10% 20% 30% 40%", [0.1, 0.2, 0.3, 0.4]), ("0;0;7;7.5", [0, 0, 0.07, 0.075])],
+)
+def test_boxes_in_percent(text, box):
+    assert box_from_text(text, "box") == box
+
+
+@pytest.mark.parametrize(
+    "text",
+    ["", None, "1, 2, 3", "1 2 3 4 5", "a b c d", "0 0 0 50", "0 0 101 5", "-1 0 5 5", "nan 0 1 1", "0 0 inf 1", 5],
+)
+def test_bad_boxes_are_refused_with_an_example(text):
+    with pytest.raises(PortraitError) as caught:
+        request_from_values(panel(photos=HASH, region="Box", box=text))
+    assert caught.value.field == "identities[0].region.box"
+
+
+fractions = st.floats(0, 1, allow_nan=False)
+
+
+@given(st.lists(fractions, min_size=4, max_size=4).filter(lambda b: b[0] < b[2] and b[1] < b[3]))
+def test_a_box_survives_its_text_exactly(box):
+    assert box_from_text(box_to_text(box), "box") == box
+
+
+def test_boxes_read_well():
+    assert box_to_text((0.0, 0.1, 0.3, 1.0)) == "0, 10, 30, 100"
+
+
+def test_the_painted_part_is_the_mask():
+    painted = png((0, 0, 0))
+    painted.putpixel((3, 4), (255, 255, 255))
+    request = request_from_values(
+        panel(photos=HASH, region="mask", drawing={"image": png((9, 90, 200)), "mask": painted})
+    )
+    mask = Image.open(io.BytesIO(base64.b64decode(request["identities"][0]["region"]["mask"])))
+    assert mask.getpixel((3, 4)) == 255 and mask.getextrema() == (0, 255) and mask.mode == "L"
+
+
+def test_an_uploaded_mask_is_used_as_it_is():
+    picture = png((0, 0, 0))
+    picture.putpixel((1, 2), (255, 255, 255))
+    request = request_from_values(panel(photos=HASH, region="mask", drawing={"image": picture, "mask": png((0, 0, 0))}))
+    mask = Image.open(io.BytesIO(base64.b64decode(request["identities"][0]["region"]["mask"])))
+    assert mask.getpixel((1, 2)) == 255
+
+
+@pytest.mark.parametrize(
+    "drawing",
+    [None, {"image": png((0, 0, 0)), "mask": png((0, 0, 0))}, {"image": png((200, 30, 30)), "mask": png((0, 0, 0))}],
+    ids=["nothing", "blank canvas", "photo without paint"],
+)
+def test_a_mask_nobody_painted_is_refused(drawing):
+    with pytest.raises(PortraitError, match="nothing is painted"):
+        request_from_values(panel(photos=HASH, region="Drawn mask", drawing=drawing))
+
+
+def test_paint_counts_before_the_kept_mask():
+    white = png((255, 255, 255))
+    request = request_from_values(
+        panel(photos=HASH, region="mask", mask=f'["{HASH}"]', drawing={"image": white, "mask": white})
+    )
+    assert request["identities"][0]["region"]["mask"] != HASH
+    request = request_from_values(panel(photos=HASH, region="mask", mask=f'["{HASH}"]'))
+    assert request["identities"][0]["region"]["mask"] == HASH
+
+
+def test_masks_of_api_users():
+    request = parse_request(request_from_values(panel(photos=HASH, region="mask", drawing="QUJD")))
+    assert request.identities[0].region.mask.data == b"ABC"
+    request = parse_request(
+        request_from_values(panel(photos=HASH, region="mask", drawing={"image": "QQ==", "mask": "QUJD"}))
+    )
+    assert request.identities[0].region.mask.data == b"ABC"
+
+
+def test_an_unknown_region_is_refused():
+    with pytest.raises(PortraitError, match="automatic, box, mask"):
+        request_from_values(panel(photos=HASH, region="circle"))
+
+
+def test_a_region_not_chosen_is_not_read():
+    request = request_from_values(
+        panel(photos=HASH, region="automatic", box="nonsense", drawing={"image": 3, "mask": 3})
+    )
+    assert "region" not in request["identities"][0]
+
+
+# ------------------------------------------------------------------------------------------------- request to values
+
+hashes = st.binary(min_size=1, max_size=8).map(lambda data: Photo.of(data).sha256)
+photos = st.builds(Photo, hashes, st.none(), st.none() | st.integers(0, 40), st.booleans())
+photo_lists = st.lists(photos, min_size=1, max_size=3).map(tuple)
+boxes = st.lists(fractions, min_size=4, max_size=4).filter(lambda b: b[0] < b[2] and b[1] < b[3]).map(tuple)
+regions = st.none() | st.builds(Region, box=boxes) | st.builds(Region, mask=photos)
+identities = st.builds(
+    Identity,
+    photos=photo_lists,
+    scale=st.floats(0, 2),
+    structure=st.floats(0, 2),
+    start=st.floats(0, 0.4),
+    end=st.floats(0.5, 1),
+    region=regions,
+    mix=st.lists(st.builds(Mix, photo_lists, st.floats(0, 0.5)), max_size=2).map(tuple),
+)
+requests = st.builds(
+    PortraitRequest,
+    identities=st.lists(identities, min_size=1, max_size=4).map(tuple),
+    checkpoint=st.sampled_from(["automatic", "sd15", "a b"]),
+    scale=st.floats(0, 2),
+    lora_scale=st.floats(0, 2),
+    show_routing=st.booleans(),
+)
+
+
+@settings(max_examples=200, deadline=None)
+@given(requests)
+def test_a_request_survives_the_panel(request):
+    values, lost = values_from_request(request, 4)
+    assert lost == []
+    assert len(values) == len(layout.GLOBAL_FIELDS) + 4 * len(layout.IDENTITY_FIELDS)
+    assert parse_request(request_from_values(values)) == request
+
+
+def test_values_have_the_types_that_the_api_turns_them_into():
+    plain, _ = values_from_request(PortraitRequest(), 1)
+    for value, default in zip(
+        values_from_request(PortraitRequest(identities=(Identity((Photo(64 * "a"),)),)), 1)[0], plain
+    ):
+        assert value is None or type(value) is type(default)
+
+
+def test_what_the_panel_has_no_place_for_is_said():
+    mixes = tuple(Mix((Photo(64 * "b"),), 0.1) for _ in range(3))
+    request = PortraitRequest(identities=tuple(Identity((Photo(64 * "a"),), mix=mixes) for _ in range(3)))
+    values, lost = values_from_request(request, 2)
+    assert len(values) == len(layout.GLOBAL_FIELDS) + 2 * len(layout.IDENTITY_FIELDS)
+    assert [("has 3 people" in text, "mixes 3" in text) for text in lost] == [
+        (True, False),
+        (False, True),
+        (False, True),
+    ]
+
+
+def test_changing_the_face_control_changes_pasted_photos():
+    request = PortraitRequest(identities=(Identity((Photo(64 * "a", face=1), Photo(64 * "b", face=1))),))
+    values, _ = values_from_request(request, 1)
+    values[len(layout.GLOBAL_FIELDS) + layout.IDENTITY_FIELDS.index("face")] = "1st from left"
+    changed = parse_request(request_from_values(values))
+    assert [photo.face for photo in changed.identities[0].photos] == [0, 0]
