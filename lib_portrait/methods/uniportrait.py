@@ -534,6 +534,7 @@ class UniPortraitRule:
             # One person, or several whose tokens are equal (the unconditional ones): nothing to route. People of
             # different scale would be told apart by the router only, which cannot: they share the mean scale.
             scale = math.fsum(self.people[i].scale for i in groups[0]) / len(groups[0])
+            self._record(site, call, state, kind, q.new_full((*q.shape[:2], len(state.active)), 1 / len(state.active)))
             key, value = (x[kind].expand(q.shape[0], -1, -1, -1) for x in (state.key, state.value))
             return F.scaled_dot_product_attention(heads, key, value).transpose(1, 2).flatten(2) * scale
         weights = self._weights(site, call, state, kind, hidden, regions)
@@ -573,11 +574,15 @@ class UniPortraitRule:
             if free:
                 inside, weights, shares = inside * covered, weights * (1 - covered), shares * (1 - covered)
             weights, shares = weights + inside, shares + inside
-        if self.routing is not None and kind == POSITIVE and len(active) == len(self.people):
-            self.routing.add(site, call, shares)
+        self._record(site, call, state, kind, shares)
         weights = weights * hidden.new_tensor([self.people[i].scale for i in active])
         groups = [[active.index(i) for i in group] for group in state.groups[kind]]
         return torch.stack([weights[..., group].sum(dim=-1) for group in groups], dim=-1)
+
+    def _record(self, site: Site, call: Call, state: _SiteState, kind: int, shares: Tensor) -> None:
+        """Gives the routing maps the shares (R, n, A) of the active people, while all people are active."""
+        if self.routing is not None and kind == POSITIVE and len(state.active) == len(self.people):
+            self.routing.add(site, call, shares)
 
     def _route(self, state: _SiteState, kind: int, hidden: Tensor, free: list[int]) -> Tensor:
         """The router's logits (eq. 3 before the softmax) for the `free` active people: (R, n, len(free))."""

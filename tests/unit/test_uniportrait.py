@@ -174,6 +174,16 @@ def test_routing_maps_are_given_per_site_and_step_and_averaged(unet, adapter) ->
     assert torch.allclose(mean.sum(dim=1), torch.ones(2, 16, 24), atol=1e-5)
 
 
+def test_one_person_has_a_map_too_and_regions_show_in_it(unet, adapter) -> None:
+    for people, expected in [
+        ([person(1)], torch.ones(1, 16, 16)),
+        ([person(1, region=half(True)), person(2, region=half(False))], torch.stack([half(True), half(False)])),
+    ]:
+        maps = RoutingMaps(keep_all=True)
+        with_people(unet, adapter, people, routing=maps)
+        assert torch.allclose(maps.maps[(1, 0.5)][0], expected)
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_half_precision_follows_the_host(adapter, dtype) -> None:
     try:
