@@ -1,6 +1,7 @@
 """Measure: one JSON object a line on standard output.
 
 portrait.py bench step     cost of a UNet step with 1, 2, 4 and 8 people beside a bare one
+portrait.py bench start    what the extension adds to the start of a WebUI
 """
 
 from __future__ import annotations
