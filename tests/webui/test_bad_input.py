@@ -1,0 +1,215 @@
+"""Requests that cannot be honoured, through the API: an error status and words that help, never a picture."""
+
+from __future__ import annotations
+
+import base64
+import io
+import json
+import pickle
+import struct
+import zlib
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from PIL import Image
+from safetensors.torch import load_file, save_file
+
+from tests.webui.server import Client
+from tests.webui.world import KIT, World
+
+pytestmark = pytest.mark.webui
+
+
+def image(mode: str = "RGB", size: tuple[int, int] = (256, 256), form: str = "PNG", colour: Any = 0) -> bytes:
+    stream = io.BytesIO()
+    Image.new(mode, size, colour).save(stream, form)
+    return stream.getvalue()
+
+
+def chunk(kind: bytes, data: bytes) -> bytes:
+    return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
+
+
+def bomb(side: int = 50_000) -> bytes:
+    """A PNG of a few kilobytes that says it has `side` times `side` pixels."""
+    header = struct.pack(">IIBBBBB", side, side, 8, 2, 0, 0, 0)
+    pixels = zlib.compress(b"\0" * 1_000_000)
+    return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", pixels) + chunk(b"IEND", b"")
+
+
+def text(data: bytes) -> str:
+    return base64.b64encode(data).decode()
+
+
+def ask(*identities: Any, **changes: Any) -> dict[str, Any]:
+    return {"checkpoint": KIT, "identities": list(identities), **changes}
+
+
+TALL = text(image("L", (64, 128), colour=255))
+
+# Each case: what it is, the request made from a good photo, the field that is named, and a word of the message.
+Case = tuple[str, Callable[[str], Any], str, str]
+CASES: list[Case] = [
+    ("no face", lambda ada: ask({"photos": [text(image())]}), "identities[0].photos[0]", "no face"),
+    ("no face in the second photo", lambda ada: ask({"photos": [ada, text(image())]}), "photos[1]", "no face"),
+    ("face index beyond", lambda ada: ask({"photos": [{"image": ada, "face": 3}]}), "photos[0].face", "0 to 0"),
+    ("truncated PNG", lambda ada: ask({"photos": [text(base64.b64decode(ada)[:5000])]}), "photos[0]", "damaged"),
+    ("truncated JPEG", lambda ada: ask({"photos": [text(image(form="JPEG")[:300])]}), "photos[0]", "image"),
+    ("no image at all", lambda ada: ask({"photos": [text(b"hello, world")]}), "photos[0]", "image"),
+    ("a PDF", lambda ada: ask({"photos": [text(b"%PDF-1.4 not a picture")]}), "photos[0]", "image"),
+    ("an SVG", lambda ada: ask({"photos": [text(b"<svg xmlns='http://www.w3.org/2000/svg'/>")]}), "photos[0]", "image"),
+    ("decompression bomb", lambda ada: ask({"photos": [text(bomb())]}), "photos[0]", "pixels"),
+    ("0 bytes", lambda ada: ask({"photos": [""]}), "photos[0]", "0 bytes"),
+    ("wrong base64", lambda ada: ask({"photos": ["!!!"]}), "photos[0]", "base64"),
+    ("cut base64", lambda ada: ask({"photos": [ada[:1001]]}), "photos[0]", "base64"),
+    ("data URL without base64", lambda ada: ask({"photos": ["data:image/png,%89PNG"]}), "photos[0]", "base64"),
+    ("a URL", lambda ada: ask({"photos": ["http://127.0.0.1:9/face.png"]}), "photos[0]", "base64"),
+    ("a path", lambda ada: ask({"photos": ["/etc/passwd"]}), "photos[0]", ""),
+    ("a tiny picture", lambda ada: ask({"photos": [text(image(size=(4, 4)))]}), "photos[0]", ""),
+    ("aligned but oblong", lambda ada: ask({"photos": [{"image": text(image(size=(300, 100))), "aligned": True}]}),
+     "photos[0]", "square"),
+    ("unknown hash", lambda ada: ask({"photos": ["sha256:" + "0" * 64]}), "photos[0]", "not kept"),
+    ("malformed hash", lambda ada: ask({"photos": ["sha256:../../x"]}), "photos[0]", "hash"),
+    ("photo is a number", lambda ada: ask({"photos": [7]}), "photos[0]", "no image"),
+    ("photos is a string", lambda ada: ask({"photos": ada}), "identities[0].photos", "no list"),
+    ("no photos", lambda ada: ask({"photos": []}), "identities[0].photos", "no photo"),
+    ("too many photos", lambda ada: ask({"photos": [ada] * 9}), "identities[0].photos", "at most 8"),
+    ("no identities", lambda ada: ask(), "identities", "empty"),
+    ("too many identities", lambda ada: ask(*[{"photos": [ada]}] * 5), "identities", "at most 4"),
+    ("identity is a string", lambda ada: ask("ada"), "identities[0]", "no object"),
+    ("unknown key", lambda ada: ask({"photos": [ada]}, strenght=1), "strenght", "not known"),
+    ("unknown key inside", lambda ada: ask({"photos": [ada], "weight": 1}), "identities[0].weight", "not known"),
+    ("scale is NaN", lambda ada: ask({"photos": [ada]}, scale=float("nan")), "scale", "out of range"),
+    ("scale is infinite", lambda ada: ask({"photos": [ada]}, scale=float("inf")), "scale", "out of range"),
+    ("scale is too large", lambda ada: ask({"photos": [ada], "scale": 2.5}), "identities[0].scale", "0 to 2"),
+    ("scale is negative", lambda ada: ask({"photos": [ada]}, lora_scale=-1), "lora_scale", "0 to 2"),
+    ("scale is a string", lambda ada: ask({"photos": [ada]}, scale="1"), "scale", "no number"),
+    ("scale is enormous", lambda ada: ask({"photos": [ada]}, scale=10**50), "scale", "out of range"),
+    ("enabled is a number", lambda ada: ask({"photos": [ada]}, enabled=1), "enabled", "true or false"),
+    ("start after end", lambda ada: ask({"photos": [ada], "start": 0.9, "end": 0.1}), "identities[0].start", "below"),
+    ("mix weights over 1", lambda ada: ask({"photos": [ada], "mix": [{"photos": [ada], "weight": 0.7}] * 2}),
+     "identities[0].mix", "1.4"),
+    ("mix without a face", lambda ada: ask({"photos": [ada], "mix": [{"photos": [text(image())]}]}),
+     "identities[0].mix[0].photos[0]", "no face"),
+    ("unknown method", lambda ada: ask({"photos": [ada]}, method="magic"), "method", "uniportrait"),
+    ("unknown checkpoint", lambda ada: {"checkpoint": "nosuch", "identities": [{"photos": [ada]}]}, "checkpoint", ""),
+    ("checkpoint leaves its folder", lambda ada: {"checkpoint": "../../x", "identities": [{"photos": [ada]}]},
+     "checkpoint", "bare file name"),
+    ("checkpoint is absolute", lambda ada: {"checkpoint": "/etc/passwd", "identities": [{"photos": [ada]}]},
+     "checkpoint", "bare file name"),
+    ("box and mask", lambda ada: ask({"photos": [ada], "region": {"box": [0, 0, 1, 1], "mask": ada}}), "region", "one"),
+    ("box outside", lambda ada: ask({"photos": [ada], "region": {"box": [0, 0, 3, 1]}}), "region.box[2]", "0 to 1"),
+    ("empty box", lambda ada: ask({"photos": [ada], "region": {"box": [0.5, 0, 0.5, 1]}}), "region.box", "empty"),
+    ("mask of another shape", lambda ada: ask({"photos": [ada], "region": {"mask": TALL}}),
+     "identities[0].region.mask", "64x128"),
+    ("empty mask", lambda ada: ask({"photos": [ada], "region": {"mask": text(image("L", (64, 64)))}}),
+     "identities[0].region.mask", "empty"),
+    ("mask is no image", lambda ada: ask({"photos": [ada], "region": {"mask": text(b"zzz")}}), "region.mask", "image"),
+    ("a list instead of an object", lambda ada: [ask({"photos": [ada]})], "", ""),
+]  # fmt: skip
+
+
+def refused(answer: Any, field: str, word: str) -> None:
+    assert 400 <= answer.status < 600, "a picture was given as if nothing were wrong"
+    assert "images" not in answer.body
+    assert field in answer.detail.split(": ")[0] or not field
+    assert word in answer.detail
+    assert len(answer.detail) < 3000
+    assert answer.detail.count(". ") >= 1, "the message names a remedy"
+
+
+def test_there_are_enough_cases() -> None:
+    assert len(CASES) + len(FILES) >= 40
+    assert len({name for name, *_ in CASES}) == len(CASES)
+
+
+@pytest.mark.parametrize(("name", "make", "field", "word"), CASES, ids=[case[0] for case in CASES])
+def test_a_bad_request_is_refused(
+    server: Client, people: dict[str, str], name: str, make: Callable[[str], Any], field: str, word: str
+) -> None:
+    value = make(people["ada"])
+    if isinstance(value, dict):
+        refused(server.generate(value), field, word)
+    else:
+        answer = server.generate(alwayson_scripts={"Portrait": {"args": [value]}})
+        refused(answer, field, word)
+
+
+def test_and_a_good_one_is_not(server: Client, people: dict[str, str]) -> None:
+    assert server.generate(ask({"photos": [people["ada"]]})).status == 200
+
+
+# --------------------------------------------------------------------------------------------------- bad weight files
+
+
+class Malicious:
+    def __reduce__(self) -> tuple[Any, ...]:
+        return (print, ("code from a checkpoint ran",))
+
+
+def swapped(tensors: dict[str, torch.Tensor], part: str, shape: tuple[int, ...]) -> dict[str, torch.Tensor]:
+    return {key: torch.zeros(shape) if part in key else value for key, value in tensors.items()}
+
+
+FILES: list[tuple[str, str, Callable[[bytes, dict[str, torch.Tensor]], Any]]] = [
+    ("empty file", "safetensors", lambda data, tensors: b""),
+    ("truncated file", "safetensors", lambda data, tensors: data[: len(data) // 2]),
+    ("absurd header", "safetensors", lambda data, tensors: struct.pack("<Q", 2**62) + data[8:]),
+    ("text", "safetensors", lambda data, tensors: b"version https://git-lfs.github.com/spec/v1\n"),
+    ("malicious pickle", "bin", lambda data, tensors: pickle.dumps({"faceid_proj": Malicious()})),
+    ("pickle that is no file of tensors", "bin", lambda data, tensors: pickle.dumps({"faceid_proj": {"latents": 1}})),
+    ("safetensors named .bin", "bin", lambda data, tensors: data),
+    ("foreign tensors", "safetensors", lambda data, tensors: {"model.weight": torch.zeros(3, 3)}),
+    ("no ID attention", "safetensors", lambda data, tensors: {k: v for k, v in tensors.items() if "faceid.w" not in k}),
+    ("no ID embedding", "safetensors", lambda data, tensors: {k: v for k, v in tensors.items() if "proj" not in k}),
+    ("another model's widths", "safetensors", lambda data, tensors: swapped(tensors, "to_k_faceid", (640, 2048))),
+]
+
+
+@pytest.mark.parametrize(("name", "suffix", "make"), FILES, ids=[case[0] for case in FILES])
+def test_a_bad_weight_file_is_refused(
+    server: Client,
+    world: World,
+    people: dict[str, str],
+    name: str,
+    suffix: str,
+    make: Callable[[bytes, dict[str, torch.Tensor]], Any],
+) -> None:
+    folder = world.models / "Portrait"
+    good = folder / f"uniportrait-faceid_{KIT}.safetensors"
+    bad = folder / f"uniportrait-faceid_bad.{suffix}"
+    content = make(good.read_bytes(), load_file(good))
+    # A pickle cannot name its networks: the published ones must be there for it to be opened at all.
+    published = {
+        "glint360k_curricular_face_r101_backbone.safetensors": f"{KIT}_backbone.safetensors",
+        "CLIP-ViT-H-14-laion2B-s32B-b79K.safetensors": f"{KIT}_vision.safetensors",
+    }
+    try:
+        for link, target in published.items():
+            (folder / link).symlink_to(target)
+        if isinstance(content, bytes):
+            bad.write_bytes(content)
+        else:
+            metadata = {"backbone": f"{KIT}_backbone.safetensors", "vision": f"{KIT}_vision.safetensors"}
+            save_file(content, bad, metadata)
+        answer = server.generate({"checkpoint": "bad", "identities": [{"photos": [people["ada"]]}]})
+        refused(answer, "", "")
+        assert bad.name in answer.detail or "another kind of model" in answer.detail
+        listed = server.call("/portrait/models")
+        assert listed.status == 200, "one bad file does not hide the others"
+        assert KIT in json.dumps(listed.body)
+    finally:
+        for file in (bad, *(folder / link for link in published)):
+            file.unlink(missing_ok=True)
+    log = (server.scratch / "server.log").read_text(errors="replace")
+    assert "code from a checkpoint ran" not in log
+
+
+def test_an_sdxl_model_is_refused(server: Client, people: dict[str, str]) -> None:
+    answer = server.generate(
+        ask({"photos": [people["ada"]]}), override_settings={"sd_model_checkpoint": "sdxl.safetensors"}
+    )
+    refused(answer, "checkpoint", "another kind of model")
+    assert server.generate(ask({"photos": [people["ada"]]})).status == 200
