@@ -33,6 +33,8 @@ ROOMS = {
     "install": Room(),
     "scripts": Room("modules gradio", "lib_portrait.webui"),
     "benchmarks": Room("torch numpy einops ldm omegaconf", "lib_portrait"),
+    "trainer": Room(),
+    "trainer.world": Room("numpy skia cv2 PIL", "lib_portrait.errors trainer.world"),
     "lib_portrait": Room(),
     "lib_portrait.errors": Room(),
     "lib_portrait.request": Room(own="lib_portrait.errors"),
