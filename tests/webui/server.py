@@ -243,7 +243,8 @@ def running(webui: Path, python: Path, models: Path, folder: Path, extensions: S
         PYTHONUNBUFFERED="1",
         PYTHONDONTWRITEBYTECODE="1",
         PYTHONPATH=str(folder / "packages"),
-        OMP_NUM_THREADS="2",
+        # Threads that wait for each other by spinning make a busy machine many times slower; the models are tiny.
+        OMP_NUM_THREADS="1",
     )
     command = [str(python), "launch.py", "--skip-prepare-environment", "--skip-torch-cuda-test"]
     command += ["--do-not-download-clip", "--no-download-sd-model", "--no-half", "--use-cpu", "all", "--no-hashing"]
