@@ -90,11 +90,12 @@ class Recording:
 
 
 class Client:
-    """Talks to one server."""
+    """Talks to one server. at_start: the server's state after its first picture, before anybody else's request."""
 
     def __init__(self, base: str, scratch: Path):
         self.base = base
         self.scratch = scratch
+        self.at_start: dict[str, Any] = {}
 
     def call(self, path: str, data: Any = None, timeout: float = REQUEST_SECONDS) -> Answer:
         """GET, or POST of `data` as JSON. Error statuses are answers, too."""
@@ -175,6 +176,23 @@ def changes(before: Mapping[str, Any], after: Mapping[str, Any]) -> dict[str, An
         else:
             found[name] = (before[name], after[name])
     return found
+
+
+def unlike_new(client: Client) -> dict[str, Any]:
+    """What no request may change for good, as far as it is not what it was when the server started.
+
+    The host's own Lora extension leaves its bookkeeping (network_*) on layers once it has been used.
+    """
+
+    def lasting(state: dict[str, Any]) -> dict[str, Any]:
+        kept = {name: state[name] for name in ("classes", "global_hooks", "weights", "callbacks")}
+        kept["modules"] = {
+            path: {**seen, "attributes": [name for name in seen["attributes"] if not name.startswith("network_")]}
+            for path, seen in state["modules"].items()
+        }
+        return kept
+
+    return changes(lasting(client.at_start), lasting(client.state()))
 
 
 def photo(path: Path) -> str:
@@ -262,6 +280,8 @@ def running(webui: Path, python: Path, models: Path, folder: Path, extensions: S
             defaults = client.call("/sdapi/v1/options").body
             kept = {name: value for name, value in defaults.items() if value is not None and "checkpoint" not in name}
             assert client.call("/sdapi/v1/options", {**kept, **SETTINGS}).status == 200
+            assert client.generate().status == 200, tail(log)
+            client.at_start = client.state()
             yield client
         finally:
             _stop(client, process)
@@ -275,7 +295,6 @@ def _wait_until_up(client: Client, process: subprocess.Popen, log: Path) -> None
             # Waits for the checkpoint, which loads in the background.
             state = client.call("/probe/state")
             if state.status == 200 and state.body["modules"]:
-                (client.scratch / "start.json").write_text(json.dumps(state.body))
                 return
         time.sleep(0.3)
     raise RuntimeError(f"the WebUI did not start ({process.poll()=}); its log ends:\n{tail(log)}")
