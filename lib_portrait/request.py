@@ -106,16 +106,6 @@ class PortraitRequest:
     lora_scale: float = number(1.0, 0.0, 2.0, "strength of the adapter's LoRA on the UNet's attention layers")
     show_routing: bool = False
 
-    def photos(self) -> list[Photo]:
-        """Every photo of the request, masks included, in order."""
-        found: list[Photo] = []
-        for identity in self.identities:
-            found += identity.photos
-            found += [photo for mix in identity.mix for photo in mix.photos]
-            if identity.region is not None and identity.region.mask is not None:
-                found.append(identity.region.mask)
-        return found
-
 
 # ---------------------------------------------------------------------------------------------------------- parsing
 
