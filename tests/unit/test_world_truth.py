@@ -11,7 +11,9 @@ import pytest
 pytest.importorskip("skia", reason="skia-python needs the system's libEGL and libGL", exc_type=ImportError)
 
 from trainer.world import Identity, Mole, Picture, Placement, Scene, Situation, identity, render, sample_scene
-from trainer.world.figure import FACE_SIDE, FACE_TOP, Figure, Light
+from trainer.world.figure import Figure
+from trainer.world.light import Light
+from trainer.world.skin import FACE_SIDE, FACE_TOP, HEAD_LON, HEAD_Y
 
 SIZE = 256
 PEOPLE = [identity(index) for index in range(60)]
@@ -55,8 +57,8 @@ def test_the_mask_is_where_the_face_was_painted(person, yaw, monkeypatch):
 
     def paint(figure):
         # One cell in from the edge: colours run on to the next points of the lattice.
-        face = (np.abs(figure.grid_lon) < FACE_SIDE - 0.1) & (figure.grid_y > FACE_TOP + 0.1)
-        return np.where(face[:, None], 1 - tints(figure) * 0.5, tints(figure))
+        face = (np.abs(HEAD_LON) < FACE_SIDE - 0.1) & (HEAD_Y > FACE_TOP + 0.1)
+        return np.where(face, 1 - tints(figure) * 0.5, tints(figure))
 
     monkeypatch.setattr(Figure, "_skin_tints", paint)
     painted = changed(plain, portrait(person, Situation(yaw=yaw)), by=20)
@@ -122,7 +124,7 @@ def test_a_mole_is_drawn_where_the_surface_carries_it(place, yaw):
     rows, columns = np.nonzero(difference)
     assert rows.size > 3
     figure = Figure(marked, Situation(yaw=yaw), (128.0, 0.45 * 256), 0.3 * 256, FRONT)
-    expected = figure.outline["moles"][0, :2]
+    expected = figure.outline_of("moles")[:2, 0]
     assert np.hypot(columns.mean() + 0.5 - expected[0], rows.mean() + 0.5 - expected[1]) < 2
     assert not (difference & ~near(expected[None], 7)).any()
 

@@ -3,25 +3,27 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterable
+import threading
+from collections import deque
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 
 import numpy as np
 import skia
-from numpy.typing import NDArray
 
 from .head import Array
+from .situations import Colour
 
 OVERSAMPLING = 2  # triangle meshes have no anti-aliasing of their own
 
 
-def argb(colours: Array) -> NDArray[np.uint32]:
-    """Colours (N, 4) red, green, blue, alpha in [0, 1] as 0xAARRGGBB."""
-    bytes_ = np.empty((len(colours), 4), np.uint8)
-    bytes_[:, [2, 1, 0, 3]] = np.minimum(np.maximum(colours, 0), 1) * 255 + 0.5
-    return np.asarray(bytes_.view("<u4")[:, 0], np.uint32)
+def argb(colours: Array) -> list[int]:
+    """Colours (4, N) red, green, blue, alpha in [0, 1] as 0xAARRGGBB."""
+    red, green, blue, alpha = (colours.clip(0.0, 1.0) * 255.0 + 0.5).astype(np.uint32)
+    return (alpha << 24 | red << 16 | green << 8 | blue).tolist()
 
 
-def shade(colour: Iterable[float], factor: float = 1.0, alpha: float = 1.0) -> int:
+def shade(colour: Colour, factor: float = 1.0, alpha: float = 1.0) -> int:
     """One colour, darker (factor < 1) or lighter, as 0xAARRGGBB."""
     red, green, blue = colour
     scale = 255 * factor
@@ -31,37 +33,36 @@ def shade(colour: Iterable[float], factor: float = 1.0, alpha: float = 1.0) -> i
     return a << 24 | r << 16 | g << 8 | b
 
 
-def polygon(points: Array, closed: bool = True) -> skia.Path:
-    return skia.Path.Polygon(list(map(skia.Point, points[:, 0].tolist(), points[:, 1].tolist())), closed)
+class Points(threading.local):
+    """Points for skia, which copies what it is given: to fill old ones costs a third of making new ones."""
+
+    def __init__(self) -> None:
+        self._made: list[skia.Point] = []
+        self._owner: object = None
+
+    def fill(self, x: Sequence[float], y: Sequence[float], *, owner: object = None) -> list[skia.Point]:
+        """Points at x, y, good until the next call; an owner who comes twice in a row brings the same x, y."""
+        if owner is None or owner is not self._owner:
+            self._owner = owner
+            while len(self._made) < len(x):
+                self._made.append(skia.Point(0, 0))
+            deque(map(skia.Point.set, self._made, x, y), maxlen=0)
+        return self._made[: len(x)]
+
+
+_corners = Points()
+
+
+def polygon(x: Sequence[float], y: Sequence[float], *, closed: bool = True) -> skia.Path:
+    return skia.Path.Polygon(_corners.fill(x, y), closed)
+
+
+_PLAIN = skia.Paint()
 
 
 @functools.cache
-def lattice(rows: int, columns: int, wrap: bool) -> NDArray[np.int64]:
-    """The triangles (T, 3) of a rows × columns grid of points; `wrap` joins the last column to the first.
-
-    Triangles 2k and 2k + 1 fill cell k, cells in row-major order.
-    """
-    index = np.arange(rows * columns).reshape(rows, columns)
-    if wrap:
-        index = np.concatenate([index, index[:, :1]], 1)
-    a, b, c, d = index[:-1, :-1], index[:-1, 1:], index[1:, :-1], index[1:, 1:]
-    return np.stack([np.stack([a, b, c], -1), np.stack([b, d, c], -1)], 2).reshape(-1, 3)
-
-
-def normals(points: Array, wrap: bool) -> Array:
-    """Unit normals (rows, columns, 3) of a grid of points whose columns run round and whose rows run down.
-
-    They point out of the head: columns follow growing longitude, rows growing y.
-    """
-    if wrap:
-        round_ = np.concatenate([points[:, 1:], points[:, :1]], 1) - np.concatenate([points[:, -1:], points[:, :-1]], 1)
-    else:
-        round_ = np.concatenate([points[:, 1:], points[:, -1:]], 1) - np.concatenate([points[:, :1], points[:, :-1]], 1)
-    down = np.concatenate([points[1:], points[-1:]]) - np.concatenate([points[:1], points[:-1]])
-    a1, a2, a3 = round_[..., 0], round_[..., 1], round_[..., 2]
-    b1, b2, b3 = down[..., 0], down[..., 1], down[..., 2]
-    normal = np.stack([a2 * b3 - a3 * b2, a3 * b1 - a1 * b3, a1 * b2 - a2 * b1], -1)
-    return normal / np.maximum(np.sqrt((normal * normal).sum(-1, keepdims=True)), 1e-9)
+def _label_paint(label: int) -> skia.Paint:
+    return skia.Paint(Color=0xFF000000 | label << 16)
 
 
 class Easel:
@@ -79,35 +80,34 @@ class Easel:
         self.labels = skia.Canvas(self.marks, skia.ColorType.kRGBA_8888_ColorType)
         # A label pixel takes its value at its centre, as an output pixel averages around it.
         self.labels.scale(1 / OVERSAMPLING, 1 / OVERSAMPLING)
+        self._marked = False
+
+    @contextmanager
+    def units(self, centre: tuple[float, float], scale: float) -> Iterator[None]:
+        """What is drawn inside is measured from `centre` in units of `scale` pixels."""
+        for canvas in (self.canvas, self.labels):
+            canvas.save()
+            canvas.translate(*centre)
+            canvas.scale(scale, scale)
+        yield
+        for canvas in (self.canvas, self.labels):
+            canvas.restore()
+
+    def _mark(self, label: int | None) -> skia.Paint | None:
+        """The paint of a label; None where there is nothing to draw, so too while there is no face to be hidden."""
+        self._marked |= bool(label)
+        return _label_paint(label) if label is not None and self._marked else None
 
     def path(self, path: skia.Path, paint: skia.Paint, label: int | None = None) -> None:
         self.canvas.drawPath(path, paint)
-        if label is not None:
-            self.labels.drawPath(path, skia.Paint(Color=0xFF000000 | label << 16))
+        mark = self._mark(label)
+        if mark is not None:
+            self.labels.drawPath(path, mark)
 
-    def mesh(self, flat: Array, colours: Array, triangles: NDArray[np.int64], label: int | None = None) -> None:
-        """Draw triangles (T, 3) over points (N, 2) with colours (N, 4), in the order given."""
-        if not len(triangles):
-            return
-        used = np.zeros(len(flat), bool)
-        used[triangles.ravel()] = True
-        index = np.cumsum(used) - 1
-        points = flat[used]
-        vertices = skia.Vertices(
-            skia.Vertices.VertexMode.kTriangles_VertexMode,
-            list(map(skia.Point, points[:, 0].tolist(), points[:, 1].tolist())),
-            None,
-            argb(colours[used]).tolist(),
-            index[triangles].ravel().tolist(),
-        )
-        self.canvas.drawVertices(vertices, skia.Paint(), skia.BlendMode.kDst)
-        if label is not None:
-            paint = skia.Paint(Color=0xFF000000 | label << 16)
-            self.labels.drawVertices(vertices, paint, skia.BlendMode.kSrc)
-
-
-def front_facing(flat: Array, triangles: NDArray[np.int64]) -> NDArray[np.bool_]:
-    """Which triangles of an outward-wound lattice are seen from outside."""
-    a, b, c = flat[triangles[:, 0]], flat[triangles[:, 1]], flat[triangles[:, 2]]
-    one, two = b - a, c - a
-    return np.asarray(one[:, 0] * two[:, 1] - one[:, 1] * two[:, 0] > 0)
+    def mesh(self, points: list[skia.Point], inks: list[int], corners: list[int], label: int | None = None) -> None:
+        """Draw triangles, three `corners` each, over points with colours `inks`, in the order given."""
+        vertices = skia.Vertices(skia.Vertices.VertexMode.kTriangles_VertexMode, points, None, inks, corners)
+        self.canvas.drawVertices(vertices, _PLAIN, skia.BlendMode.kDst)
+        mark = self._mark(label)
+        if mark is not None:
+            self.labels.drawVertices(vertices, mark, skia.BlendMode.kSrc)

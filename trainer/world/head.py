@@ -4,11 +4,15 @@ Face coordinates (x, y): as seen from the front, in head units; x to the viewer'
 Head coordinates add z towards the viewer. The surface is an ellipsoid whose half-width is modulated along y and which
 is pushed out and in along its radius (nose, brows, cheeks, eye sockets, lips), so what is fixed to it (moles, hair
 line, wrinkles) moves and disappears with it.
+
+Points are columns, (3, N) or (2, N), of 32-bit floats: numpy works fastest along the last axis, and skia has no more.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
+from math import cos, radians, sin
 
 import numpy as np
 from numpy.typing import NDArray
@@ -16,10 +20,14 @@ from numpy.typing import NDArray
 from .people import Identity
 from .situations import Situation
 
-Array = NDArray[np.float64]
+Real = np.float32
+Array = NDArray[np.floating]
 
-PIVOT = np.array([0.0, 0.55, -0.25])  # where the neck turns
+PIVOT = np.array([[0.0], [0.55], [-0.25]], Real)  # where the neck turns
 PERSPECTIVE = 0.09
+# Where the head's width is modulated: forehead, cheek bones, cheeks, jaw, chin; heights and how far each reaches.
+PROFILE_HEIGHTS = np.array([[-0.45], [0.14], [0.45], [0.76], [0.98]], Real)
+PROFILE_REACH = -0.5 / np.array([[0.25], [0.16], [0.18], [0.17], [0.11]], Real) ** 2
 
 
 def spread(value: float, low: float, high: float) -> float:
@@ -27,19 +35,26 @@ def spread(value: float, low: float, high: float) -> float:
     return low + (high - low) * value
 
 
-def together(arrays: list[Array]) -> Array:
-    """Arrays of one shape as the last axis of one array: np.stack at a fifth of its cost for small ones."""
-    stacked = np.array(arrays)
-    return stacked.transpose(*range(1, stacked.ndim), 0)
-
-
 def bell(distance: Array, width: float) -> Array:
     return np.exp(distance * distance * (-0.5 / width**2))
 
 
 def smoothstep(value: Array) -> Array:
-    clipped = np.minimum(np.maximum(value, 0), 1)
-    return clipped * clipped * (3 - 2 * clipped)
+    clipped = value.clip(0.0, 1.0)
+    return clipped * clipped * (3.0 - 2.0 * clipped)
+
+
+def bumps(across: Array, down: Array, table: Sequence[tuple[float, float, float, float, float]]) -> Array:
+    """The sum (N,) of bells on the face, at places (N,) each.
+
+    A row of the table is a bell: its height; its middle and its width across; its middle and its width down.
+    """
+    height, x, width, y, tall = np.array(table, Real).T
+    # Every exponent is a quadratic of the place: one product of matrices makes them all.
+    a, b = -0.5 / width**2, -0.5 / tall**2
+    quadratics = np.array([a, -2 * a * x, b, -2 * b * y, a * x * x + b * y * y]).T
+    places = np.array([across * across, across, down * down, down, np.ones_like(down)])
+    return np.asarray(height @ np.exp(quadratics @ places))
 
 
 @dataclass(frozen=True)
@@ -47,6 +62,9 @@ class Plan:
     """Where the features of one face are, in face coordinates: factors turned into lengths, expression included."""
 
     width: float
+    hair_x: float  # half the head's width where long hair, the arms of glasses and the ears begin
+    temple_x: float
+    ear_x: float
     eye_x: float
     eye_y: float
     nose_y: float
@@ -59,8 +77,12 @@ class Plan:
 def plan(person: Identity, situation: Situation) -> Plan:
     mouth_half = spread(person.mouth_width, 0.18, 0.31)
     nose_y = spread(person.nose_length, 0.30, 0.47)
+    hair_x, temple_x, ear_x = half_width(person, np.array([-0.1, 0.0, 0.14], Real)).tolist()
     return Plan(
-        width=spread(person.head_width, 0.66, 0.84),
+        width=head_width(person),
+        hair_x=hair_x,
+        temple_x=temple_x,
+        ear_x=ear_x,
         eye_x=spread(person.eye_spacing, 0.25, 0.37),
         eye_y=spread(person.eye_line, -0.05, 0.08),
         nose_y=nose_y,
@@ -71,73 +93,86 @@ def plan(person: Identity, situation: Situation) -> Plan:
     )
 
 
-def half_width(person: Identity, lengths: Plan, y: Array) -> Array:
-    """Half the head's width at height y."""
-    profile = (
-        1
-        + spread(person.forehead, -0.07, 0.08) * bell(y + 0.45, 0.25)
-        + spread(person.cheekbones, -0.03, 0.10) * bell(y - 0.14, 0.16)
-        + spread(person.cheeks, -0.07, 0.12) * bell(y - 0.45, 0.18)
-        + spread(person.jaw, -0.12, 0.26) * bell(y - 0.76, 0.17)
-        + spread(person.chin, -0.30, 0.35) * bell(y - 0.98, 0.11)
+def head_width(person: Identity) -> float:
+    """Half the head's width, but for what cheeks and jaw add to it."""
+    return spread(person.head_width, 0.66, 0.84)
+
+
+def half_width(person: Identity, y: Array) -> Array:
+    """Half the head's width at heights y (N,)."""
+    heights = np.array(
+        [
+            spread(person.forehead, -0.07, 0.08),
+            spread(person.cheekbones, -0.03, 0.10),
+            spread(person.cheeks, -0.07, 0.12),
+            spread(person.jaw, -0.12, 0.26),
+            spread(person.chin, -0.30, 0.35),
+        ],
+        Real,
     )
-    return lengths.width * profile * np.sqrt(np.maximum(1 - y * y, 0))
+    away = y - PROFILE_HEIGHTS
+    profile = heights @ np.exp(away * away * PROFILE_REACH)
+    return head_width(person) * (1 + profile) * np.sqrt(np.maximum(1.0 - y * y, 0.0))
 
 
-def skull(person: Identity, lengths: Plan, lon: Array, y: Array) -> Array:
-    """The bare head under hair and hats: points (N, 3) at longitude `lon` and height y, both (N,)."""
+def skull(person: Identity, lon: Array, y: Array) -> Array:
+    """The bare head under hair and hats: points (3, N) at longitude `lon` and height y, both (N,)."""
     cosine = np.cos(lon)
-    ring = np.sqrt(np.maximum(1 - y * y, 0))
-    front, back = 0.80 * ring**0.55 + 0.05 * bell(y, 0.6), 0.92 * ring * (1 - 0.3 * np.maximum(y, 0))
-    return together([half_width(person, lengths, y) * np.sin(lon), y, np.where(cosine > 0, front, back) * cosine])
+    ring = np.sqrt(np.maximum(1.0 - y * y, 0.0))
+    front, back = 0.80 * ring**0.55 + 0.05 * bell(y, 0.6), 0.92 * ring * (1.0 - 0.3 * np.maximum(y, 0.0))
+    return np.array([half_width(person, y) * np.sin(lon), y, np.where(cosine > 0.0, front, back) * cosine])
 
 
 def surface(person: Identity, situation: Situation, lengths: Plan, lon: Array, y: Array) -> Array:
     """Points of the skin at longitude `lon` (0 is the face's middle, positive to x > 0) and height y.
 
-    lon, y: (N,). Returns (N, 3) in head coordinates, before the head turns.
+    lon, y: (N,). Returns (3, N) in head coordinates, before the head turns.
     """
     sine, cosine = np.sin(lon), np.cos(lon)
-    bare = skull(person, lengths, lon, y)
-    x, z = bare[:, 0], bare[:, 2]
-    side = np.abs(x)
-    out = (
-        -0.075 * bell(side - lengths.eye_x, 0.15) * bell(y - lengths.eye_y, 0.12)
-        + (0.025 + 0.02 * (not person.woman)) * bell(side - 0.26, 0.2) * bell(y - lengths.eye_y + 0.2, 0.07)
-        + (spread(person.cheeks, 0.0, 0.06) + 0.035 * max(situation.smile, 0))
-        * bell(side - 0.40, 0.14)
-        * bell(y - 0.32, 0.13)
-        + 0.05 * bell(x, 0.24) * bell(y - lengths.mouth_y, 0.15)
-        - 0.03 * bell(x, 0.2) * bell(y - lengths.mouth_y - 0.15, 0.05)
-        + spread(person.chin, 0.03, 0.07) * bell(x, 0.17) * bell(y - 0.91, 0.09)
+    points = skull(person, lon, y)
+    side = np.abs(points[0])
+    out = bumps(
+        side,
+        y,
+        [
+            (-0.075, lengths.eye_x, 0.15, lengths.eye_y, 0.12),  # sockets
+            (0.025 + 0.02 * (not person.woman), 0.26, 0.2, lengths.eye_y - 0.2, 0.07),  # ridge of the brows
+            (spread(person.cheeks, 0.0, 0.06) + 0.035 * max(situation.smile, 0), 0.40, 0.14, 0.32, 0.13),
+            (0.05, 0.0, 0.24, lengths.mouth_y, 0.15),  # lips
+            (-0.03, 0.0, 0.2, lengths.mouth_y + 0.15, 0.05),
+            (spread(person.chin, 0.03, 0.07), 0.0, 0.17, 0.91, 0.09),
+            (0.055, lengths.nose_width * 0.75, 0.035, lengths.nose_y + 0.02, 0.045),  # the nose's wings
+        ],
     )
     start = lengths.eye_y - 0.12
     along = (y - start) / (lengths.nose_y - start)
-    inside = np.minimum(np.maximum(along, 0), 1)
+    inside = along.clip(0.0, 1.0)
     base = (y - lengths.nose_y) / 0.11
-    rise = np.where(along < 1, smoothstep(along * 3) * (0.3 + 0.7 * inside**1.4), 1 - smoothstep(base))
+    rise = np.where(along < 1.0, smoothstep(along * 3.0) * (0.3 + 0.7 * inside**1.4), 1.0 - smoothstep(base))
     slim = lengths.nose_width * (0.38 + 0.42 * inside * inside)
-    nose = lengths.nose_height * rise * bell(x / slim, 1.0)
-    wing = 0.055 * bell(side - lengths.nose_width * 0.75, 0.035) * bell(y - lengths.nose_y - 0.02, 0.045)
-    out = np.where(cosine > 0, out + nose + wing, 0.0)
-    jaw = smoothstep((y - lengths.mouth_y + 0.05) / 0.25) * np.minimum(np.maximum(cosine + 0.2, 0), 1)
-    drop = 0.13 * situation.mouth_open * jaw
-    tip = spread(person.nose_tip, 0.03, -0.06) * np.where(cosine > 0, nose, 0) / lengths.nose_height
-    return together([x + out * sine, y + drop + tip, z + out * cosine])
+    front = cosine > 0.0
+    nose = front * rise * bell(side / slim, 1.0)
+    out = front * out + lengths.nose_height * nose
+    jaw = smoothstep((y - lengths.mouth_y + 0.05) / 0.25) * (cosine + 0.2).clip(0.0, 1.0)
+    points[0] += out * sine
+    points[1] += 0.13 * situation.mouth_open * jaw + spread(person.nose_tip, 0.03, -0.06) * nose
+    points[2] += out * cosine
+    return points
 
 
-def longitude(person: Identity, lengths: Plan, x: Array, y: Array) -> Array:
+def longitude(person: Identity, x: Array, y: Array) -> Array:
     """The longitude of face coordinates (x, y); x beyond the head's edge gives the edge."""
-    return np.arcsin(np.clip(x / np.maximum(half_width(person, lengths, y), 1e-6), -0.985, 0.985))
+    share = x / np.maximum(half_width(person, y), 1e-6)
+    return np.arcsin(share.clip(-0.985, 0.985))
 
 
 def rotation(yaw: float, pitch: float, roll: float) -> Array:
     """The 3×3 matrix of a turn by yaw, then pitch, then roll, all in degrees (see `Situation` for the signs)."""
-    yaw, pitch, roll = np.deg2rad([yaw, pitch, roll])
-    turn = np.array([[np.cos(yaw), 0, np.sin(yaw)], [0, 1, 0], [-np.sin(yaw), 0, np.cos(yaw)]])
-    nod = np.array([[1, 0, 0], [0, np.cos(pitch), np.sin(pitch)], [0, -np.sin(pitch), np.cos(pitch)]])
-    tilt = np.array([[np.cos(roll), -np.sin(roll), 0], [np.sin(roll), np.cos(roll), 0], [0, 0, 1]])
-    return tilt @ nod @ turn
+    yaw, pitch, roll = radians(yaw), radians(pitch), radians(roll)
+    turn = np.array([[cos(yaw), 0, sin(yaw)], [0, 1, 0], [-sin(yaw), 0, cos(yaw)]])
+    nod = np.array([[1, 0, 0], [0, cos(pitch), sin(pitch)], [0, -sin(pitch), cos(pitch)]])
+    tilt = np.array([[cos(roll), -sin(roll), 0], [sin(roll), cos(roll), 0], [0, 0, 1]])
+    return np.asarray(tilt @ nod @ turn, Real)
 
 
 @dataclass(frozen=True)
@@ -149,10 +184,10 @@ class View:
     scale: float
 
     def rotate(self, points: Array) -> Array:
-        """Head coordinates (..., 3) after the turn, still in head units."""
-        return (points - PIVOT) @ self.turn.T + PIVOT
+        """Head coordinates (3, N) after the turn, still in head units."""
+        return np.asarray(self.turn @ (points - PIVOT) + PIVOT)
 
     def flatten(self, rotated: Array) -> Array:
-        """Turned points (..., 3) to pixels (..., 2), nearer ones a little larger."""
-        near = self.scale / (1 - PERSPECTIVE * rotated[..., 2:3])
-        return rotated[..., :2] * near + np.asarray(self.centre)
+        """Turned points (3, N) to pixels (2, N), nearer ones a little larger."""
+        near = self.scale / (1 - PERSPECTIVE * rotated[2])
+        return rotated[:2] * near + np.array(self.centre, Real)[:, None]

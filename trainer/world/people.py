@@ -1,6 +1,7 @@
 """Who somebody is: an identity as a point in continuous factors, and the numbered population.
 
-A face factor lies in [0, 1]; what it moves, and by how much, is written where it is drawn (`head`, `hair`, `features`).
+A face factor lies in [0, 1]; what it moves, and by how much, is written where it is drawn (`head`, `skin`, `curves`,
+`hair`, `figure`).
 """
 
 from __future__ import annotations
@@ -99,11 +100,11 @@ def sample_identity(rng: np.random.Generator, number: int = -1) -> Identity:
     """Somebody new. `rng` decides everything; `number` is only the label (-1: outside the numbered population)."""
     woman = bool(rng.random() < 0.5)
     # Spread wider than uniform: ordinary faces are the ones that get mixed up.
-    values = {name: float(value) for name, value in zip(FACTORS, rng.beta(0.8, 0.8, len(FACTORS)))}
+    values = dict(zip(FACTORS, rng.beta(0.8, 0.8, len(FACTORS)).tolist()))
     values["age"] = float(rng.beta(0.9, 1.6))
     values["hair_dark"] = float(rng.random())
     values["hair_red"] = float(rng.random() ** 2)
-    values["hair_grey"] = float(np.clip(values["age"] * 1.7 - 0.75 + 0.25 * rng.standard_normal(), 0, 1))
+    values["hair_grey"] = min(max(values["age"] * 1.7 - 0.75 + 0.25 * rng.standard_normal(), 0.0), 1.0)
     values["freckles"] = float(rng.random() ** 2) if rng.random() < 0.5 else 0.0
     values["skin_tone"] = float(rng.random())
     if woman:
@@ -131,12 +132,12 @@ def sample_identity(rng: np.random.Generator, number: int = -1) -> Identity:
         # Not on an eye or the mouth, where a mole would be drawn over or taken for something else.
         if (abs(abs(x) - 0.3) > 0.2 or abs(y - 0.02) > 0.2) and (abs(x) > 0.32 or abs(y - 0.64) > 0.14):
             moles.append(Mole(float(x), float(y), float(rng.uniform(0.017, 0.04))))
-    places = np.stack([rng.normal(0, 0.27, 60).clip(-0.6, 0.6), rng.normal(0.24, 0.11, 60)], -1)
+    across, down = rng.normal(0, 0.27, 60).clip(-0.6, 0.6), rng.normal(0.24, 0.11, 60)
     return Identity(
         number=number,
         woman=woman,
         moles=tuple(moles),
-        freckle_places=tuple((float(x), float(y)) for x, y in places),
+        freckle_places=tuple(zip(across.tolist(), down.tolist())),
         **values,
     )
 

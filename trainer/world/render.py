@@ -13,7 +13,8 @@ from lib_portrait.errors import PortraitError
 from .backgrounds import draw_background
 from .captions import Caption, caption
 from .easel import OVERSAMPLING, Easel
-from .figure import Figure, Light
+from .figure import Figure
+from .light import Light
 from .scenes import Scene
 
 SIZES = (64, 1024)  # limits of a picture's side
@@ -80,9 +81,9 @@ def render(scene: Scene, size: int) -> Picture:
     people = figures(scene, size)
     for index, figure in enumerate(people):
         figure.draw(easel, index + 1)
-    image = cv2.resize(easel.pixels, (size, size), interpolation=cv2.INTER_AREA)[:, :, :3]
+    image = cv2.cvtColor(cv2.resize(easel.pixels, (size, size), interpolation=cv2.INTER_AREA), cv2.COLOR_RGBA2RGB)
     rng = np.random.default_rng([scene.seed, 0xA9E])
-    image = weather(draw_style(np.ascontiguousarray(image), scene.style, rng), scene, rng)
+    image = weather(draw_style(image, scene.style, rng), scene, rng)
     faces = tuple(
         FaceTruth(
             id=placement.identity.number,
@@ -145,5 +146,5 @@ def weather(image: Image, scene: Scene, rng: np.random.Generator) -> Image:
         sepia = sepia[:, :, None] * np.array([1.05, 0.92, 0.74], np.float32)
         result = result + (sepia * 0.85 + 26 - result) * 0.8 * scene.fade
     if scene.noise > 0:
-        result += rng.standard_normal((size, size, 1), dtype=np.float32) * (9 * scene.noise)
+        result += rng.standard_normal((size, size, 1), dtype=np.float32) * (6 * scene.noise)
     return np.clip(result, 0, 255).astype(np.uint8)

@@ -16,9 +16,11 @@ from .situations import Situation, pick, sample_situation
 MOST_PEOPLE = 4
 COUNT_ODDS = (0.52, 0.26, 0.13, 0.09)
 # Half a head's height over the picture's side, by the number of people.
-SIZES = ((0.19, 0.31), (0.14, 0.19), (0.115, 0.15), (0.10, 0.13))
+SIZES = ((0.25, 0.35), (0.17, 0.225), (0.135, 0.17), (0.115, 0.145))
 STYLES = ("photo", "painting", "watercolour", "pencil drawing", "cartoon")
 STYLE_ODDS = (0.56, 0.11, 0.11, 0.11, 0.11)
+# Old photos are blurred, grainy and faded.
+OLD_ODDS = 0.15
 LIGHT_COLOURS = ((1.0, 1.0, 1.0), (1.06, 1.0, 0.90), (0.93, 0.98, 1.07))
 # Faces of different people keep this distance, in half-heads of both: beside one another, or one above the other.
 APART_ACROSS, APART_DOWN = 1.08, 1.32
@@ -108,12 +110,12 @@ def sample_scene(seed: int, identities: Sequence[Identity] | None = None, count:
         Placement(people[index], sample_situation(rng, people[index].woman), *places[place])
         for place, index in enumerate(order)
     )
-    old = rng.random() < 0.3
+    old = rng.random() < OLD_ODDS
     return Scene(
         people=placements,
         background=pick(rng, list(BACKGROUNDS)),
         style=pick(rng, STYLES, STYLE_ODDS),
-        light=(float(np.clip(rng.normal(0, 40), -80, 80)), float(rng.uniform(5, 60))),
+        light=(min(max(rng.normal(0, 40), -80.0), 80.0), rng.uniform(5, 60)),
         contrast=float(rng.uniform(0.35, 0.85)),
         light_colour=pick(rng, LIGHT_COLOURS),
         blur=float(rng.uniform(0.2, 0.75)) if old else 0.0,
