@@ -88,10 +88,15 @@ class Backbone(nn.Module):
         )
 
     def forward(self, face: Tensor) -> tuple[Tensor, list[Tensor]]:
-        """Embedding (B, 512) and the four taps of faces (B, 3, 112, 112) in [-1, 1].
+        """Embedding (B, 512) and the four taps of faces (B, 3, 112, 112) in [-1, 1]."""
+        taps = self.local(face)
+        return self.output_layer(taps[-1]), taps
 
-        The taps of an IR-101 follow body blocks 2, 15, 45, 48: (B, 64, 56, 56), (B, 128, 28, 28), (B, 256, 14, 14),
-        (B, 512, 7, 7).
+    def local(self, face: Tensor) -> list[Tensor]:
+        """The four taps alone, of pictures of any size.
+
+        Those of an IR-101 follow body blocks 2, 15, 45, 48: at 112 px (B, 64, 56, 56), (B, 128, 28, 28),
+        (B, 256, 14, 14), (B, 512, 7, 7).
         """
         x = self.input_layer(face)
         taps = []
@@ -99,7 +104,7 @@ class Backbone(nn.Module):
             x = block(x)
             if index in self.taps:
                 taps.append(x)
-        return self.output_layer(x), taps
+        return taps
 
 
 def backbone_from_state_dict(tensors: Mapping[str, Tensor], field: str = "backbone") -> Backbone:

@@ -46,13 +46,19 @@ class PerceiverAttention(nn.Module):
         self.to_kv = nn.Linear(width, width * 2, bias=False)
         self.to_out = nn.Linear(width, width, bias=False)
 
-    def forward(self, features: Tensor, queries: Tensor) -> Tensor:
-        """features (B, m, width), queries (B, T, width) -> (B, T, width)."""
+    def forward(self, features: Tensor, queries: Tensor, keep: Tensor | None = None) -> Tensor:
+        """features (B, m, width), queries (B, T, width) -> (B, T, width).
+
+        keep (B, m) bool: which of the features are seen; None for all.
+        """
+        seen = None
+        if keep is not None:
+            seen = torch.cat([keep, keep.new_ones(queries.shape[:2])], dim=1)[:, None, None, :]
         features, queries = self.norm1(features), self.norm2(queries)
         q = self.to_q(queries)
         k, v = self.to_kv(torch.cat([features, queries], dim=1)).chunk(2, dim=-1)
         q, k, v = (x.unflatten(-1, (self.heads, -1)).transpose(1, 2) for x in (q, k, v))
-        return self.to_out(F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2))
+        return self.to_out(F.scaled_dot_product_attention(q, k, v, attn_mask=seen).transpose(1, 2).flatten(2))
 
 
 def _mlp(inside: int, outside: int) -> nn.Sequential:
@@ -118,18 +124,21 @@ class IDEmbedding(nn.Module):
             ) from None
         return module.eval().requires_grad_(False)
 
-    def forward(self, intrinsic: Tensor, structure: Tensor, beta: float = 1.0) -> Tensor:
+    def forward(
+        self, intrinsic: Tensor, structure: Tensor, beta: float | Tensor = 1.0, keep: Tensor | None = None
+    ) -> Tensor:
         """F_id of one identity a row: intrinsic (B, m_r, d_r), structure (B, m_s, d_s) -> (B, T, D).
 
-        beta scales the structure branch of every layer (fig. I(a)). Several photos of one identity come concatenated
-        along the tokens (sec. 3.2, multi-reference).
+        beta scales the structure branch of every layer (fig. I(a)); a tensor (B, 1, 1) gives each row its own. Several
+        photos of one identity come concatenated along the tokens (sec. 3.2, multi-reference). keep (B, m_s) bool leaves
+        structure tokens out: with beta 0 the dropping regularisation of training (sec. 3.4).
         """
         queries = self.latents.expand(intrinsic.shape[0], -1, -1)
         intrinsic, structure = self.proj_id(intrinsic), self.proj_clip(structure)
         for layer in self.layers:
             attend_intrinsic, attend_structure, feed_forward = cast(nn.ModuleList, layer)
             queries = attend_intrinsic(intrinsic, queries) + queries
-            queries = beta * attend_structure(structure, queries) + queries
+            queries = beta * attend_structure(structure, queries, keep) + queries
             queries = feed_forward(queries) + queries
         return self.norm_out(self.proj_out(queries))
 
