@@ -20,6 +20,7 @@ COLOURS = (
     (213, 94, 0),
     (120, 120, 120),
 )
+COLOUR_NAMES = ("orange", "light blue", "green", "pink", "yellow", "dark blue", "red", "grey")
 OPACITY = 0.6
 
 

@@ -1,10 +1,21 @@
-"""Small random face networks, in the layouts of the published files."""
+"""Small random networks, in the layouts of the published files."""
 
 from __future__ import annotations
 
+import json
+import shutil
+from pathlib import Path
+from typing import TYPE_CHECKING
+
 import torch
+from safetensors.torch import save_file
 
 from lib_portrait.faces.recognition import Backbone
+from lib_portrait.methods.uniportrait import IDEmbedding
+from tests.parity.unets import diffusers_unet, flatten, load_bin
+
+if TYPE_CHECKING:
+    from lib_portrait.standalone.model import Model
 
 
 def tiny_backbone(width: int = 16) -> Backbone:
@@ -23,3 +34,58 @@ def tiny_vision(width: int = 64) -> dict[str, torch.Tensor]:
     )
     tensors = CLIPVisionModel(config).state_dict()
     return {key if key.startswith("vision_model.") else f"vision_model.{key}": value for key, value in tensors.items()}
+
+
+def small_kit(folder: Path, name: str, router: bool = True) -> None:
+    """The files of an adapter `name` for the parity UNet: the parity adapter, an ID embedding for small networks, and
+    these networks, `small_backbone` and `small_vision`."""
+    backbone, vision = tiny_backbone(), tiny_vision()
+    *_, last = backbone.widths
+    structure = sum(backbone.widths[1:-1]) + vision["vision_model.embeddings.class_embedding"].shape[0]
+    torch.manual_seed(0)
+    embedding = IDEmbedding(last, structure, 4, 48, 48, depth=2)
+    faceid = flatten(load_bin("uniportrait-faceid_small.bin"))
+    faceid = {key: value for key, value in faceid.items() if not key.startswith("faceid_proj.")}
+    faceid |= {f"faceid_proj.{key}": value for key, value in embedding.state_dict().items()}
+    names = {"backbone": "small_backbone.safetensors", "vision": "small_vision.safetensors"}
+    save_file(faceid, folder / f"uniportrait-faceid_{name}.safetensors", names)
+    if router:
+        save_file(flatten(load_bin("uniportrait-router_small.bin")), folder / f"uniportrait-router_{name}.safetensors")
+    save_file(dict(backbone.state_dict()), folder / names["backbone"])
+    save_file(vision, folder / names["vision"])
+
+
+def small_text_folder(folder: Path) -> None:
+    """Fills `folder` as models/world/text, for a text encoder of the parity UNet's context width."""
+    from lib_portrait.standalone.layout import SD1_TEXT
+    from lib_portrait.standalone.model import TEXT_FOLDER
+
+    folder.mkdir(parents=True)
+    for name in ("vocab.json", "merges.txt", "tokenizer_config.json", "special_tokens_map.json"):
+        shutil.copy(TEXT_FOLDER / name, folder)
+    sizes = {"hidden_size": 48, "intermediate_size": 96, "num_hidden_layers": 2, "num_attention_heads": 3}
+    (folder / "config.json").write_text(json.dumps({**SD1_TEXT, **sizes}))
+
+
+def small_model() -> Model:
+    """The parity UNet with a small VAE and text encoder, as `small_text_folder` describes it where that is in place."""
+    from diffusers import AutoencoderKL
+    from transformers import CLIPTextConfig, CLIPTextModel
+
+    from lib_portrait.standalone import model
+
+    torch.manual_seed(3)
+    vae = AutoencoderKL(
+        block_out_channels=(32, 32, 32, 64),
+        layers_per_block=1,
+        down_block_types=("DownEncoderBlock2D",) * 4,
+        up_block_types=("UpDecoderBlock2D",) * 4,
+        latent_channels=4,
+        scaling_factor=0.5,
+    )
+    sizes = json.loads((model.TEXT_FOLDER / "config.json").read_text())
+    text_encoder = CLIPTextModel(CLIPTextConfig(**sizes))
+    for parameter in (*vae.parameters(), *text_encoder.parameters()):
+        # What a new network starts with (ones, zeros, little noise) would hide weights that are in the wrong place.
+        parameter.data.add_(torch.randn_like(parameter) * 0.05)
+    return model.make_model(diffusers_unet(), vae.eval(), text_encoder.eval())

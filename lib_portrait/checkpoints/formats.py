@@ -108,10 +108,13 @@ class Description:
 # ---------------------------------------------------------------------------------------------------------- reading
 
 
-def read_tensors(path: Path, role: str | None = None, hash_cache: Path | None = None) -> Checkpoint:
+def read_tensors(
+    path: Path, role: str | None = None, hash_cache: Path | None = None, inside: str | None = None
+) -> Checkpoint:
     """The checkpoint in `path`, whose content must be what the file's suffix says.
 
-    role: when given, tensors of another role are refused. hash_cache: see `Checkpoint`.
+    role: when given, tensors of another role are refused. hash_cache: see `Checkpoint`. inside: the dictionary of a
+    pickle that is read, where it has one of that name; step counters and the like beside it are then left out.
     Raises PortraitError naming the file: missing (404), empty, truncated, foreign, not only tensors, of another role.
     """
     path = Path(path)
@@ -120,7 +123,7 @@ def read_tensors(path: Path, role: str | None = None, hash_cache: Path | None = 
     if kind == SAFETENSORS:
         tensors, metadata = _read_safetensors(path)
     else:
-        tensors, metadata = _read_pickle(path, kind)
+        tensors, metadata = _read_pickle(path, kind, inside)
     checkpoint = Checkpoint(path, tensors, metadata, hash_cache)
     if role is not None and checkpoint.role != role:
         what = f"the tensors of a {checkpoint.role} file" if checkpoint.role else "tensors of no known kind"
@@ -255,7 +258,7 @@ def _read_safetensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
         return {key: stream.get_tensor(key) for key in stream.keys()}, metadata  # noqa: SIM118
 
 
-def _read_pickle(path: Path, kind: str) -> tuple[dict[str, Tensor], dict[str, str]]:
+def _read_pickle(path: Path, kind: str, inside: str | None = None) -> tuple[dict[str, Tensor], dict[str, str]]:
     # Not `torch.load`: the WebUI puts its own function there, which refuses files that newer torch releases wrote,
     # and answers None instead of raising.
     from torch.serialization import load
@@ -264,6 +267,8 @@ def _read_pickle(path: Path, kind: str) -> tuple[dict[str, Tensor], dict[str, st
         _check_zip(path)
     with _parsing(path):
         nested = load(str(path), map_location="cpu", weights_only=True, mmap=kind == TORCH_ZIP)
+    if inside is not None and isinstance(nested, dict) and isinstance(nested.get(inside), dict):
+        nested = nested[inside]
     tensors, layout = _flatten(path, nested)
     total = sum(tensor.numel() * tensor.element_size() for tensor in tensors.values())
     if total > INFLATION * path.stat().st_size:

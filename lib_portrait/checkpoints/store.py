@@ -19,6 +19,8 @@ from lib_portrait.errors import PortraitError
 
 AUTOMATIC = "automatic"
 PUBLISHED = "sd15"
+# The adapter that travels with this project. It fits the checkpoint beside it alone: nobody gets it without asking.
+EMBEDDED = "world"
 ADAPTER_SUFFIXES = (SAFETENSORS_SUFFIX, ".bin")
 ADAPTER = re.compile(r"uniportrait-(faceid|router)_(.+)\.(safetensors|bin)", re.DOTALL)
 IMAGE_ENCODER = "image_encoder"
@@ -164,13 +166,14 @@ class Store:
         return sorted({match.group(2) for match in found if match})
 
     def kit(self, name: str = AUTOMATIC, at: str = "checkpoint") -> Kit:
-        """The files for adapter `name`; "automatic" is the published one when it is there, else the first by name.
+        """The files for adapter `name`; "automatic" is the published one when it is there, else the first by name that
+        is not the embedded world's.
 
         Raises PortraitError: 422 for a bad name or a faceid file that cannot be read, 404 when a file other than the
         router is missing, saying for each which it is, where it goes and how to get it.
         """
         if name == AUTOMATIC:
-            names = self.names()
+            names = [name for name in self.names() if name != EMBEDDED]
             name = PUBLISHED if PUBLISHED in names or not names else names[0]
         bare_name(name, at)
         files, missing = self._collect(name)

@@ -114,6 +114,15 @@ def test_automatic_without_the_published_one_is_the_first_by_name(store: Store, 
     assert store.kit().name == "a"
 
 
+def test_automatic_is_never_the_embedded_world_s(store: Store, tmp_path: Path) -> None:
+    put(tmp_path / "models", BACKBONE, VISION, "uniportrait-faceid_world.bin")
+    with pytest.raises(PortraitError, match="uniportrait-faceid_sd15"):
+        store.kit()
+    assert store.kit("world").name == "world"
+    put(tmp_path / "models", "uniportrait-faceid_zoe.bin")
+    assert store.kit().name == "zoe"
+
+
 def test_own_adapter_names_its_backbone_and_vision(store: Store, tmp_path: Path) -> None:
     own = tmp_path / "Portrait"
     put(own, *PUBLISHED, "tiny_backbone.safetensors")

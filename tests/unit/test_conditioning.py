@@ -17,10 +17,8 @@ from lib_portrait.conditioning import BOX_RESOLUTION, Conditioner
 from lib_portrait.errors import PortraitError
 from lib_portrait.faces.recognition import Backbone
 from lib_portrait.faces.service import FaceService
-from lib_portrait.methods.uniportrait import IDEmbedding
 from lib_portrait.request import Identity, Mix, Photo, PortraitRequest, Region
-from tests.parity.unets import flatten, load_bin
-from tests.small_networks import tiny_backbone, tiny_vision
+from tests.small_networks import small_kit, tiny_backbone
 
 SIZE = (64, 48)
 
@@ -46,20 +44,8 @@ def mask(size: tuple[int, int], fill: int = 255) -> Photo:
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A kit of small random files: the parity adapter with an ID embedding that fits small networks."""
     place = tmp_path_factory.mktemp("kit")
-    backbone, vision = tiny_backbone(), tiny_vision()
-    *_, last = backbone.widths
-    structure = sum(backbone.widths[1:-1]) + vision["vision_model.embeddings.class_embedding"].shape[0]
-    torch.manual_seed(0)
-    embedding = IDEmbedding(last, structure, 4, 48, 48, depth=2)
-    faceid = flatten(load_bin("uniportrait-faceid_small.bin"))
-    faceid = {key: value for key, value in faceid.items() if not key.startswith("faceid_proj.")}
-    faceid |= {f"faceid_proj.{key}": value for key, value in embedding.state_dict().items()}
-    names = {"backbone": "small_backbone.safetensors", "vision": "small_vision.safetensors"}
-    save_file(faceid, place / "uniportrait-faceid_small.safetensors", names)
-    save_file(flatten(load_bin("uniportrait-router_small.bin")), place / "uniportrait-router_small.safetensors")
-    save_file(faceid, place / "uniportrait-faceid_alone.safetensors", names)
-    save_file(dict(backbone.state_dict()), place / names["backbone"])
-    save_file(vision, place / names["vision"])
+    small_kit(place, "alone", router=False)
+    small_kit(place, "small")
     return place
 
 

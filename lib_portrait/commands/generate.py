@@ -1,0 +1,288 @@
+"""Draw people into pictures without the WebUI; without arguments, sample people of the embedded world.
+
+portrait.py generate
+portrait.py generate --checkpoint model.safetensors --prompt "a man in a spacesuit" --face bob.jpg,bob-2.jpg
+portrait.py generate --checkpoint model.safetensors --prompt "two women in a café" \\
+    --face eve.jpg --region 0,0,0.5,1 --face ada.jpg --structure 0.3 --show-routing
+
+--face takes a photo, or several of one person with commas between them. photo.jpg#1 is the second face from the left
+of that photo, photo.jpg#aligned an aligned crop. The options of a person stand behind that person's --face.
+"""
+
+from __future__ import annotations
+
+import argparse
+import base64
+import contextlib
+import dataclasses
+import json
+import re
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+from lib_portrait.errors import PortraitError
+from lib_portrait.request import METHODS, Identity, Limits, PortraitRequest, parse_request
+
+REQUIREMENTS = "standalone"
+ROOT = Path(__file__).resolve().parents[2]
+LIMITS = Limits(identities=16, photos=64)
+FILE = "file:"
+# Where an error lies, by the request's own names: a photo of a person, or of one mixed in.
+PHOTO = re.compile(r"identities\[(\d+)\](?:\.mix\[(\d+)\])?\.photos\[(\d+)\]")
+SAMPLERS = ("ddim", "euler", "dpm++2m")
+
+
+def configure(parser: argparse.ArgumentParser) -> None:
+    people = parser.add_argument_group("people")
+    people.add_argument("--face", dest="faces", action=_Face, metavar="PHOTO[,PHOTO]", help="a person; repeatable")
+    people.add_argument("--region", action=_OfFace, metavar="BOX|MASK", help="left,top,right,bottom (0 to 1) or a file")
+    people.add_argument("--mix", action=_OfFace, metavar="PHOTO[,PHOTO]=WEIGHT", help="blends a person in; repeatable")
+    for name, spec in _numbers(Identity).items():
+        # The picture as a whole has a scale, too.
+        option = f"--face-{name}" if name in _numbers(PortraitRequest) else f"--{name}"
+        people.add_argument(option, dest=name, action=_OfFace, type=float, metavar="X", help=_told(spec))
+
+    whole = parser.add_argument_group("all people together")
+    for name, spec in _numbers(PortraitRequest).items():
+        whole.add_argument(f"--{name.replace('_', '-')}", dest=f"all_{name}", type=float, metavar="X", help=_told(spec))
+    whole.add_argument("--method", choices=METHODS, help=f"default: {METHODS[0]}")
+    whole.add_argument("--adapter", metavar="NAME", help="of the adapter's files; default: the one there is")
+    whole.add_argument("--show-routing", action="store_true", default=None, help="also write who was put where")
+    whole.add_argument(
+        "--request", type=Path, metavar="FILE.json", help=f"all of it as the API takes it; {FILE}PATH is a photo"
+    )
+
+    picture = parser.add_argument_group("pictures")
+    picture.add_argument("--prompt", dest="prompts", action="append", metavar="TEXT", help="repeatable")
+    picture.add_argument("--negative-prompt", metavar="TEXT")
+    picture.add_argument(
+        "--checkpoint", type=Path, metavar="FILE", help="SD 1.x, .safetensors or .ckpt; default: the world's"
+    )
+    picture.add_argument("--size", type=_size, metavar="WxH", help="default: what the checkpoint was trained on")
+    picture.add_argument("--steps", type=int, metavar="N", help="default: 20")
+    picture.add_argument("--cfg", dest="guidance", type=float, metavar="X", help="guidance of the prompt; default: 5")
+    picture.add_argument("--sampler", choices=SAMPLERS, help=f"default: {SAMPLERS[0]}")
+    picture.add_argument(
+        "--seed", type=int, metavar="N", help="of the first picture; the next have the next; default: 0"
+    )
+    picture.add_argument("--count", type=int, metavar="N", help="pictures of each prompt; default: 1")
+
+    place = parser.add_argument_group("places")
+    place.add_argument("--output", type=Path, default=ROOT / "outputs", metavar="FOLDER", help="default: outputs/ here")
+    place.add_argument(
+        "--models", type=Path, action="append", default=[], metavar="FOLDER", help="further one with weights"
+    )
+    place.add_argument("--device", choices=("cpu", "cuda", "mps"), help="default: the best there is")
+    parser.set_defaults(complain=parser.error)
+
+
+def run(options: argparse.Namespace) -> int:
+    demonstration = not (options.prompts or options.faces or options.request or options.checkpoint)
+    if not demonstration and not options.prompts:
+        options.complain("a --prompt is needed")
+    if demonstration and options.count is not None:
+        options.complain("--count needs a --prompt")
+    if options.count is not None and not 1 <= options.count <= 1000:
+        options.complain("--count: give a number from 1 to 1000")
+    with _photos_by_name(options.faces or []):
+        request = None if demonstration else request_of(options)
+
+    from lib_portrait.standalone import generation
+
+    width, height = options.size or (None, None)
+    asked = {name: getattr(options, name) for name in ("negative_prompt", "steps", "guidance", "sampler", "seed")}
+    asked |= {"width": width, "height": height}
+    settings = {name: value for name, value in asked.items() if value is not None}
+    folders = [*options.models, ROOT / "models", generation.WORLD]
+    with generation.Results.begin(options.output) as results, _photos_by_name(options.faces or []):
+        studio = generation.Studio(options.checkpoint or generation.world_checkpoint(), folders, options.device)
+        if demonstration:
+            changes = _changes(options)
+            generation.draw_world(
+                studio, results, settings, lambda identities: _request({"identities": identities, **changes})
+            )
+        else:
+            generation.draw_prompts(studio, results, settings, request, options.prompts, options.count or 1)
+    return 0
+
+
+@contextlib.contextmanager
+def _photos_by_name(faces: Sequence[dict[str, Any]]) -> Iterator[None]:
+    """What is wrong with photo 1 of identity 0 is told about the file that it came from."""
+    try:
+        yield
+    except PortraitError as error:
+        match = PHOTO.match(error.field)
+        if match is None or not faces:
+            raise
+        face, mix, photo = faces[int(match[1])], match[2], int(match[3])
+        files = face["photos"] if mix is None else face["mix"][int(mix)].rpartition("=")[0]
+        option = "--face" if mix is None else "--mix"
+        remedy = error.remedy + " FILE#1 is the second face of a photo, FILE#aligned an aligned crop."
+        raise PortraitError(f"{option} {_names(files)[photo]}", error.problem, remedy, error.status_code) from error
+
+
+# ------------------------------------------------------------------------------------------------------------- request
+
+
+def request_of(options: argparse.Namespace) -> PortraitRequest | None:
+    """The checked request of the options, or None where nobody is asked for. Raises PortraitError."""
+    changes = _changes(options)
+    if options.request is not None:
+        if options.faces:
+            raise PortraitError("--face", "the people come from the request file", "Give --request or --face.")
+        request = _request({**_read(options.request), **changes})
+        return request if request.enabled else None
+    if not options.faces:
+        if changes:
+            name = "adapter" if "checkpoint" in changes else next(iter(changes)).replace("_", "-")
+            raise PortraitError(f"--{name}", "there is nobody it could be about", "Add a --face.")
+        return None
+    return _request({"identities": [identity_of(face) for face in options.faces], **changes})
+
+
+def identity_of(face: dict[str, Any]) -> dict[str, Any]:
+    """The JSON form of one person from the texts of the command line; photos are read."""
+    identity = {name: value for name, value in face.items() if name in _numbers(Identity)}
+    identity["photos"] = photos_of(face["photos"])
+    if "region" in face:
+        identity["region"] = _region(face["region"])
+    if "mix" in face:
+        identity["mix"] = [_mix(text) for text in face["mix"]]
+    return identity
+
+
+def _names(text: str) -> list[str]:
+    """The parts of ``PHOTO[,PHOTO...]``; a file's own name may hold a comma."""
+    return [text] if Path(text).is_file() else text.split(",")
+
+
+def photos_of(text: str) -> list[dict[str, Any]]:
+    """The photos of ``PHOTO[,PHOTO...]``, each ``FILE``, ``FILE#NUMBER`` or ``FILE#aligned``."""
+    photos = []
+    for name in _names(text):
+        # A file's own name may hold a #.
+        file, mark, which = (name, "", "") if Path(name).is_file() else name.rpartition("#")
+        if not mark:
+            file = name
+        photo: dict[str, Any] = {"image": _base64(Path(file), "--face")}
+        if which == "aligned":
+            photo["aligned"] = True
+        elif which.isdecimal():
+            photo["face"] = int(which)
+        elif mark:
+            raise PortraitError(
+                "--face", f"{name!r} is no file and #{which} no face of one", "Write #0, #1, … or #aligned."
+            )
+        photos.append(photo)
+    return photos
+
+
+def _changes(options: argparse.Namespace) -> dict[str, Any]:
+    """What the options say about all people together, by the request's names."""
+    named = {name: getattr(options, f"all_{name}") for name in _numbers(PortraitRequest)}
+    named |= {"method": options.method, "checkpoint": options.adapter, "show_routing": options.show_routing}
+    return {name: value for name, value in named.items() if value is not None}
+
+
+def _region(text: str) -> dict[str, Any]:
+    numbers = text.split(",")
+    if len(numbers) == 4 and not Path(text).is_file():
+        try:
+            return {"box": [float(number) for number in numbers]}
+        except ValueError:
+            pass
+    return {"mask": _base64(Path(text), "--region")}
+
+
+def _mix(text: str) -> dict[str, Any]:
+    names, mark, share = text.rpartition("=")
+    try:
+        weight = float(share) if mark else None
+    except ValueError:
+        weight = None
+    if weight is None:
+        raise PortraitError("--mix", f"{text!r} has no weight", "Write PHOTO=0.3 for a share of 30 %.")
+    return {"photos": photos_of(names), "weight": weight}
+
+
+def _read(path: Path) -> dict[str, Any]:
+    """The JSON object of a request file, its ``file:`` photos read; they count from the file's own folder."""
+
+    def filled(value: Any) -> Any:
+        if isinstance(value, dict):
+            return {key: filled(item) for key, item in value.items()}
+        if isinstance(value, list):
+            return [filled(item) for item in value]
+        if isinstance(value, str) and value.startswith(FILE):
+            return _base64(path.parent / value[len(FILE) :], "--request")
+        return value
+
+    try:
+        value = json.loads(path.read_text("utf-8"))
+    except (OSError, ValueError, RecursionError) as error:
+        raise PortraitError("--request", f"{path} cannot be read ({error})", "Give a file of JSON.") from None
+    if not isinstance(value, dict):
+        raise PortraitError("--request", f"{path} holds no JSON object", "Write it as the README's section API does.")
+    return filled(value)
+
+
+def _base64(path: Path, option: str) -> str:
+    try:
+        return base64.b64encode(path.read_bytes()).decode()
+    except OSError as error:
+        reason = error.strerror or type(error).__name__
+        raise PortraitError(option, f"{path} cannot be read ({reason})", "Give the path of a picture.", 404) from None
+
+
+def _request(value: dict[str, Any]) -> PortraitRequest:
+    people = value.get("identities")
+    if isinstance(people, list) and len(people) > LIMITS.identities:
+        most = LIMITS.identities
+        raise PortraitError("--face", f"{len(people)} people, at most {most} fit one picture", "Leave some out.")
+    return parse_request(value, LIMITS)
+
+
+# ------------------------------------------------------------------------------------------------------------- options
+
+
+def _numbers(form: type) -> dict[str, dataclasses.Field[Any]]:
+    """The request's numbers with limits, by name: options are made of them, so that none is forgotten."""
+    return {field.name: field for field in dataclasses.fields(form) if "low" in field.metadata}
+
+
+def _told(spec: dataclasses.Field[Any]) -> str:
+    return f"{spec.metadata['doc']}; {spec.metadata['low']:g} to {spec.metadata['high']:g}, default: {spec.default:g}"
+
+
+def _size(text: str) -> tuple[int, int]:
+    match = re.fullmatch(r"(\d{1,5})[x×](\d{1,5})", text)
+    if match is None:
+        raise argparse.ArgumentTypeError(f"{text!r} is no size; write 512x768")
+    return int(match[1]), int(match[2])
+
+
+class _Face(argparse.Action):
+    """Begins a person."""
+
+    def __call__(
+        self, parser: argparse.ArgumentParser, namespace: argparse.Namespace, values: Any, option: str | None = None
+    ) -> None:
+        namespace.faces = [*(namespace.faces or []), {"photos": values}]
+
+
+class _OfFace(argparse.Action):
+    """Tells something about the person begun last."""
+
+    def __call__(
+        self, parser: argparse.ArgumentParser, namespace: argparse.Namespace, values: Any, option: str | None = None
+    ) -> None:
+        faces: Sequence[dict[str, Any]] = namespace.faces or []
+        if not faces:
+            parser.error(f"{option} is about one person: write it behind that person's --face")
+        if self.dest == "mix":
+            values = [*faces[-1].get("mix", []), values]
+        elif self.dest in faces[-1]:
+            parser.error(f"{option} was given twice for the same --face")
+        faces[-1][self.dest] = values

@@ -1,0 +1,446 @@
+"""What `portrait.py generate` does once its arguments are understood: draw, measure, write, tell where it is."""
+
+from __future__ import annotations
+
+import base64
+import contextlib
+import json
+import re
+import sys
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+
+from lib_portrait.checkpoints.store import EMBEDDED, Folders, Store
+from lib_portrait.conditioning import Conditioner
+from lib_portrait.errors import PortraitError
+from lib_portrait.faces.service import FaceService
+from lib_portrait.methods.uniportrait import RoutingMaps
+from lib_portrait.request import AUTOMATIC, Limits, PortraitRequest, to_json
+from lib_portrait.routing_picture import COLOUR_NAMES, draw_routing
+from lib_portrait.standalone.measuring import Likeness, Measurer
+from lib_portrait.standalone.model import WORLD, load_model
+from lib_portrait.standalone.sampling import Sampling, check, sample
+from lib_portrait.standalone.sheet import Cell, Section, draw_sheet
+
+GET_BACK = "it travels with this project: get it back with `git checkout models/world`"
+CACHE = WORLD.parents[1] / ".cache"
+WORLD_CHECKPOINT = WORLD / "world.safetensors"
+MEASURING = WORLD / "world-measuring.safetensors"
+# Four pictures of SD1.5's size, sixty-four of the world's.
+PIXELS_AT_ONCE = 4 * 512 * 512
+ACROSS = 4
+
+# The sample sheet: who and what, in the words of the world's captions.
+PEOPLE_SHOWN = 6
+SAMPLE = re.compile(r"(?:(woman|man)-)?(\d+)-(\d+)")
+SINGLE_PROMPTS = (
+    "a photo of a {word} in a park",
+    "a photo of a smiling {word} wearing a red sweater at the beach",
+    "a painting of a {word} wearing a black jacket and a blue beanie",
+    "a photo of a laughing {word} at night",
+)
+PAIR_PROMPTS = ("a photo of {both} in a park", "a photo of {both} at the beach")
+PLURALS = {"woman": "women", "man": "men", "person": "people"}
+
+
+@dataclass(frozen=True)
+class Drawn:
+    """One finished picture. routing: the same in grey, coloured by whom its parts were given to."""
+
+    sampling: Sampling
+    picture: Image.Image
+    routing: Image.Image | None = None
+
+
+class Studio:
+    """A model and what is needed to put people into its pictures.
+
+    folders: with adapters and face networks, in the order they are searched. device: "cpu", "cuda" or "mps", None for
+    the best there is. Raises PortraitError: no such device, a checkpoint that `load_model` refuses.
+    """
+
+    def __init__(self, checkpoint: Path, folders: Sequence[Path], device: str | None = None):
+        self.checkpoint = checkpoint
+        self.device = _device(device)
+        # On other devices float16 is slower, or does not hold what SD1.5's attention needs.
+        self.dtype = torch.float16 if self.device == "cuda" else torch.float32
+        say(f"Loading {checkpoint.name} ({self.device})")
+        self.model = load_model(checkpoint, self.device, self.dtype)
+        self.store = Store(Folders(own=folders), CACHE)
+        self.faces = FaceService(self.store.folders("detector"), CACHE, Limits())
+        self.conditioner = Conditioner(self.faces, self.store)
+
+    def sampling(self, prompt: str, settings: Mapping[str, Any]) -> Sampling:
+        """A picture of the model's own size, but for what the settings say."""
+        return Sampling(prompt, **{"width": self.model.size, "height": self.model.size, **settings})
+
+    def draw(self, request: PortraitRequest | None, samplings: Sequence[Sampling]) -> list[Drawn]:
+        """The pictures, with the request's people in all of them. Raises PortraitError."""
+        check(samplings)
+        first = samplings[0]
+        conditioning = None
+        if request is not None:
+            conditioning = self.conditioner.prepare(request, (first.width, first.height), self.device, self.dtype)
+        at_once = max(1, PIXELS_AT_ONCE // (first.width * first.height))
+        drawn: list[Drawn] = []
+        for begin in range(0, len(samplings), at_once):
+            batch = samplings[begin : begin + at_once]
+            routing = RoutingMaps() if request is not None and request.show_routing else None
+            title = f"Drawing {begin + 1} to {begin + len(batch)} of {len(samplings)}"
+            pixels = sample(self.model, batch, conditioning, routing, Progress(title))
+            pictures = [Image.fromarray(one) for one in pixels]
+            mean = routing.mean() if routing is not None else None
+            maps = draw_routing(pictures, [mean]) if mean is not None else [None] * len(pictures)
+            drawn += [Drawn(*one) for one in zip(batch, pictures, maps, strict=True)]
+        return drawn
+
+    def resolved(self, request: PortraitRequest) -> PortraitRequest:
+        """The request with the world's adapter where the model is the world's and no adapter is named."""
+        if self.model.of_world and request.checkpoint == AUTOMATIC:
+            return replace(request, checkpoint=EMBEDDED)
+        return request
+
+    def crops(self, request: PortraitRequest) -> list[list[np.ndarray]]:
+        """The aligned faces of every identity's photos. Raises PortraitError where one has none."""
+        return [
+            [self.faces.crop(photo, f"identities[{i}].photos[{j}]") for j, photo in enumerate(identity.photos)]
+            for i, identity in enumerate(request.identities)
+        ]
+
+    def comparison(self, request: PortraitRequest, crops: Sequence[Sequence[np.ndarray]]) -> Comparison:
+        """What holds pictures against the request's people, whose aligned faces are given.
+
+        For the world's adapter that is the world's own measuring network. For others there is none here: the one that
+        conditions would find its own mark in every picture.
+        """
+        if self.store.kit(request.checkpoint).name != EMBEDDED:
+            return Comparison("similarity not measured: only the embedded world brings a network for it")
+        if not MEASURING.is_file():
+            return Comparison(f"similarity not measured: {MEASURING} is not there; {GET_BACK}")
+        measurer = Measurer.load(MEASURING, self.faces.detector)
+        note = f"similarity measured by {MEASURING.name}, which took no part in drawing"
+        return Comparison(note, measurer, measurer.references(crops))
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """Holds pictures against a run's people. note: what with, or why not.
+
+    references: (n, D), one embedding a person.
+    """
+
+    note: str
+    measurer: Measurer | None = None
+    references: torch.Tensor | None = None
+
+    def likeness(self, picture: Image.Image, people: Sequence[int]) -> list[Likeness]:
+        """Of each of the people whom the picture was asked to show; nothing where nothing measures."""
+        if self.measurer is None or self.references is None:
+            return []
+        return self.measurer.likeness(np.asarray(picture.convert("RGB")), self.references, people)
+
+
+def _device(asked: str | None) -> str:
+    """The device asked for, or the best there is. Raises PortraitError for one that is not there."""
+    there = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
+    best = next(name for name, usable in there.items() if usable)
+    if asked is not None and not there.get(asked, False):
+        raise PortraitError("--device", f"this machine has no {asked} that torch can use", f"Leave it out for {best}.")
+    return asked or best
+
+
+def world_checkpoint() -> Path:
+    """The embedded world's checkpoint. Raises PortraitError (404) when it is not there."""
+    if not WORLD_CHECKPOINT.is_file():
+        raise PortraitError(
+            "checkpoint",
+            f"the embedded world is not there ({WORLD_CHECKPOINT})",
+            f"Give a --checkpoint of your own; or, {GET_BACK}.",
+            404,
+        )
+    return WORLD_CHECKPOINT
+
+
+# -------------------------------------------------------------------------------------------------------------- results
+
+
+class Results:
+    """A new folder with the pictures of one run, its sheet and its settings."""
+
+    def __init__(self, folder: Path):
+        self.folder = folder
+        self.pictures: list[dict[str, Any]] = []
+
+    @staticmethod
+    @contextlib.contextmanager
+    def begin(output: Path) -> Iterator[Results]:
+        """In a number below `output` that no run has used yet; left out again where nothing is written into it.
+
+        Raises PortraitError (507).
+        """
+        try:
+            output.mkdir(parents=True, exist_ok=True)
+            taken = [int(path.name) for path in output.iterdir() if re.fullmatch(r"\d{1,9}", path.name)]
+            folder = output / f"{max(taken, default=0) + 1:04}"
+            folder.mkdir()
+        except OSError as error:
+            raise PortraitError(
+                "--output", f"{output} cannot be written ({error})", "Give another folder.", 507
+            ) from None
+        try:
+            yield Results(folder)
+        finally:
+            if not any(folder.iterdir()):
+                folder.rmdir()
+
+    def add(self, drawn: Drawn, people: Sequence[str] = (), measured: Sequence[Likeness] = ()) -> None:
+        """Writes a picture and remembers what it was made with. people: their names, in the order of `measured`."""
+        name = f"{len(self.pictures) + 1:03}"
+        drawn.picture.save(self.folder / f"{name}.png")
+        entry: dict[str, Any] = {"file": f"{name}.png", **asdict(drawn.sampling), "people": list(people)}
+        if drawn.routing is not None:
+            entry["routing"] = f"{name}-routing.png"
+            drawn.routing.save(self.folder / entry["routing"])
+        if measured:
+            entry["similarity"] = [asdict(one) for one in measured]
+        self.pictures.append(entry)
+
+    def summary(self) -> str | None:
+        """The measurements in one sentence, or None where nothing was measured."""
+        measured = [one for entry in self.pictures for one in entry.get("similarity", [])]
+        if not measured:
+            return None
+        own = [one["own"] for one in measured if one["own"] is not None]
+        others = [one["others"] for one in measured if one["others"] is not None]
+        text = f"{len(own)} of {len(measured)} faces found"
+        if own:
+            text += f"; similarity to the reference {np.mean(own):.2f} on average"
+        if others:
+            text += f", to the most similar other person {np.mean(others):.2f}"
+        return text
+
+    def finish(self, title: str, sections: Sequence[Section], facts: Mapping[str, Any]) -> None:
+        """Writes sheet.png and settings.json, and tells where everything is."""
+        summary = self.summary()
+        kept = {**facts, "summary": summary, "pictures": self.pictures}
+        (self.folder / "settings.json").write_text(json.dumps(kept, indent=1, ensure_ascii=False), "utf-8")
+        notes = [", ".join(f"{name} {facts[name]}" for name in ("checkpoint", "adapter", "device") if name in facts)]
+        first = self.pictures[0]
+        told = [f"{first['width']}x{first['height']}", f"{first['steps']} steps of {first['sampler']}"]
+        notes.append(", ".join([*told, f"guidance {first['guidance']:g}", *_scales(facts)]))
+        measured = [f"{text[0].upper()}{text[1:]}." for text in (summary, facts.get("measuring")) if text]
+        notes.append(" ".join(measured))
+        draw_sheet(title, notes, sections).save(self.folder / "sheet.png")
+        for text in measured:
+            print(text)
+        print(f"Sheet:    {self.folder / 'sheet.png'}")
+        print(f"Pictures: {self.folder} ({len(self.pictures)}), settings and similarities in settings.json", flush=True)
+
+
+def _facts(studio: Studio, request: PortraitRequest | None, comparison: Comparison | None) -> dict[str, Any]:
+    facts: dict[str, Any] = {"checkpoint": studio.checkpoint.name, "device": studio.device}
+    if request is not None:
+        facts |= {"adapter": studio.store.kit(request.checkpoint).name, "request": to_json(request)}
+        facts |= {"scale": request.scale, "lora_scale": request.lora_scale}
+    if comparison is not None:
+        facts["measuring"] = comparison.note
+    return facts
+
+
+def _scales(facts: Mapping[str, Any]) -> list[str]:
+    named = {"ID scale": "scale", "LoRA scale": "lora_scale"}
+    return [f"{name} {facts[key]:g}" for name, key in named.items() if key in facts]
+
+
+# ------------------------------------------------------------------------------------------------------------ two ways
+
+
+def draw_prompts(
+    studio: Studio,
+    results: Results,
+    settings: Mapping[str, Any],
+    request: PortraitRequest | None,
+    prompts: Sequence[str],
+    count: int,
+) -> None:
+    """`count` pictures of every prompt with the request's people, into `results`. Raises PortraitError."""
+    seed = settings.get("seed", 0)
+    samplings = [
+        studio.sampling(prompt, {**settings, "seed": seed + number}) for prompt in prompts for number in range(count)
+    ]
+    check(samplings)
+    sections = []
+    people: list[str] = []
+    comparison = None
+    if request is not None:
+        request = studio.resolved(request)
+        # What cannot be measured is found out before anything is drawn.
+        crops = studio.crops(request)
+        comparison = studio.comparison(request, crops)
+        people = [f"person {i + 1}" for i in range(len(crops))]
+        faces = [Cell(Image.fromarray(crop), [name]) for name, own in zip(people, crops, strict=True) for crop in own]
+        sections.append(Section("References", _rows(faces)))
+    drawn = studio.draw(request, samplings)
+    cells: list[list[Cell]] = [[] for _ in prompts]
+    for number, one in enumerate(drawn):
+        measured = comparison.likeness(one.picture, range(len(people))) if comparison is not None else []
+        results.add(one, people, measured)
+        row = cells[number // count]
+        row.append(Cell(one.picture, [f"seed {one.sampling.seed}", *_told(people, measured)]))
+        if one.routing is not None:
+            row.append(Cell(one.routing, [_legend(people)]))
+    sections += [Section(prompt, _rows(row)) for prompt, row in zip(prompts, cells, strict=True)]
+    results.finish("Portraits", sections, _facts(studio, request, comparison))
+
+
+@dataclass(frozen=True)
+class SamplePerson:
+    """Somebody of the embedded world. word: the captions' "woman" or "man", or "person" where the file does not say.
+
+    photos: the reference, then others.
+    """
+
+    name: str
+    word: str
+    photos: tuple[Path, ...]
+
+
+def sample_people(folder: Path) -> list[SamplePerson]:
+    """Those of ``woman-0009-0.png``: word and number of the person, number of the photo; other names are a person each.
+
+    Ordered by number. Raises PortraitError (404) when there is nobody.
+    """
+    photos: dict[tuple[int, str, str], list[Path]] = {}
+    for file in sorted(folder.glob("*.png")):
+        match = SAMPLE.fullmatch(file.stem)
+        who = (int(match[2]), match[2], match[1] or "person") if match else (-1, file.stem, word_of(file))
+        photos.setdefault(who, []).append(file)
+    if not photos:
+        raise PortraitError(
+            "faces", f"there are no pictures in {folder}", f"Give a --face and a --prompt; or, {GET_BACK}.", 404
+        )
+    people = []
+    for (number, name, word), files in sorted(photos.items()):
+        people.append(SamplePerson(name if number < 0 else f"{word} {name}", word, tuple(files)))
+    return people
+
+
+def draw_world(
+    studio: Studio,
+    results: Results,
+    settings: Mapping[str, Any],
+    ask: Callable[[list[dict[str, Any]]], PortraitRequest],
+) -> None:
+    """The sample people of the embedded world: each alone with several prompts, and pairs with their routing maps.
+
+    ask: the request for people in their JSON form. Raises PortraitError.
+    """
+    people = sample_people(WORLD / "faces")[:PEOPLE_SHOWN]
+    identities = [{"photos": [base64.b64encode(one.photos[0].read_bytes()).decode()]} for one in people]
+    everyone = studio.resolved(ask(identities))
+    comparison = studio.comparison(everyone, studio.crops(everyone))
+
+    def measured(one: Drawn, shown: Sequence[int]) -> list[str]:
+        likeness = comparison.likeness(one.picture, shown)
+        results.add(one, [people[i].name for i in shown], likeness)
+        return _told([people[i].name for i in shown] if len(shown) > 1 else [""], likeness)
+
+    singles = []
+    again = all(len(one.photos) > 1 for one in people)
+    for i, person in enumerate(people):
+        row = [Cell(_opened(person.photos[0]), [f"reference: {person.name}"])]
+        if again:
+            # What the measuring network makes of a real photo: more likeness cannot be expected.
+            other = _opened(person.photos[1])
+            row.append(Cell(other, _told([""], comparison.likeness(other, [i]))))
+        request = replace(everyone, identities=(everyone.identities[i],))
+        prompts = [prompt.format(word=person.word) for prompt in SINGLE_PROMPTS]
+        drawn = studio.draw(request, [studio.sampling(prompt, settings) for prompt in prompts])
+        singles.append([*row, *(Cell(one.picture, measured(one, [i])) for one in drawn)])
+    pairs = []
+    for i, j in zip(range(0, len(people), 2), range(1, len(people), 2)):
+        request = replace(everyone, identities=(everyone.identities[i], everyone.identities[j]), show_routing=True)
+        both = both_words(people[i].word, people[j].word)
+        prompts = [prompt.format(both=both) for prompt in PAIR_PROMPTS]
+        row = [Cell(_opened(people[k].photos[0]), [f"reference: {people[k].name}"]) for k in (i, j)]
+        for one in studio.draw(request, [studio.sampling(prompt, settings) for prompt in prompts]):
+            row.append(Cell(one.picture, measured(one, [i, j])))
+            if one.routing is not None:
+                row.append(Cell(one.routing, [_legend([people[i].name, people[j].name])]))
+        pairs.append(row)
+    general = [prompt.replace("{word}", "…") for prompt in SINGLE_PROMPTS]
+    before = ["", "another photo of this person"] if again else [""]
+    sections = [Section("One person", singles, [*before, *general])]
+    if pairs:
+        general = [text for prompt in PAIR_PROMPTS for text in (prompt.replace("{both}", "…"), "who was put where")]
+        sections.append(Section("Two people", pairs, ["", "", *general]))
+    results.finish("People of the embedded world", sections, _facts(studio, everyone, comparison))
+
+
+def word_of(file: Path) -> str:
+    """The class word with which a file's name begins ("woman-07.png"), or "person"."""
+    word = re.split(r"[^a-z]", file.stem)[0]
+    return word if word in PLURALS else "person"
+
+
+def both_words(first: str, second: str) -> str:
+    """Two people in the words of a caption: "two women", "a woman and a man"."""
+    return f"two {PLURALS[first]}" if first == second else f"a {first} and a {second}"
+
+
+def _opened(photo: Path) -> Image.Image:
+    with Image.open(photo) as picture:
+        return picture.convert("RGB")
+
+
+def _told(people: Sequence[str], measured: Sequence[Likeness]) -> list[str]:
+    lines = []
+    for name, one in zip(people, measured):
+        before = f"{name}: " if name else ""
+        if one.own is None:
+            lines.append(f"{before}no face found")
+        else:
+            others = f" (others up to {one.others:.2f})" if one.others is not None else ""
+            lines.append(f"{before}similarity {one.own:.2f}{others}")
+    return lines
+
+
+def _legend(people: Sequence[str]) -> str:
+    """Who has which colour of a routing map; beyond the named colours, that it is one."""
+    if len(people) > len(COLOUR_NAMES):
+        return "who was put where"
+    return ", ".join(f"{colour}: {name}" for colour, name in zip(COLOUR_NAMES, people))
+
+
+def _rows(cells: Sequence[Cell]) -> list[Sequence[Cell]]:
+    return [cells[begin : begin + ACROSS] for begin in range(0, len(cells), ACROSS)]
+
+
+# -------------------------------------------------------------------------------------------------------------- telling
+
+
+class Progress:
+    """Shows how far a batch is: one line rewritten on a terminal, in a log a line when it is done."""
+
+    def __init__(self, title: str):
+        self._title = title
+        self._began = time.monotonic()
+        self._terminal = sys.stderr.isatty()
+
+    def __call__(self, done: int, of: int) -> None:
+        finished = done == of
+        if self._terminal or finished:
+            text = f"{self._title}: step {done} of {of}, {time.monotonic() - self._began:.0f} s"
+            start = "\r" if self._terminal else ""
+            print(start + text, end="\n" if finished or not self._terminal else "", file=sys.stderr, flush=True)
+
+
+def say(text: str) -> None:
+    print(text, file=sys.stderr, flush=True)

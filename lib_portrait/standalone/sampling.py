@@ -1,0 +1,156 @@
+"""From prompts, people and seeds to pictures: classifier-free guidance with the people injected, as in the WebUI."""
+
+from __future__ import annotations
+
+import contextlib
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from diffusers import DDIMScheduler, DPMSolverMultistepScheduler, EulerDiscreteScheduler
+from torch import Tensor
+
+from lib_portrait.attention import NEGATIVE, POSITIVE, Injection, find_sites, mark
+from lib_portrait.conditioning import Conditioning
+from lib_portrait.errors import PortraitError
+from lib_portrait.methods.uniportrait import RoutingMaps
+from lib_portrait.standalone.model import Model
+
+SAMPLERS: dict[str, tuple[Any, dict[str, Any]]] = {
+    "ddim": (DDIMScheduler, {"clip_sample": False, "set_alpha_to_one": False}),
+    "euler": (EulerDiscreteScheduler, {}),
+    "dpm++2m": (DPMSolverMultistepScheduler, {"algorithm_type": "dpmsolver++", "solver_order": 2}),
+}
+LARGEST_SIDE = 4096
+DECODED_AT_ONCE = 4
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """One picture to make. width, height: pixels, multiples of 8. guidance: of the text, 1 is none."""
+
+    prompt: str
+    negative_prompt: str = ""
+    width: int = 512
+    height: int = 512
+    steps: int = 20
+    guidance: float = 5.0
+    seed: int = 0
+    sampler: str = "ddim"
+
+
+@torch.no_grad()
+def sample(
+    model: Model,
+    samplings: Sequence[Sampling],
+    conditioning: Conditioning | None = None,
+    routing: RoutingMaps | None = None,
+    on_step: Callable[[int, int], None] = lambda done, of: None,
+) -> list[np.ndarray]:
+    """The pictures, (height, width, 3) uint8 RGB, made as one batch with the same people in each.
+
+    Size, steps and sampler must be the same for all; a row's noise depends on its seed alone. routing collects where
+    the people went, a row a picture. on_step: told after every step how many of how many are done.
+    Raises PortraitError for samplings that cannot be made, and when the people do not fit the model.
+    """
+    check(samplings)
+    first = samplings[0]
+    # Guidance of 1 is the prediction with the prompt; the other half of the batch would not be looked at.
+    guided = any(one.guidance != 1 for one in samplings)
+    kinds = {POSITIVE: [one.prompt for one in samplings]}
+    if guided:
+        kinds = {NEGATIVE: [one.negative_prompt for one in samplings], **kinds}
+    contexts = {kind: encode_prompts(model, prompts) for kind, prompts in kinds.items()}
+    if conditioning is not None:
+        contexts = {kind: mark(context, kind) for kind, context in contexts.items()}
+    context = torch.cat(list(contexts.values()))
+    guidance = torch.tensor([one.guidance for one in samplings], device=model.device)[:, None, None, None]
+
+    scheduler_class, options = SAMPLERS[first.sampler]
+    scheduler = scheduler_class(**model.schedule, steps_offset=1, **options)
+    scheduler.set_timesteps(first.steps, device=model.device)
+    latents = _noise(model, samplings) * scheduler.init_noise_sigma
+    with _injected(model, conditioning, routing) as injection:
+        for step, t in enumerate(scheduler.timesteps):
+            if injection is not None:
+                injection.progress = step / first.steps
+            rows = scheduler.scale_model_input(latents, t).repeat(len(kinds), 1, 1, 1)
+            predicted = model.unet(rows.to(model.unet.dtype), t, context).sample.float()
+            if guided:
+                without, predicted = predicted.chunk(2)
+                predicted = without + guidance * (predicted - without)
+            latents = scheduler.step(predicted, t, latents).prev_sample
+            on_step(step + 1, first.steps)
+    return _decode(model, latents)
+
+
+def check(samplings: Sequence[Sampling]) -> None:
+    """Raises PortraitError for samplings that cannot be made, or not in one batch."""
+    if not samplings:
+        raise PortraitError("prompt", "there is nothing to draw", "Give at least one prompt.")
+    first = samplings[0]
+    if first.sampler not in SAMPLERS:
+        raise PortraitError("sampler", f"{first.sampler!r} is not a sampler", f"Use one of: {', '.join(SAMPLERS)}.")
+    if not 1 <= first.steps <= 1000:
+        raise PortraitError("steps", f"{first.steps} is out of range", "Give a whole number from 1 to 1000.")
+    for side in (first.width, first.height):
+        if side % 8 or not 64 <= side <= LARGEST_SIDE:
+            raise PortraitError(
+                "size",
+                f"{first.width}x{first.height} is not possible",
+                f"Give multiples of 8 from 64 to {LARGEST_SIDE}, such as 512x512.",
+            )
+    common = {(one.width, one.height, one.steps, one.sampler) for one in samplings}
+    if len(common) > 1:
+        raise PortraitError("samplings", f"one batch cannot have {sorted(common)}", "Draw them one after the other.")
+    for one in samplings:
+        if not 0 <= one.guidance <= 100:
+            raise PortraitError("cfg", f"{one.guidance} is out of range", "Give a number from 0 to 100.")
+        if not 0 <= one.seed < 2**63:
+            raise PortraitError("seed", f"{one.seed} is out of range", "Give a whole number from 0 to 2^63 - 1.")
+
+
+def encode_prompts(model: Model, prompts: Sequence[str]) -> Tensor:
+    """The text's context (B, 77, D). A prompt of more than 77 tokens is cut there, with a warning that says so."""
+    tokenizer, length = model.tokenizer, model.text_encoder.config.max_position_embeddings
+    for prompt in prompts:
+        numbers = tokenizer(prompt, verbose=False).input_ids
+        if len(numbers) > length:
+            lost = tokenizer.decode(numbers[length - 1 : -1]).strip()
+            warnings.warn(
+                f"the prompt has {len(numbers)} tokens, the model reads {length}; left out: {lost!r}", stacklevel=3
+            )
+    tokens = tokenizer(list(prompts), padding="max_length", max_length=length, truncation=True, return_tensors="pt")
+    return model.text_encoder(tokens.input_ids.to(model.device)).last_hidden_state
+
+
+def _noise(model: Model, samplings: Sequence[Sampling]) -> Tensor:
+    """The starting noise (B, 4, h, w), drawn on the CPU, so that a seed means the same on every device."""
+    first = samplings[0]
+    shape = (model.unet.config.in_channels, first.height // 8, first.width // 8)
+    rows = [torch.randn(shape, generator=torch.Generator().manual_seed(one.seed)) for one in samplings]
+    return torch.stack(rows).to(model.device)
+
+
+@contextlib.contextmanager
+def _injected(
+    model: Model, conditioning: Conditioning | None, routing: RoutingMaps | None
+) -> Iterator[Injection | None]:
+    """The people in the UNet while this lasts; None where there are none."""
+    if conditioning is None:
+        yield None
+        return
+    conditioning.adapter.check_fits(find_sites(model.unet))
+    with Injection(model.unet, conditioning.rule(routing)) as injection:
+        yield injection
+
+
+def _decode(model: Model, latents: Tensor) -> list[np.ndarray]:
+    scaled = latents / model.vae.config.scaling_factor
+    # A few at a time: at full size the decoder takes more memory than the UNet.
+    decoded = torch.cat([model.vae.decode(part).sample for part in scaled.split(DECODED_AT_ONCE)])
+    pixels = ((decoded / 2 + 0.5).clamp(0, 1) * 255).round().to(torch.uint8)
+    return list(pixels.permute(0, 2, 3, 1).cpu().numpy())

@@ -1,0 +1,362 @@
+"""Promises of `portrait.py generate`: pictures, a sheet and the settings, or an error that says what to do."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import re
+import warnings
+from collections.abc import Iterator
+from dataclasses import fields
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from safetensors.torch import save_file
+
+from lib_portrait import commands
+from lib_portrait.commands import generate
+from lib_portrait.errors import PortraitError
+from lib_portrait.faces import service
+from lib_portrait.faces.detection import Detector, Face
+from lib_portrait.request import Identity, PortraitRequest, from_infotext
+from lib_portrait.standalone import generation, measuring
+from lib_portrait.standalone import model as model_module
+from lib_portrait.standalone.measuring import Measurer, greedy_pairs
+from lib_portrait.standalone.model import save_model
+from lib_portrait.standalone.sheet import Cell, Section, draw_sheet
+from tests.small_networks import small_kit, small_model, small_text_folder, tiny_backbone
+
+FAST = ["--steps", "2", "--size", "64x64"]
+EYES_TO_MOUTH = np.array([[0.35, 0.4], [0.65, 0.4], [0.5, 0.6], [0.38, 0.75], [0.62, 0.75]], np.float32)
+
+
+def noise(seed: int, side: int = 112) -> Image.Image:
+    pixels = np.random.default_rng(seed).integers(0, 256, (7, 7, 3), np.uint8)
+    return Image.fromarray(pixels).resize((side, side), Image.Resampling.BICUBIC)
+
+
+def two_halves(image: np.ndarray) -> list[Face]:
+    """A face in each half of every picture, but for those that are black in the middle."""
+    height, width = image.shape[:2]
+    if not image[height // 2, width // 2].any():
+        return []
+    half = np.array([width / 2, height], np.float32)
+    corners = [np.array([left, 0], np.float32) for left in (0, width / 2)]
+    return [Face(np.concatenate([corner, corner + half]), EYES_TO_MOUTH * half + corner, 0.99) for corner in corners]
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    """A folder like models/world with small random networks, in that one's place; a detector that needs no face."""
+    folder = tmp_path_factory.mktemp("world")
+    with pytest.MonkeyPatch.context() as patch:
+        small_text_folder(folder / "text")
+        patch.setattr(model_module, "TEXT_FOLDER", folder / "text")
+        save_model(small_model(), folder / "world.safetensors")
+        small_kit(folder, "world")
+        torch.manual_seed(9)
+        save_file(dict(tiny_backbone().state_dict()), folder / "world-measuring.safetensors")
+        (folder / "faces").mkdir()
+        for name in ("man-0019-0", "man-0019-1", "woman-0009-0", "woman-0009-1"):
+            noise(len(name) + int(name[-1])).save(folder / "faces" / f"{name}.png")
+        patch.setattr(generation, "WORLD", folder)
+        patch.setattr(generation, "WORLD_CHECKPOINT", folder / "world.safetensors")
+        patch.setattr(generation, "MEASURING", folder / "world-measuring.safetensors")
+        patch.setattr(generation, "CACHE", folder / "cache")
+        patch.setattr(service, "get_detector", lambda name, folders: Detector("halves", "1", two_halves))
+        patch.setattr(generation, "SINGLE_PROMPTS", generation.SINGLE_PROMPTS[:2])
+        yield folder
+
+
+@pytest.fixture(scope="module")
+def photos(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("photos")
+    for seed, name in enumerate(("eve.png", "ada.png", "ada,2.png", "bob.png")):
+        noise(seed).save(folder / name)
+    Image.new("RGB", (64, 64)).save(folder / "nobody.png")
+    Image.new("L", (64, 64), 255).crop((0, 0, 64, 64)).save(folder / "mask.png")
+    return folder
+
+
+def run(*arguments: str | Path) -> int:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        return commands.run(commands.parse(["generate", *map(str, arguments)]))
+
+
+def settings(output: Path, number: int = 1) -> dict[str, Any]:
+    return json.loads((output / f"{number:04}" / "settings.json").read_text("utf-8"))
+
+
+# ----------------------------------------------------------------------------------------------------------- end to end
+
+
+def test_without_arguments_the_world_s_people_are_shown(
+    world: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert run("--output", tmp_path, *FAST) == 0
+    made = settings(tmp_path)
+    # Two people alone with two prompts each, and both together with two; these have routing maps.
+    assert [entry["people"] for entry in made["pictures"]] == [
+        *(["woman 0009"],) * 2,
+        *(["man 0019"],) * 2,
+        *(["woman 0009", "man 0019"],) * 2,
+    ]
+    assert made["pictures"][0]["prompt"] == "a photo of a woman in a park"
+    assert made["pictures"][4]["prompt"] == "a photo of a woman and a man in a park"
+    assert (made["checkpoint"], made["adapter"]) == ("world.safetensors", "world")
+    for entry in made["pictures"]:
+        assert Image.open(tmp_path / "0001" / entry["file"]).size == (64, 64)
+        assert ("routing" in entry) == (len(entry["people"]) == 2)
+        assert all(-1 <= one["own"] <= 1 for one in entry["similarity"])
+        assert all((one["others"] is None) == (len(entry["people"]) == 2) for one in entry["similarity"])
+    assert "measured by world-measuring.safetensors" in made["measuring"]
+    sheet = Image.open(tmp_path / "0001" / "sheet.png")
+    # Reference, another photo, two prompts; and for the pairs two references and two pictures with their maps.
+    assert sheet.width >= 6 * 160
+    told = capsys.readouterr()
+    assert f"{tmp_path / '0001' / 'sheet.png'}" in told.out
+    assert "8 of 8 faces found; similarity to the reference" in told.out
+
+
+def test_people_of_one_s_own_in_a_checkpoint_of_one_s_own(world: Path, photos: Path, tmp_path: Path) -> None:
+    arguments: list[str | Path] = ["--checkpoint", world / "world.safetensors", "--prompt", "two women, 1"]
+    arguments += ["--prompt", "two women, 2", "--count", "2", "--seed", "40", "--negative-prompt", "blurry"]
+    arguments += ["--face", photos / "eve.png", "--region", "0,0,0.5,1", "--face-scale", "0.9"]
+    arguments += ["--face", f"{photos / 'ada.png'}#1,{photos / 'bob.png'}#aligned", "--structure", "0.3"]
+    arguments += ["--mix", f"{photos / 'ada,2.png'}=0.25", "--region", photos / "mask.png", "--start", "0.1"]
+    arguments += ["--scale", "0.6", "--show-routing", "--sampler", "euler", "--cfg", "3", "--output", tmp_path]
+    assert run(*arguments, *FAST) == 0
+    made = settings(tmp_path)
+    seeds = [(entry["prompt"], entry["seed"]) for entry in made["pictures"]]
+    assert seeds == [("two women, 1", 40), ("two women, 1", 41), ("two women, 2", 40), ("two women, 2", 41)]
+    first = made["pictures"][0]
+    assert (first["negative_prompt"], first["sampler"], first["guidance"]) == ("blurry", "euler", 3.0)
+    assert len(first["similarity"]) == 2
+    request = from_infotext(json.dumps(made["request"]), generate.LIMITS)
+    eve, ada = request.identities
+    assert (request.scale, request.show_routing, request.checkpoint) == (0.6, True, "world")
+    assert (eve.scale, eve.region and eve.region.box) == (0.9, (0.0, 0.0, 0.5, 1.0))
+    assert [(photo.face, photo.aligned) for photo in ada.photos] == [(1, False), (None, True)]
+    assert (ada.structure, ada.start, ada.mix[0].weight) == (0.3, 0.1, 0.25)
+    assert ada.region is not None and ada.region.mask is not None
+
+
+def test_runs_do_not_overwrite_each_other_and_repeat_exactly(world: Path, photos: Path, tmp_path: Path) -> None:
+    arguments = ["--prompt", "a man", "--face", photos / "bob.png", "--output", tmp_path, *FAST]
+    assert run(*arguments) == run(*arguments) == run(*arguments, "--seed", "1") == 0
+    first, again, other = ((tmp_path / f"000{i}" / "001.png").read_bytes() for i in (1, 2, 3))
+    assert first == again != other
+
+
+def test_a_request_as_the_api_takes_it_says_everything(world: Path, photos: Path, tmp_path: Path) -> None:
+    request = {"identities": [{"photos": ["file:eve.png", {"image": "file:bob.png", "face": 1}]}], "scale": 0.5}
+    (photos / "request.json").write_text(json.dumps(request))
+    asked = ["--request", photos / "request.json", "--prompt", "a man", "--lora-scale", "0.5", "--output", tmp_path]
+    assert run(*asked, *FAST) == 0
+    made = settings(tmp_path)["request"]
+    assert (made["scale"], made["lora_scale"], made["identities"][0]["photos"][1]["face"]) == (0.5, 0.5, 1)
+
+
+def test_nobody_need_be_asked_for(world: Path, tmp_path: Path) -> None:
+    assert run("--prompt", "a park", "--output", tmp_path, *FAST) == 0
+    made = settings(tmp_path)
+    assert "request" not in made
+    assert made["pictures"][0]["people"] == []
+
+
+def test_the_command_line_can_say_all_that_a_request_can() -> None:
+    parser = argparse.ArgumentParser()
+    generate.configure(parser)
+    options = {action.dest for action in parser._actions}
+    person = {"photos": "faces"}
+    assert {person.get(field.name, field.name) for field in fields(Identity)} <= options
+    whole = {"identities": "faces", "enabled": "request", "checkpoint": "adapter"}
+    whole |= {name: f"all_{name}" for name in ("scale", "lora_scale")}
+    assert {whole.get(field.name, field.name) for field in fields(PortraitRequest)} <= options
+
+
+# --------------------------------------------------------------------------------------------------------- not measured
+
+
+def test_without_the_measuring_network_pictures_are_made_and_the_sheet_says_so(
+    world: Path, photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(generation, "MEASURING", tmp_path / "world-measuring.safetensors")
+    notes: list[str] = []
+    drawn = draw_sheet
+    monkeypatch.setattr(generation, "draw_sheet", lambda title, texts, parts: notes.extend(texts) or drawn("", [], []))
+    assert run("--prompt", "a man", "--face", photos / "bob.png", "--output", tmp_path / "out", *FAST) == 0
+    made = settings(tmp_path / "out")
+    assert made["summary"] is None
+    assert "similarity" not in made["pictures"][0]
+    for text in (made["measuring"], notes[-1], capsys.readouterr().out):
+        assert "imilarity not measured" in text
+        assert "git checkout models/world" in text
+
+
+def test_another_adapter_than_the_world_s_is_not_measured(world: Path, photos: Path, tmp_path: Path) -> None:
+    (tmp_path / "own").mkdir()
+    small_kit(tmp_path / "own", "mine")
+    asked = ["--prompt", "a man", "--face", photos / "bob.png", "--adapter", "mine", "--models", tmp_path / "own"]
+    assert run(*asked, "--output", tmp_path / "out", *FAST) == 0
+    made = settings(tmp_path / "out")
+    assert made["adapter"] == "mine"
+    assert made["measuring"].startswith("similarity not measured: only the embedded world")
+
+
+# --------------------------------------------------------------------------------------------------------------- faults
+
+
+@pytest.mark.parametrize(
+    ("arguments", "told"),
+    [
+        (["--face", "{p}/nobody.png"], r"--face .*nobody\.png: no face was found\..*FILE#aligned an aligned crop"),
+        (["--face", "{p}/eve.png,{p}/nobody.png"], r"--face \S*nobody\.png: no face"),
+        (["--face", "{p}/eve.png", "--mix", "{p}/nobody.png=0.5"], r"--mix \S*nobody\.png: no face was found"),
+        (["--face", "{p}/eve.png#2"], r"--face \S*eve\.png#2: face 2 was asked for, but 2 were found"),
+        (["--face", "{p}/missing.png"], r"--face: .*missing\.png cannot be read \(No such file"),
+        (["--face", "{p}/eve.png#left"], r"#left no face of one\. Write #0"),
+        (["--face", "{p}/eve.png", "--region", "0,0,2,1"], r"region\.box\[2\].*out of range"),
+        (["--face", "{p}/eve.png", "--mix", "{p}/bob.png"], "has no weight.*0.3 for a share of 30 %"),
+        (["--face", "{p}/eve.png", "--scale", "3"], "scale: 3.0 is out of range"),
+        (["--face", "{p}/eve.png"] * 17, "17 people, at most 16"),
+        (["--face", "{p}/eve.png", "--adapter", "other"], "'other' is not complete.*uniportrait-faceid_other"),
+        (["--lora-scale", "1"], "--lora-scale: there is nobody"),
+        (["--adapter", "world"], "--adapter: there is nobody"),
+        (["--checkpoint", "{p}/none.safetensors"], r"none\.safetensors"),
+        (["--checkpoint", "{p}/eve.png"], r"eve\.png"),
+        (["--request", "{p}/none.json"], "cannot be read"),
+        (["--size", "100x100"], "100x100 is not possible.*multiples of 8"),
+        (["--device", "cuda"], "--device: this machine has no cuda"),
+    ],
+)
+def test_what_cannot_be_done_is_told_with_its_remedy_and_leaves_nothing(
+    world: Path,
+    photos: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    arguments: list[str],
+    told: str,
+) -> None:
+    if "cuda" in arguments and torch.cuda.is_available():
+        pytest.skip("this machine has a GPU")
+    filled = [text.format(p=photos) for text in arguments]
+    assert run("--prompt", "somebody", "--output", tmp_path, "--steps", "1", *filled) == 1
+    line = capsys.readouterr().err.strip().splitlines()[-1]
+    assert line.startswith("portrait.py: ")
+    assert re.search(told, line), line
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    ("arguments", "told"),
+    [
+        (["--face", "a.png"], "a --prompt is needed"),
+        (["--structure", "1", "--prompt", "x"], "write it behind that person's --face"),
+        (["--face", "a.png", "--start", "0.1", "--start", "0.2"], "given twice for the same --face"),
+        (["--count", "0", "--prompt", "x"], "from 1 to 1000"),
+        (["--count", "2"], "--count needs a --prompt"),
+        (["--size", "big", "--prompt", "x"], "'big' is no size"),
+        (["--nonsense"], "unrecognized arguments"),
+    ],
+)
+def test_command_lines_that_make_no_sense_are_refused(
+    capsys: pytest.CaptureFixture[str], arguments: list[str], told: str
+) -> None:
+    with pytest.raises(SystemExit) as caught:
+        run(*arguments)
+    assert caught.value.code == 2
+    assert told in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("gone", ["WORLD_CHECKPOINT", "WORLD"])
+def test_a_world_that_is_not_there_is_told(
+    world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], gone: str
+) -> None:
+    monkeypatch.setattr(generation, gone, tmp_path / "gone")
+    assert run("--output", tmp_path) == 1
+    assert "git checkout models/world" in capsys.readouterr().err
+    assert not list(tmp_path.iterdir())
+
+
+def test_an_output_that_cannot_be_written_is_told(world: Path, tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    with (
+        pytest.raises(PortraitError, match=r"--output: .*Give another folder"),
+        generation.Results.begin(tmp_path / "file"),
+    ):
+        pass
+
+
+# -------------------------------------------------------------------------------------------------------------- samples
+
+
+def test_sample_people_are_told_from_the_names_of_their_photos(tmp_path: Path) -> None:
+    for name in ("woman-0019-1", "woman-0019-0", "man-0009-0", "0029-0", "woman-anna", "eve"):
+        noise(0).save(tmp_path / f"{name}.png")
+    people = generation.sample_people(tmp_path)
+    assert [(one.name, one.word, [photo.stem for photo in one.photos]) for one in people] == [
+        ("eve", "person", ["eve"]),
+        ("woman-anna", "woman", ["woman-anna"]),
+        ("man 0009", "man", ["man-0009-0"]),
+        ("woman 0019", "woman", ["woman-0019-0", "woman-0019-1"]),
+        ("person 0029", "person", ["0029-0"]),
+    ]
+
+
+@pytest.mark.parametrize(
+    ("words", "told"),
+    [(("woman", "woman"), "two women"), (("man", "woman"), "a man and a woman"), (("person",) * 2, "two people")],
+)
+def test_two_people_are_told_as_captions_do(words: tuple[str, str], told: str) -> None:
+    assert generation.both_words(*words) == told
+
+
+# -------------------------------------------------------------------------------------------------- measuring and sheet
+
+
+def test_faces_and_people_are_paired_greedily_each_once() -> None:
+    similar = torch.tensor([[0.9, 0.8], [0.7, 0.1], [0.2, 0.3]])
+    assert greedy_pairs(similar) == {0: 0, 1: 2}
+    assert greedy_pairs(similar[:1]) == {0: 0}
+
+
+def test_likeness_tells_own_and_others(monkeypatch: pytest.MonkeyPatch) -> None:
+    measurer = Measurer(tiny_backbone(), Detector("none", "1", lambda image: []))
+    left, right = np.full((224, 224, 3), 10, np.uint8), np.full((224, 224, 3), 20, np.uint8)
+    seen = {10: [0.6, 0.8, 0.0], 20: [0.0, 1.0, 0.0]}
+    embed = lambda crops: torch.tensor([seen[int(crop[0, 0, 0])] for crop in crops])  # noqa: E731
+    monkeypatch.setattr(measurer, "embed", embed)
+    monkeypatch.setattr(measurer, "faces", lambda picture: [left, right])
+    references = torch.eye(3)
+    one, two = measurer.likeness(left, references, [0, 1])
+    assert (one.own, two.own) == (pytest.approx(0.6), pytest.approx(1.0))
+    assert (one.others, two.others) == (0.0, 0.0)
+    (alone,) = measurer.likeness(left, references, [0])
+    assert (alone.own, alone.others) == (pytest.approx(0.6), pytest.approx(0.8))
+    *_, nobody = measurer.likeness(left, references, [0, 1, 2])
+    assert nobody == measuring.Likeness(None, None)
+
+
+def test_small_pictures_are_enlarged_for_the_detector() -> None:
+    sizes: list[tuple[int, ...]] = []
+    measurer = Measurer(tiny_backbone(), Detector("watch", "1", lambda image: sizes.append(image.shape) or []))
+    measurer.faces(np.zeros((128, 128, 3), np.uint8))
+    measurer.faces(np.zeros((256, 512, 3), np.uint8))
+    assert sizes[0] == (256, 256, 3)
+    assert (256, 512, 3) in sizes
+
+
+def test_the_sheet_keeps_every_word_and_picture() -> None:
+    cells = [Cell(Image.new("RGB", (128, 128), (i, 90, 200)), ["word " * 20]) for i in range(3)]
+    sheet = np.asarray(draw_sheet("Title", ["note " * 100], [Section("Heading", [cells, cells[:1]], ["a", "b", "c"])]))
+    for i in range(3):
+        shown = (sheet == (i, 90, 200)).all(axis=-1)
+        assert shown.sum() == (2 if i == 0 else 1) * 160 * 160
+    ground = sheet[0, 0]
+    assert (sheet[-8:] == ground).all() and (sheet[:, -8:] == ground).all()
