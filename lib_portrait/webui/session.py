@@ -9,6 +9,7 @@ error status and the panel as a message.
 from __future__ import annotations
 
 import copy
+import dataclasses
 import sys
 import weakref
 from collections.abc import Callable, Hashable, Sequence
@@ -18,9 +19,10 @@ import torch
 from modules import devices, errors, shared
 
 from lib_portrait.attention import NEGATIVE, POSITIVE, Injection, find_sites, mark
+from lib_portrait.checkpoints.store import AUTOMATIC, EMBEDDED
 from lib_portrait.errors import PortraitError
 from lib_portrait.request import PortraitRequest, parse_request, to_infotext
-from lib_portrait.webui import axes, panel, services
+from lib_portrait.webui import axes, panel, services, world
 
 if TYPE_CHECKING:
     from lib_portrait.conditioning import Conditioning
@@ -63,7 +65,10 @@ class Session:
         unet = shared.sd_model.model.diffusion_model
         # Half precision only where the host itself uses it: face features decide who is seen.
         dtype = torch.float32 if devices.device.type == "cpu" else devices.dtype
-        conditioning = services.conditioner().prepare(self.request, (p.width, p.height), devices.device, dtype)
+        request = self.request
+        if request.checkpoint == AUTOMATIC and world.is_world(shared.sd_model):
+            request = dataclasses.replace(request, checkpoint=EMBEDDED)
+        conditioning = services.conditioner().prepare(request, (p.width, p.height), devices.device, dtype)
         conditioning.adapter.check_fits(find_sites(unet))
         self._conditioning = conditioning
         self._rule = conditioning.rule()

@@ -1,0 +1,188 @@
+"""The embedded world in the real WebUI: its checkpoint loads, people are put into it, and it draws what the standalone
+generator draws, so that similarities measured in one hold for the other."""
+
+from __future__ import annotations
+
+import base64
+import io
+import shutil
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from diffusers import DDIMScheduler
+from PIL import Image
+
+from lib_portrait.checkpoints.store import EMBEDDED
+from lib_portrait.request import Limits, PortraitRequest, parse_request
+from lib_portrait.standalone import generation
+from lib_portrait.standalone.generation import Studio, sample_people
+from lib_portrait.standalone.sampling import SAMPLERS
+from tests.webui.server import Client, photo
+from tests.webui.world import World
+
+pytestmark = pytest.mark.webui
+
+SETTINGS = {
+    "steps": 20,
+    "width": 128,
+    "height": 128,
+    "cfg_scale": 5,
+    "seed": 21,
+    "batch_size": 4,
+    "negative_prompt": "",
+}
+DDIM = {**SETTINGS, "sampler_name": "DDIM", "scheduler": "Automatic"}
+NEEDED = (
+    "world.safetensors",
+    "world.yaml",
+    f"uniportrait-faceid_{EMBEDDED}.safetensors",
+    f"uniportrait-router_{EMBEDDED}.safetensors",
+    "world-recognition.safetensors",
+    "world-vision.safetensors",
+    "world-measuring.safetensors",
+)
+
+
+@pytest.fixture(scope="module")
+def shipped() -> Path:
+    """The folder of the world."""
+    folder = generation.WORLD
+    missing = [name for name in NEEDED if not (folder / name).is_file()]
+    if missing or not list((folder / "faces").glob("*.png")):
+        pytest.skip(f"{folder} is not complete, missing: {', '.join(missing) or 'pictures in faces'}")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def host(shipped: Path, server: Client, world: World) -> Iterator[Client]:
+    """The WebUI with the world's checkpoint, put in place as a user does."""
+    for suffix in (".safetensors", ".yaml"):
+        shutil.copyfile(shipped / f"world{suffix}", world.checkpoint("world").with_suffix(suffix))
+    assert server.call("/sdapi/v1/refresh-checkpoints", {}).status == 200
+    with server.options(sd_model_checkpoint="world"):
+        yield server
+
+
+@pytest.fixture(scope="module")
+def studio(shipped: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Studio]:
+    """The standalone generator."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(generation, "CACHE", tmp_path_factory.mktemp("cache"))
+        yield Studio(shipped / "world.safetensors", [shipped], "cpu")
+
+
+@pytest.fixture(scope="module")
+def everyone(shipped: Path) -> PortraitRequest:
+    """All sample people of the world that the sheet of `portrait.py generate` shows."""
+    people = sample_people(shipped / "faces")[: generation.PEOPLE_SHOWN]
+    identities = [{"photos": [photo(person.photos[0])]} for person in people]
+    return parse_request({"identities": identities, "checkpoint": EMBEDDED}, Limits(identities=len(people)))
+
+
+def two(everyone: PortraitRequest) -> PortraitRequest:
+    return replace(everyone, identities=everyone.identities[:2])
+
+
+def as_json(request: PortraitRequest, **changes: Any) -> dict[str, Any]:
+    photos = [base64.b64encode(one.photos[0].data or b"").decode() for one in request.identities]
+    return {"identities": [{"photos": [one]} for one in photos], **changes}
+
+
+def prompt_of(shipped: Path) -> str:
+    first, second = (person.word for person in sample_people(shipped / "faces")[:2])
+    return f"a photo of {generation.both_words(first, second)} in a park"
+
+
+def pictures(images: Sequence[str]) -> list[np.ndarray]:
+    return [np.asarray(Image.open(io.BytesIO(base64.b64decode(image))).convert("RGB")) for image in images]
+
+
+def drawn(studio: Studio, prompt: str, request: PortraitRequest | None) -> list[np.ndarray]:
+    """What the standalone generator makes of DDIM."""
+    seeds = range(DDIM["seed"], DDIM["seed"] + DDIM["batch_size"])
+    samplings = [studio.sampling(prompt, {"steps": 20, "guidance": 5.0, "seed": seed}) for seed in seeds]
+    return [np.asarray(one.picture) for one in studio.draw(request, samplings)]
+
+
+class WithoutLastStep(DDIMScheduler):
+    """DDIM as the WebUI has it: of N steps it makes N - 1, and leaves the noise of t = 1 in the picture."""
+
+    def set_timesteps(self, *args: Any, **kwargs: Any) -> None:
+        super().set_timesteps(*args, **kwargs)
+        self.timesteps = self.timesteps[:-1]
+
+
+@pytest.fixture
+def webui_ddim(monkeypatch: pytest.MonkeyPatch) -> Iterator[pytest.MonkeyPatch]:
+    """Has the standalone generator draw with the WebUI's DDIM, until it is undone."""
+    monkeypatch.setitem(SAMPLERS, "ddim", (WithoutLastStep, SAMPLERS["ddim"][1]))
+    yield monkeypatch
+
+
+def assert_same(host: Sequence[np.ndarray], own: Sequence[np.ndarray]) -> None:
+    """Within what the two roundings to 8 bit allow, but for a few pixels whose person was decided by a hair."""
+    assert len(host) == len(own)
+    for one, other in zip(host, own, strict=True):
+        apart = np.abs(one.astype(int) - other)
+        assert apart.mean() < 1, apart.mean()
+        assert np.quantile(apart, 0.99) <= 6, np.quantile(apart, 0.99)
+
+
+def test_the_checkpoint_draws_what_the_standalone_generator_draws(
+    host: Client, shipped: Path, studio: Studio, webui_ddim: pytest.MonkeyPatch
+) -> None:
+    answer = host.generate(prompt=prompt_of(shipped), **DDIM)
+    assert answer.status == 200, answer.detail
+    assert "Model: world" in answer.info["infotexts"][0]
+    assert_same(pictures(answer.images), drawn(studio, prompt_of(shipped), None))
+
+
+def test_two_people_in_one_picture_are_those_of_the_standalone_generator(
+    host: Client, shipped: Path, studio: Studio, everyone: PortraitRequest, webui_ddim: pytest.MonkeyPatch
+) -> None:
+    prompt, request = prompt_of(shipped), two(everyone)
+    answer = host.generate(as_json(request, show_routing=True), prompt=prompt, **DDIM)
+    assert answer.status == 200, answer.detail
+    assert len(answer.images) == 2 * DDIM["batch_size"], "a routing map for each picture"
+    theirs = pictures(answer.images[: DDIM["batch_size"]])
+    assert_same(theirs, drawn(studio, prompt, request))
+    bare = pictures(host.generate(prompt=prompt, **DDIM).images)
+    assert all(np.abs(one.astype(int) - other).mean() > 2 for one, other in zip(theirs, bare, strict=True))
+
+    # The last step is made again: what is measured here holds for what is measured of `portrait.py generate`.
+    webui_ddim.undo()
+    ours = drawn(studio, prompt, request)
+    comparison = studio.comparison(everyone, studio.crops(everyone))
+    measured = []
+    for one, other in zip(theirs, ours, strict=True):
+        seen = [comparison.likeness(Image.fromarray(picture), [0, 1]) for picture in (one, other)]
+        for there, here in zip(*seen, strict=True):
+            assert (there.own is None) == (here.own is None)
+            if there.own is not None and here.own is not None:
+                assert there.own == pytest.approx(here.own, abs=0.05)
+                measured.append(there)
+    assert measured, "no face was found"
+    likeness = np.mean([one.own for one in measured])
+    others = [one.others for one in measured if one.others is not None]
+    if others:
+        assert likeness > np.mean(others), "the people look more like somebody else"
+
+
+def test_automatic_is_the_world_s_adapter_with_the_world_s_checkpoint_only(
+    host: Client, shipped: Path, everyone: PortraitRequest
+) -> None:
+    few = {**DDIM, "steps": 2, "batch_size": 1, "prompt": prompt_of(shipped)}
+    named, automatic = (
+        host.generate(as_json(two(everyone), checkpoint=name), **few) for name in (EMBEDDED, "automatic")
+    )
+    assert (named.status, automatic.status) == (200, 200), automatic.detail
+    # The files differ: the request stands in them.
+    assert np.array_equal(pictures(named.images), pictures(automatic.images))
+    with host.options(sd_model_checkpoint="first"):
+        refused = host.generate(as_json(two(everyone), checkpoint=EMBEDDED), **few)
+        assert refused.status == 422
+        assert "another kind of model" in refused.detail
