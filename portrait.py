@@ -22,7 +22,11 @@ ROOT = Path(__file__).resolve().parent
 OLDEST, NEWEST = (3, 10), (3, 12)
 MARK = ".made-by-portrait"
 # What a command may ask for, and the files of requirements/ (each with an optional NAME-no-deps.txt) that make it up.
-REQUIREMENTS = {"standalone": ("standalone",), "dev": ("standalone", "dev")}
+REQUIREMENTS = {
+    "standalone": ("standalone",),
+    "train": ("standalone", "train"),
+    "dev": ("standalone", "train", "dev"),
+}
 
 
 def main(arguments: list[str]) -> int:
@@ -58,7 +62,7 @@ def ensure(environment: Path, wanted: str) -> None:
 
 
 def fresh(environment: Path, wanted: str) -> bool:
-    """Whether the environment holds what the requirement files say now. "dev" holds all of "standalone"."""
+    """Whether the environment holds what the requirement files say now. "dev" holds all that the others do."""
     if not interpreter(environment).exists():
         return False
     return any(

@@ -28,7 +28,7 @@ def project(tmp_path, monkeypatch):
     """A project whose requirement files are nearly empty, for portrait.py's functions in this process."""
     folder = tmp_path / "requirements"
     folder.mkdir()
-    for name in ("standalone", "standalone-no-deps", "dev", "dev-no-deps", "constraints"):
+    for name in ("standalone", "standalone-no-deps", "train", "dev", "dev-no-deps", "constraints"):
         (folder / f"{name}.txt").write_text(f"# {name}\n")
     monkeypatch.setattr(portrait, "ROOT", tmp_path)
     return tmp_path
@@ -70,16 +70,17 @@ def test_what_was_installed_is_not_installed_again(made, pip):
     assert pip == []
 
 
-def test_dev_holds_standalone_but_not_the_other_way_round(made, pip):
-    portrait.install(made, "standalone")
-    assert portrait.fresh(made, "standalone") and not portrait.fresh(made, "dev")
-    portrait.stamp(made, "standalone").unlink()
-    portrait.install(made, "dev")
-    assert portrait.fresh(made, "standalone") and portrait.fresh(made, "dev")
+def test_each_set_holds_the_ones_before_it_but_not_the_other_way_round(made, pip):
+    sets = ["standalone", "train", "dev"]
+    assert list(portrait.REQUIREMENTS) == sets
+    for number, name in enumerate(sets):
+        portrait.install(made, name)
+        assert [portrait.fresh(made, other) for other in sets] == [other in sets[: number + 1] for other in sets]
+        portrait.stamp(made, name).unlink()
 
 
 @pytest.mark.parametrize(
-    "name", ["standalone.txt", "standalone-no-deps.txt", "dev.txt", "dev-no-deps.txt", "constraints.txt"]
+    "name", ["standalone.txt", "standalone-no-deps.txt", "train.txt", "dev.txt", "dev-no-deps.txt", "constraints.txt"]
 )
 def test_a_changed_pin_makes_it_stale(project, made, pip, name):
     portrait.install(made, "dev")
@@ -109,6 +110,7 @@ def test_packages_with_pins_of_their_own_are_installed_without_dependencies(proj
     assert [Path(word).name for word in plain if word.endswith(".txt")] == [
         "constraints.txt",
         "standalone.txt",
+        "train.txt",
         "dev.txt",
     ]
     assert [Path(word).name for word in alone if word.endswith(".txt")] == [
@@ -162,7 +164,7 @@ def bare_project(folder: Path, command: str) -> Path:
     (folder / "lib_portrait").mkdir(parents=True)
     (folder / "requirements").mkdir()
     shutil.copy(ROOT / "portrait.py", folder)
-    for name in ("standalone", "dev", "constraints"):
+    for name in ("standalone", "train", "dev", "constraints"):
         (folder / "requirements" / f"{name}.txt").touch()
     (folder / "lib_portrait" / "__init__.py").touch()
     (folder / "lib_portrait" / "commands.py").write_text(
@@ -238,9 +240,7 @@ def test_bench_hands_on_what_follows_the_name(monkeypatch):
     assert seen == [("step", ["--pairs", "5", "--help"])]
 
 
-@pytest.mark.parametrize(
-    "words", [[], ["generate"], ["convert", "a"], ["convert", "a", "b", "--fast"], ["bench", "no"]]
-)
+@pytest.mark.parametrize("words", [[], ["imagine"], ["convert", "a"], ["convert", "a", "b", "--fast"], ["bench", "no"]])
 def test_a_command_line_that_makes_no_sense_is_refused(words, capsys):
     with pytest.raises(SystemExit) as caught:
         commands.parse(words)

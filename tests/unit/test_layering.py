@@ -32,8 +32,17 @@ ROOMS = {
     "portrait": Room(own="lib_portrait.commands"),
     "install": Room(),
     "scripts": Room("modules gradio", "lib_portrait.webui"),
-    "benchmarks": Room("torch numpy einops ldm omegaconf", "lib_portrait"),
-    "trainer": Room(),
+    "benchmarks": Room("torch numpy einops ldm omegaconf diffusers transformers safetensors", "lib_portrait trainer"),
+    "trainer": Room(
+        f"{SERIALISED} {PICTURES} accelerate diffusers transformers tqdm",
+        "lib_portrait.errors lib_portrait.request lib_portrait.attention lib_portrait.faces lib_portrait.checkpoints "
+        "lib_portrait.methods lib_portrait.routing_picture lib_portrait.standalone",
+    ),
+    "trainer.evaluation": Room(
+        f"{SERIALISED} {PICTURES} transformers tqdm open_clip facenet_pytorch",
+        "lib_portrait.errors lib_portrait.request lib_portrait.faces lib_portrait.checkpoints "
+        "lib_portrait.conditioning lib_portrait.standalone trainer.dataset trainer.shards trainer.world",
+    ),
     "trainer.world": Room("numpy skia cv2 PIL", "lib_portrait.errors trainer.world"),
     "lib_portrait": Room(),
     "lib_portrait.errors": Room(),
@@ -53,7 +62,15 @@ ROOMS = {
         "lib_portrait.methods",
     ),
     "lib_portrait.routing_picture": Room("torch numpy PIL"),
-    "lib_portrait.commands": Room(own="lib_portrait.errors lib_portrait.checkpoints benchmarks"),
+    "lib_portrait.standalone": Room(
+        f"{SERIALISED} {PICTURES} diffusers transformers yaml",
+        "lib_portrait.errors lib_portrait.request lib_portrait.attention lib_portrait.faces lib_portrait.checkpoints "
+        "lib_portrait.methods lib_portrait.conditioning lib_portrait.routing_picture",
+    ),
+    "lib_portrait.commands": Room(
+        own="lib_portrait.errors lib_portrait.request lib_portrait.checkpoints lib_portrait.standalone benchmarks "
+        "trainer"
+    ),
     "lib_portrait.webui": Room(
         "modules gradio ldm sgm k_diffusion networks fastapi starlette pydantic torch numpy PIL",
         "lib_portrait.errors lib_portrait.request lib_portrait.attention lib_portrait.faces lib_portrait.checkpoints "

@@ -1,0 +1,135 @@
+"""Make shards to train on, from photos or from the world, and check them.
+
+portrait.py dataset photos FOLDER --output SHARDS   photos of people, in a folder for each person or in any others
+portrait.py dataset world --output SHARDS --number 64000
+portrait.py dataset features SHARDS --checkpoint MODEL --backbone FILE --vision FILE
+                                                    what frozen networks make of them, which training reads
+portrait.py dataset check SHARDS                    what shards hold, and which samples cannot be used
+
+Started again, a command that was broken off goes on with the first shard that is missing.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+from collections import Counter
+from pathlib import Path
+
+REQUIREMENTS = "train"
+
+
+def configure(parser: argparse.ArgumentParser) -> None:
+    kinds = parser.add_subparsers(dest="dataset", metavar="KIND", required=True)
+    photos = _kind(kinds, "photos", _photos, "shards of a folder of photos")
+    photos.add_argument("folder", type=Path, metavar="FOLDER", help="photos at any depth; FOLDER/alice/*.jpg are alice")
+    photos.add_argument("--size", type=int, default=512, help="side of the written pictures, default 512")
+    photos.add_argument(
+        "--caption",
+        default="a photo of a {word}",
+        help="where there is no PHOTO.txt beside PHOTO.jpg; {word} becomes woman, man, person or group of people",
+    )
+    photos.add_argument("--kind", choices=("jpg", "webp", "png"), default="jpg", help="default jpg")
+    photos.add_argument("--quality", type=int, default=95, help="of jpg and webp, 1 to 100, default 95")
+    photos.add_argument("--smallest-face", type=int, default=48, help="width in the written picture, default 48 pixels")
+    photos.add_argument("--most-faces", type=int, default=8, help="photos with more are skipped, default 8")
+    photos.add_argument("--no-identities", action="store_true", help="the folders are not named after people")
+    photos.add_argument("--detector", choices=("insightface", "mtcnn"), help="default: the best one installed")
+    world = _kind(kinds, "world", _world, "shards of the drawn world")
+    world.add_argument("--number", type=int, required=True, help="of pictures")
+    world.add_argument("--first", type=int, default=0, help="number of the first scene, a multiple of --shard")
+    world.add_argument("--identities", type=int, default=6000, help="people that appear, default 6000")
+    world.add_argument("--size", type=int, default=128, help="side of the pictures, default 128")
+    for name, parser in (("photos", photos), ("world", world)):
+        parser.add_argument("--output", type=Path, required=True, metavar="SHARDS", help="folder for the shards")
+        parser.add_argument("--name", default=name, help=f"of the shards, NAME-00000.tar; default {name}")
+        parser.add_argument("--shard", type=int, default=1000, help="samples in a shard, default 1000")
+    features = _kind(kinds, "features", _features, "latents, tokens and face features, computed once")
+    features.add_argument("data", type=Path, metavar="SHARDS", help="a shard, or a folder of shards")
+    features.add_argument("--checkpoint", type=Path, help="single-file model that the adapter is for; gives the VAE")
+    features.add_argument("--vae", type=Path, help="instead: vae.safetensors, as exported by the recipe vae")
+    features.add_argument("--backbone", type=Path, help="recognition network; with --vision, for faces")
+    features.add_argument("--vision", type=Path, help="image encoder")
+    features.add_argument("--batch", type=int, default=16, help="pictures at once, default 16")
+    features.add_argument("--device", help="default: cuda where there is one")
+    check = _kind(kinds, "check", _check, "what shards hold")
+    check.add_argument("data", type=Path, metavar="SHARDS", help="a shard, or a folder of shards")
+    check.add_argument("--list", type=Path, metavar="FILE", help="where to write a line for each fault")
+    for parser in (photos, world, check):
+        parser.add_argument("--processes", type=int, default=os.cpu_count() or 1, help="default: one for each core")
+
+
+def _kind(kinds: argparse._SubParsersAction, name: str, run, summary: str) -> argparse.ArgumentParser:  # type: ignore[no-untyped-def]
+    parser: argparse.ArgumentParser = kinds.add_parser(name, help=summary, description=summary, allow_abbrev=False)
+    parser.set_defaults(make=run)
+    return parser
+
+
+def run(options: argparse.Namespace) -> int:
+    return int(options.make(options))
+
+
+def _photos(options: argparse.Namespace) -> int:
+    from trainer.dataset import Photos, make_photos
+
+    photos = Photos(
+        size=options.size,
+        caption=options.caption,
+        kind=options.kind,
+        quality=options.quality,
+        smallest_face=options.smallest_face,
+        most_faces=options.most_faces,
+        identities=not options.no_identities,
+        detector=options.detector,
+        shard=options.shard,
+    )
+    samples, skipped = make_photos(options.folder, options.output, photos, options.name, options.processes)
+    print(f"{samples} samples in {options.output}")
+    if skipped:
+        print(f"{len(skipped)} photos were skipped ({options.output / f'{options.name}-skipped.txt'} lists them):")
+        _print_counts(Counter(one.reason for one in skipped))
+    return 0 if samples else 1
+
+
+def _world(options: argparse.Namespace) -> int:
+    from trainer.dataset import World, make_world
+
+    world = World(options.first, options.number, options.identities, options.size, options.shard)
+    made = make_world(options.output, world, options.name, options.processes)
+    print(f"{made} shards were made, {-(-options.number // options.shard) - made} were there already")
+    return 0
+
+
+def _features(options: argparse.Namespace) -> int:
+    from trainer.features import precompute
+    from trainer.frozen import default_device, frozen_networks
+    from trainer.shards import Shards
+
+    device = options.device or default_device()
+    frozen = frozen_networks(options.checkpoint, options.vae, options.backbone, options.vision, device)
+    counts = precompute(Shards.under(options.data).paths, frozen, options.batch)
+    print(f"{counts['shards']} shards: {counts['pictures']} pictures, {counts['faces']} faces")
+    if counts["unusable"]:
+        print(f"{counts['unusable']} pictures cannot be used; portrait.py dataset check {options.data} says why")
+    return 0
+
+
+def _check(options: argparse.Namespace) -> int:
+    """1 when there is something that cannot be used."""
+    from trainer.dataset import check
+
+    report = check(options.data, options.processes)
+    people = ", ".join(f"{count} with {number}" for number, count in sorted(report.people.items()))
+    print(f"{report.samples} samples in {report.shards} shards; by number of faces: {people}")
+    print(f"{report.faces} faces, {report.unlabelled} of them of nobody known; {len(report.identities)} people")
+    for title, counts in (("cannot be used", report.unusable), ("doubtful", report.doubtful)):
+        print(f"{title}: {sum(counts.values())}")
+        _print_counts(counts)
+    if options.list is not None:
+        options.list.write_text("".join(line + "\n" for line in report.list), encoding="utf-8")
+    return 1 if report.unusable else 0
+
+
+def _print_counts(counts: Counter[str]) -> None:
+    for reason, count in counts.most_common():
+        print(f"  {count:6d}  {reason}")

@@ -1,0 +1,336 @@
+"""`portrait.py dataset`: shards of the world and of photos, resumed where they were broken off; bad data is counted."""
+
+from __future__ import annotations
+
+import json
+import tarfile
+
+import cv2
+import numpy as np
+import pytest
+from PIL import Image
+
+from lib_portrait import commands
+from lib_portrait.errors import PortraitError
+from lib_portrait.faces.detection import Detector, Face
+from tests.portraits import portrait
+from trainer import dataset
+from trainer.dataset import Photos, World, check, label_of, make_photos, make_world, person, square, world_sample
+from trainer.shards import Shards, encode_png, writing
+from trainer.world import held_out
+
+# -------------------------------------------------------------------------------------------------------------- world
+
+
+def test_the_world_s_scenes_keep_their_numbers():
+    """Networks were trained on these: another picture or label under a number would mix two worlds."""
+    made = world_sample(1, 6000, 128)
+    record = json.loads(made.record.to_json())
+    assert made.key == "00000001" and made.suffix == "png"
+    wording = "a pencil drawing of a man wearing a grey shirt and a woman wearing a green shirt in a forest"
+    assert record["caption"] == wording
+    assert [(face["id"], face["word"]) for face in record["faces"]] == [("5044", "man"), ("197", "woman")]
+    assert record["faces"][0]["box"] == [16.85, 44.12, 60.79, 92.0]
+    assert record["attributes"]["faces"] == {
+        "0": {"garment": "shirt", "clothes_colour": "grey"},
+        "1": {"garment": "shirt", "clothes_colour": "green"},
+    }
+    assert record["world"] == {"seed": 1}
+    assert sorted(np.unique(made.labels).tolist()) == [0, 1, 2]
+
+
+def test_only_people_of_the_training_part_appear():
+    assert [person(k) for k in (0, 8, 9, 17, 18)] == [0, 8, 10, 18, 20]
+    assert not any(held_out(person(k)) for k in range(200))
+
+
+def test_the_number_of_processes_changes_no_byte(tmp_path):
+    world = World(0, 5, size=64, shard=2)
+    assert make_world(tmp_path / "one", world) == 3
+    assert make_world(tmp_path / "two", world, processes=2) == 3
+    names = sorted(path.name for path in (tmp_path / "one").iterdir())
+    assert names == ["world-00000.tar", "world-00001.tar", "world-00002.tar"]
+    for name in names:
+        assert (tmp_path / "one" / name).read_bytes() == (tmp_path / "two" / name).read_bytes()
+    assert len(Shards.under(tmp_path / "one")) == 5
+
+
+def test_whole_shards_of_the_world_are_kept(tmp_path):
+    make_world(tmp_path, World(0, 4, size=64, shard=2))
+    bytes_before = (tmp_path / "world-00001.tar").read_bytes()
+    (tmp_path / "world-00001.tar").unlink()
+    kept = (tmp_path / "world-00000.tar").stat()
+    assert make_world(tmp_path, World(0, 6, size=64, shard=2)) == 2
+    assert (tmp_path / "world-00000.tar").stat().st_mtime_ns == kept.st_mtime_ns
+    assert (tmp_path / "world-00001.tar").read_bytes() == bytes_before
+
+
+@pytest.mark.parametrize("other", [{"size": 80}, {"identities": 50}, {"number": 1}])
+def test_shards_of_another_world_are_not_taken_for_these(tmp_path, other):
+    make_world(tmp_path, World(0, 2, size=64, shard=2))
+    values = {"number": 2, "size": 64, "shard": 2, **other}
+    with pytest.raises(PortraitError, match=r"world-00000\.tar is there but holds other samples"):
+        make_world(tmp_path, World(0, **values))
+
+
+def test_a_world_that_begins_within_a_shard_is_refused():
+    with pytest.raises(PortraitError, match="Begin at a whole shard"):
+        World(first=500, number=10)
+
+
+# ------------------------------------------------------------------------------------------------------------- photos
+
+
+def face(x0, y0, x1, y1):
+    """A face whose landmarks lie in the middle of its box."""
+    box = np.array([x0, y0, x1, y1], np.float32)
+    places = np.array([[0.3, 0.4], [0.7, 0.4], [0.5, 0.6], [0.35, 0.75], [0.65, 0.75]], np.float32)
+    return Face(box, box[:2] + places * (box[2:] - box[:2]), 0.9)
+
+
+@pytest.fixture
+def folder(tmp_path, monkeypatch):
+    """A folder for photos, and `photo(name, size, *boxes)` that puts one there in which these faces will be found.
+
+    A photo's red channel is its number, by which the detector knows it.
+    """
+    boxes = []
+
+    def find(image):
+        number = int(image[image.shape[0] // 2, image.shape[1] // 2, 0])
+        if boxes[number] is None:
+            raise RuntimeError("the detector broke")
+        return [face(*box) for box in boxes[number]]
+
+    monkeypatch.setattr(dataset, "_detector", lambda name: Detector("test", "1", find))
+    place = tmp_path / "people"
+
+    def photo(name, size, *found):
+        boxes.append(None if found == (None,) else found)
+        file = place / name
+        file.parent.mkdir(parents=True, exist_ok=True)
+        pixels = np.zeros((size[1], size[0], 3), np.uint8)
+        pixels[..., 0] = len(boxes) - 1
+        for x0, y0, x1, y1 in found if found != (None,) else ():
+            pixels[int(y0) : int(y1), int(x0) : int(x1), 1] = 255
+        Image.fromarray(pixels).save(file)
+        return file
+
+    photo.place = place
+    return photo
+
+
+def records(output):
+    shards = Shards.under(output)
+    return {shards.record(i).extra["photo"]: shards[i] for i in range(len(shards))}
+
+
+SMALL = Photos(size=128, kind="png", smallest_face=20)
+
+
+def test_photos_become_square_with_their_faces_where_they_are(folder, tmp_path):
+    folder("a.png", (512, 256), (300, 60, 380, 180))
+    made, skipped = make_photos(folder.place, tmp_path / "out", SMALL)
+    sample = records(tmp_path / "out")["a.png"]
+    assert (made, skipped) == (1, []) and sample.image.shape == (128, 128, 3)
+    # Half the size: the face is at 150 to 190 of 256, which the middle cut (64 to 192) would leave no room for.
+    box = sample.record.faces[0].box
+    green = np.argwhere(sample.image[..., 1] > 128)
+    np.testing.assert_allclose(box, [*green.min(0)[::-1], *(green.max(0)[::-1] + 1)], atol=1)
+    assert box[2] - box[0] == pytest.approx(40) and box[3] - box[1] == pytest.approx(60)
+    assert box[2] == pytest.approx(128 - 0.3 * 40, abs=1)
+    middle = np.mean(sample.record.faces[0].landmarks, axis=0)
+    assert box[0] < middle[0] < box[2] and box[1] < middle[1] < box[3]
+    assert sample.record.caption == "a photo of a person"
+
+
+def test_folders_label_the_single_or_largest_face(folder, tmp_path):
+    folder("alice/1.png", (256, 256), (10, 10, 80, 80), (120, 20, 240, 180))
+    folder("alice/2019/2.png", (256, 256), (10, 10, 80, 80))
+    folder("women/carol/3.png", (256, 256), (10, 10, 80, 80))
+    folder("4.png", (256, 256), (10, 10, 80, 80))
+    make_photos(folder.place, tmp_path / "out", SMALL)
+    labels = {name: [(f.id, f.word) for f in sample.record.faces] for name, sample in records(tmp_path / "out").items()}
+    assert labels == {
+        "4.png": [(None, None)],
+        "alice/1.png": [("alice", None), (None, None)],
+        "alice/2019/2.png": [("alice", None)],
+        "women/carol/3.png": [("carol", "woman")],
+    }
+    captions = {name: sample.record.caption for name, sample in records(tmp_path / "out").items()}
+    assert captions["women/carol/3.png"] == "a photo of a woman"
+    assert captions["alice/1.png"] == "a photo of a group of people"
+    make_photos(folder.place, tmp_path / "unnamed", Photos(**{**vars(SMALL), "identities": False}))
+    assert all(f.id is None for sample in records(tmp_path / "unnamed").values() for f in sample.record.faces)
+
+
+def test_the_first_folder_that_is_no_word_names_the_person():
+    assert label_of("a.jpg") == (None, None)
+    assert label_of("man/a.jpg") == (None, "man")
+    assert label_of("bob/Men/2020/a.jpg") == ("bob", "man")
+
+
+def test_captions_come_from_the_text_beside_the_photo(folder, tmp_path):
+    folder("a.png", (256, 256), (10, 10, 80, 80)).with_suffix(".txt").write_text(" ann\n at sea \n")
+    folder("b.png", (256, 256), (10, 10, 80, 80))
+    make_photos(folder.place, tmp_path / "out", Photos(**{**vars(SMALL), "caption": "{word}, {once}"}))
+    captions = {name: sample.record.caption for name, sample in records(tmp_path / "out").items()}
+    assert captions == {"a.png": "ann at sea", "b.png": "person, {once}"}
+
+
+def test_bad_photos_are_skipped_counted_and_listed(folder, tmp_path, capsys):
+    folder("good.png", (256, 256), (10, 10, 80, 80))
+    folder("nobody.png", (256, 256))
+    folder("small.png", (100, 256), (10, 10, 80, 80))
+    folder("tiny face.png", (256, 256), (10, 10, 40, 40))
+    folder("crowd.png", (256, 256), *[(i * 20, 10, i * 20 + 18, 40) for i in range(9)])
+    folder("crash.png", (256, 256), None)
+    folder("no words.png", (256, 256), (10, 10, 80, 80)).with_suffix(".txt").write_bytes(b"\xff\xfe\xff")
+    (folder.place / "broken.jpg").write_bytes(b"\xff\xd8 no jpeg")
+    (folder.place / "empty.webp").touch()
+    (folder.place / "notes.md").write_text("no picture")
+    words = ["dataset", "photos", str(folder.place), "--output", str(tmp_path / "out"), "--size", "128"]
+    words += ["--smallest-face", "20", "--processes", "1"]
+    assert commands.run(commands.parse(words)) == 0
+    said = capsys.readouterr().out
+    listed = (tmp_path / "out" / "photos-skipped.txt").read_text().splitlines()
+    reasons = {
+        "broken.jpg": "unreadable picture",
+        "crash.png": "face detector failed",
+        "crowd.png": "more than 8 faces",
+        "empty.webp": "unreadable picture",
+        "no words.png": "unreadable caption",
+        "nobody.png": "no face",
+        "small.png": "picture smaller than 128 pixels",
+        "tiny face.png": "all faces smaller than 20 pixels or cut off",
+    }
+    assert len(listed) == 8
+    for line, (name, reason) in zip(listed, reasons.items()):
+        assert line.startswith(f"{reason}: {name!r}")
+    assert "1 samples" in said and "8 photos were skipped" in said and "     2  unreadable picture" in said
+    # Told again, though not done again, the second time.
+    assert commands.run(commands.parse(words)) == 0
+    assert "8 photos were skipped" in capsys.readouterr().out
+
+
+def test_photos_that_were_broken_off_go_on_and_end_the_same(folder, tmp_path, monkeypatch):
+    for number in range(7):
+        folder(f"{number}.png", (256, 256), *([(10, 10, 80, 80)] if number != 1 else []))
+    photos = Photos(**{**vars(SMALL), "shard": 2})
+    make_photos(folder.place, tmp_path / "whole", photos)
+    asked = []
+
+    def breaks(job, **options):
+        asked.append(job[0])
+        if len(asked) == 5:
+            raise KeyboardInterrupt
+        return sample(job, **options)
+
+    sample = dataset.photo_sample
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(dataset, "photo_sample", breaks)
+        make_photos(folder.place, tmp_path / "out", photos)
+    with (tmp_path / "out" / "photos.jsonl").open("a") as file:
+        file.write('{"end": 6, "samp')
+    patch = pytest.MonkeyPatch()
+    patch.setattr(dataset, "photo_sample", lambda job, **options: asked.append(job[0]) or sample(job, **options))
+    assert make_photos(folder.place, tmp_path / "out", photos)[0] == 6
+    patch.undo()
+    assert asked == [0, 1, 2, 3, 4, 3, 4, 5, 6]
+    names = sorted(path.name for path in (tmp_path / "whole").iterdir())
+    for name in names:
+        assert (tmp_path / "out" / name).read_bytes() == (tmp_path / "whole" / name).read_bytes()
+
+
+def test_shards_of_other_photos_or_settings_are_not_taken_for_these(folder, tmp_path):
+    folder("a.png", (256, 256), (10, 10, 80, 80))
+    make_photos(folder.place, tmp_path / "out", SMALL)
+    with pytest.raises(PortraitError, match=r"other settings \(most_faces\)"):
+        make_photos(folder.place, tmp_path / "out", Photos(**{**vars(SMALL), "most_faces": 2}))
+    folder("b.png", (256, 256), (10, 10, 80, 80))
+    with pytest.raises(PortraitError, match=r"other photos .*\(photos, list\)"):
+        make_photos(folder.place, tmp_path / "out", SMALL)
+
+
+def test_a_folder_without_photos_is_refused(tmp_path):
+    with pytest.raises(PortraitError, match="holds no pictures"):
+        make_photos(tmp_path, tmp_path / "out", SMALL)
+
+
+def test_the_cut_keeps_all_faces_if_it_can_and_else_the_first():
+    image = np.zeros((100, 400, 3), np.uint8)
+    _, both = square(image, [face(10, 20, 40, 60), face(60, 20, 90, 60)], 100)
+    assert None not in both and both[0].box.tolist() == [9, 20, 39, 60]
+    _, first = square(image, [face(300, 20, 390, 90), face(10, 20, 40, 60)], 100)
+    assert first[1] is None and first[0].box[2] <= 100
+    _, cut = square(image, [face(300, 20, 390, 90), face(270, 20, 320, 60)], 100)
+    assert cut[1] is None
+
+
+@pytest.mark.parametrize("kind", ["jpg", "webp"])
+def test_quality_decides_the_size_of_the_files(folder, tmp_path, kind):
+    folder("a.png", (256, 256), (10, 10, 200, 200))
+    sizes = []
+    for quality in (20, 95):
+        make_photos(folder.place, tmp_path / str(quality), Photos(size=128, kind=kind, quality=quality))
+        with tarfile.open(tmp_path / str(quality) / "photos-00000.tar") as tar:
+            sizes.append(tar.getmember(f"00000000.{kind}").size)
+        assert len(records(tmp_path / str(quality))) == 1
+    assert sizes[0] < sizes[1]
+
+
+def test_a_real_face_is_found_and_labelled(tmp_path):
+    file = portrait()
+    (tmp_path / "people" / "ada").mkdir(parents=True)
+    (tmp_path / "people" / "ada" / file.name).write_bytes(file.read_bytes())
+    made, skipped = make_photos(tmp_path / "people", tmp_path / "out", Photos(size=256, detector="mtcnn"))
+    assert (made, skipped) == (1, [])
+    found = records(tmp_path / "out")[f"ada/{file.name}"].record.faces
+    assert [one.id for one in found] == ["ada"]
+    assert found[0].landmarks[0][0] < found[0].landmarks[1][0] and found[0].box[2] - found[0].box[0] > 80
+
+
+# -------------------------------------------------------------------------------------------------------------- check
+
+
+def test_check_counts_what_cannot_be_used_and_what_a_person_may_want_to_see(tmp_path, capsys):
+    samples = [world_sample(seed, 6000, 64) for seed in range(3)]
+    with writing(tmp_path / "a-00000.tar") as shard:
+        for made in samples:
+            made.add_to(shard)
+        first = samples[0]
+        shard.add("twice", first.picture, "png", first.record, first.labels)
+        shard.add("mask", first.picture, "png", first.record, np.zeros((8, 8), np.uint8))
+        shard.add("picture", b"none", "png", first.record, None)
+        shard._put("record.png", encode_png(np.zeros((8, 8, 3), np.uint8)))
+        shard._put("record.json", b'{"caption": 3}')
+        outside = json.loads(first.record.to_json())
+        outside["faces"][0]["box"] = [-30, 0, 10, 10]
+        outside["caption"] = " "
+        shard._put("outside.png", cv2.imencode(".png", np.ones((64, 64, 3), np.uint8))[1].tobytes())
+        shard._put("outside.json", json.dumps(outside).encode())
+    (tmp_path / "b-00000.tar").write_bytes(b"nothing")
+    report = check(tmp_path)
+    assert report.samples == 8 and report.shards == 2
+    assert report.unusable == {
+        "unusable mask": 1,
+        "unusable picture": 1,
+        "unusable record": 1,
+        "shard that is no tar file": 1,
+    }
+    alone = sum(len(made.record.faces) for made in samples[1:])
+    assert report.doubtful == {
+        "same picture twice": 1,
+        "face outside the picture": 1,
+        "empty caption": 1,
+        "person with one face only": alone,
+    }
+    words = ["dataset", "check", str(tmp_path), "--list", str(tmp_path / "faults.txt"), "--processes", "1"]
+    assert commands.run(commands.parse(words)) == 1
+    assert "cannot be used: 4" in capsys.readouterr().out
+    assert len((tmp_path / "faults.txt").read_text().splitlines()) == 4 + sum(report.doubtful.values())
+    (tmp_path / "b-00000.tar").unlink()
+    make_world(tmp_path / "good", World(0, 2, size=64))
+    assert commands.run(commands.parse(["dataset", "check", str(tmp_path / "good"), "--processes", "1"])) == 0
+    with pytest.raises(PortraitError, match="holds no shards"):
+        check(tmp_path / "nowhere")

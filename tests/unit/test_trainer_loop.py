@@ -1,0 +1,309 @@
+"""The training loop: what decides a run's losses is the settings, not where it was broken off or how it is spread."""
+
+from __future__ import annotations
+
+import itertools
+import json
+import os
+import re
+import signal
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from accelerate import Accelerator, DistributedType
+from accelerate.state import AcceleratorState, GradientState
+from safetensors import safe_open
+from safetensors.torch import load_file
+
+from lib_portrait import commands
+from lib_portrait.errors import PortraitError
+from tests.tiny_recipe import Numbers, Tiny, settings
+from trainer.dataset import world_sample
+from trainer.loop import rate_at, seeded, train
+from trainer.shards import writing
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+@pytest.fixture(autouse=True)
+def fresh_accelerate(monkeypatch):
+    """Accelerate keeps its settings in the process; each test begins without any, and on the CPU."""
+    monkeypatch.setenv("ACCELERATE_USE_CPU", "true")
+    yield
+    AcceleratorState._reset_state(reset_partial_state=True)
+    GradientState._reset_state()
+
+
+def run(output, recipe=Tiny, **changes):
+    chosen = settings(output, **changes)
+    return train(seeded(recipe, chosen), chosen)
+
+
+def losses(output):
+    """The lines of losses.jsonl without the one number that time decides."""
+    lines = [json.loads(line) for line in (output / "losses.jsonl").read_text().splitlines()]
+    for line in lines:
+        assert line.pop("samples_per_second") > 0
+    return lines
+
+
+def exported(output):
+    return load_file(output / "export" / "tiny.safetensors")
+
+
+def checkpoints(output):
+    return sorted(path.name for path in (output / "checkpoints").iterdir())
+
+
+# ------------------------------------------------------------------------------------------------------------- resume
+
+
+def test_a_killed_run_goes_on_with_the_very_losses_of_an_unbroken_one(tmp_path):
+    run(tmp_path / "whole", steps=20)
+    # In the middle of step 12: after the checkpoint of step 8 and the lines of steps 10 and 12 less one.
+    command = [sys.executable, "-m", "tests.tiny_recipe", str(tmp_path / "killed"), "20", "12"]
+    killed = subprocess.run(command, cwd=ROOT, capture_output=True, timeout=120)
+    assert killed.returncode == -signal.SIGKILL, killed.stderr.decode()
+    assert checkpoints(tmp_path / "killed") == ["step-00000004", "step-00000008"]
+    assert losses(tmp_path / "killed")[-1]["step"] == 10
+    with (tmp_path / "killed" / "losses.jsonl").open("a") as file:
+        file.write('{"step": 12, "lo')  # as a process leaves it that dies while it writes
+    assert run(tmp_path / "killed", steps=20) == 20
+    assert losses(tmp_path / "killed") == losses(tmp_path / "whole")
+    assert len(losses(tmp_path / "whole")) == 10
+    for name, tensor in exported(tmp_path / "whole").items():
+        assert exported(tmp_path / "killed")[name].equal(tensor), name
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_run_that_is_asked_to_end_saves_first(tmp_path, number):
+    def ask(recipe):
+        if recipe.calls == 5:
+            os.kill(os.getpid(), number)
+
+    before = signal.getsignal(number)
+    assert run(tmp_path, lambda: Tiny(each_call=ask)) == 6
+    assert signal.getsignal(number) is before
+    assert checkpoints(tmp_path) == ["step-00000004", "step-00000006"]
+    run(tmp_path)
+    run(tmp_path / "whole")
+    assert losses(tmp_path) == losses(tmp_path / "whole")
+
+
+def test_a_checkpoint_or_export_that_was_broken_off_does_not_count(tmp_path, monkeypatch):
+    def broken(self, folder, facts):
+        (folder / "tiny.safetensors").write_bytes(b"half")
+        raise OSError("the disk is full")
+
+    run(tmp_path, steps=4)
+    good = exported(tmp_path)
+    with monkeypatch.context() as patch, pytest.raises(OSError, match="disk is full"):
+        patch.setattr(Tiny, "export", broken)
+        run(tmp_path, steps=12)
+    assert all(exported(tmp_path)[name].equal(tensor) for name, tensor in good.items())
+    (tmp_path / "checkpoints" / "step-00000008.part").mkdir()
+    run(tmp_path)
+    run(tmp_path / "whole")
+    assert losses(tmp_path) == losses(tmp_path / "whole")
+    assert checkpoints(tmp_path) == ["step-00000008", "step-00000012"]
+
+
+def test_a_finished_run_exports_again_and_goes_on_with_more_steps(tmp_path):
+    run(tmp_path)
+    (tmp_path / "export" / "tiny.safetensors").unlink()
+    assert run(tmp_path) == 12
+    assert exported(tmp_path)
+    assert run(tmp_path, steps=16) == 16
+    run(tmp_path / "whole", steps=16)
+    assert losses(tmp_path) == losses(tmp_path / "whole")
+
+
+@pytest.mark.parametrize("change", [{"rate": 2e-2}, {"batch": 2}, {"seed": 1}, {"ema": 0.0}, {"accumulate": 2}])
+def test_a_folder_with_a_run_of_other_settings_is_refused(tmp_path, change):
+    run(tmp_path, steps=2)
+    before = (tmp_path / "run.json").read_text()
+    with pytest.raises(PortraitError, match=r"holds a run with other settings: .* -> .*another --output"):
+        run(tmp_path, steps=4, **change)
+    with pytest.raises(PortraitError, match="samples 10 -> 11"):
+        run(tmp_path, lambda: Tiny(Numbers(11)), steps=4)
+    assert (tmp_path / "run.json").read_text() == before
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        {"steps": 0},
+        {"batch": -1},
+        {"rate": 0.0},
+        {"rate": float("nan")},
+        {"ema": 1.0},
+        {"seed": -1},
+        {"precision": "half"},
+        {"save_every": 5},
+    ],
+)
+def test_settings_that_make_no_sense_are_refused(tmp_path, wrong):
+    with pytest.raises(PortraitError) as caught:
+        settings(tmp_path, **wrong)
+    assert caught.value.field == next(iter(wrong))
+
+
+# --------------------------------------------------------------------------------------------------- what is computed
+
+
+def test_accumulated_gradients_are_those_of_the_bigger_batch(tmp_path):
+    def plain():
+        return Tiny(Numbers(noise=0.0), drawn=False)
+
+    run(tmp_path / "accumulated", plain, batch=2, accumulate=3)
+    run(tmp_path / "big", plain, batch=6)
+    for small, big in zip(losses(tmp_path / "accumulated"), losses(tmp_path / "big"), strict=True):
+        assert small["loss"] == pytest.approx(big["loss"], rel=1e-5)
+        assert small["gradient"] == pytest.approx(big["gradient"], rel=1e-4)
+    for name, tensor in exported(tmp_path / "big").items():
+        torch.testing.assert_close(exported(tmp_path / "accumulated")[name], tensor, rtol=1e-4, atol=1e-6)
+
+
+def test_the_exported_weights_are_the_average_of_the_trained_ones(tmp_path):
+    """Decay min(0.6, 1 - (1 + k)^-0.75), k counted from the second step, in which it is 0."""
+    seen = []
+
+    def note(recipe):
+        seen.append({name: tensor.clone() for name, tensor in recipe.state_dict().items()})
+
+    run(tmp_path, lambda: Tiny(each_call=note), steps=8, save_every=2, ema=0.6)
+    # A forward pass sees the weights of the step before, never the averaged ones that were exported meanwhile.
+    trained = [*seen[1:], load_file(tmp_path / "checkpoints" / "step-00000008" / "model.safetensors")]
+    average = seen[0]
+    for step, weights in enumerate(trained):
+        decay = min(0.6, 1 - (1 + step) ** -0.75) if step else 0.0
+        average = {name: decay * average[name] + (1 - decay) * tensor for name, tensor in weights.items()}
+    for name, tensor in average.items():
+        torch.testing.assert_close(exported(tmp_path)[name], tensor, rtol=1e-5, atol=1e-6)
+        assert not torch.equal(exported(tmp_path)[name], trained[-1][name])
+    with safe_open(tmp_path / "export" / "tiny.safetensors", "pt") as file:
+        assert file.metadata() == {"trainer": "portrait", "recipe": "tiny", "steps": "8", "seed": "0"}
+
+
+def test_the_rate_rises_and_falls_as_asked(tmp_path):
+    chosen = settings(tmp_path, steps=20, warmup=4, cooldown=10)
+    rates = [rate_at(step, chosen) for step in range(20)]
+    assert rates[:5] == [0.25, 0.5, 0.75, 1.0, 1.0]
+    assert rates[9:11] == [1.0, 1.0] and rates[15] == pytest.approx(0.5)
+    assert all(later < earlier for earlier, later in itertools.pairwise(rates[10:])) and 0 < rates[19] < 0.05
+
+
+def test_the_seed_decides_the_first_weights_and_all_losses(tmp_path):
+    for name, seed in (("a", 3), ("b", 3), ("c", 4)):
+        torch.rand(5)
+        run(tmp_path / name, seed=seed, steps=4)
+    assert losses(tmp_path / "a") == losses(tmp_path / "b") != losses(tmp_path / "c")
+
+
+def test_worker_processes_change_nothing(tmp_path):
+    run(tmp_path / "none")
+    run(tmp_path / "two", workers=2)
+    assert losses(tmp_path / "none") == losses(tmp_path / "two")
+
+
+# ----------------------------------------------------------------------------------------------------------- bad data
+
+
+def test_bad_samples_are_counted_and_passed_over_also_after_a_resume(tmp_path, capsys):
+    def recipe():
+        return Tiny(Numbers(10, bad=frozenset({2, 3})))
+
+    run(tmp_path, recipe, steps=20)
+    # 8 epochs: number 2 costs two samples each, number 3 one.
+    assert losses(tmp_path)[-1]["unusable"] == 8 * 3
+    assert "24 samples could not be used and were passed over." in capsys.readouterr().out
+    run(tmp_path / "twice", recipe, steps=12)
+    run(tmp_path / "twice", recipe, steps=20)
+    assert losses(tmp_path / "twice") == losses(tmp_path)
+
+
+def test_data_without_a_good_sample_ends_the_run_with_the_reason(tmp_path):
+    with pytest.raises(PortraitError, match=r"100 samples in a row cannot be used, .* number \d is bad"):
+        run(tmp_path, lambda: Tiny(Numbers(10, bad=frozenset(range(10)))))
+
+
+def test_a_loss_that_is_no_number_ends_the_run_and_is_not_saved(tmp_path):
+    def spoil(recipe):
+        if recipe.calls == 7:
+            torch.nn.init.constant_(recipe.layers[0].weight, float("nan"))
+
+    with pytest.raises(PortraitError, match="loss: it is nan at step 8"):
+        run(tmp_path, lambda: Tiny(each_call=spoil))
+    assert checkpoints(tmp_path) == ["step-00000004"]
+
+
+# ---------------------------------------------------------------------------------------------------------------- log
+
+
+def test_tensorboard_has_losses_and_pictures_and_no_step_twice(tmp_path):
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    run(tmp_path, steps=8, sample_every=4)
+    run(tmp_path, steps=12, sample_every=4)
+    events = EventAccumulator(str(tmp_path / "tensorboard"))
+    events.Reload()
+    assert [event.step for event in events.Scalars("loss")] == [2, 4, 6, 8, 10, 12]
+    assert [event.step for event in events.Images("noise")] == [4, 8, 12]
+
+
+# -------------------------------------------------------------------------------------------------- several processes
+
+
+def test_a_launch_that_would_cut_the_weights_into_pieces_is_refused(tmp_path, monkeypatch):
+    monkeypatch.setattr(Accelerator, "distributed_type", DistributedType.FSDP)
+    with pytest.raises(PortraitError, match="FSDP cuts weights into pieces.*--multi_gpu"):
+        run(tmp_path)
+
+
+def test_two_processes_of_accelerate_launch_train_what_one_does(tmp_path, capsys):
+    """The real command line, with a real recipe: `accelerate launch portrait.py train vae`, beside one process."""
+    with writing(tmp_path / "world-00000.tar") as shard:
+        for seed in range(6):
+            made = world_sample(seed, 100, 64)
+            shard.add(made.key, made.picture, made.suffix, made.record, None)
+    words = ["train", "vae", "--data", str(tmp_path), "--steps", "4", "--crop", "32", "--rate", "1e-4", "--warmup", "1"]
+    words += ["--log-every", "1", "--save-every", "2", "--ema", "0.5"]
+    # portrait.py in this environment, which is as it should be.
+    script = tmp_path / "script.py"
+    script.write_text(
+        f"import sys\nsys.path.insert(0, {str(ROOT)!r})\nimport portrait\nportrait.ensure = lambda *_: None\n"
+        "sys.exit(portrait.main(sys.argv[1:]))\n"
+    )
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    # Accelerate's --cpu would need mpirun; its --multi_gpu starts processes, and they take what device there is.
+    command = [sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", "2"]
+    command += ["--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no"]
+    command += ["--main_process_port", str(port), str(script)]
+    environment = {name: value for name, value in os.environ.items() if name != "ACCELERATE_USE_CPU"}
+    both = subprocess.run(
+        [*command, *words, "--batch", "2", "--output", str(tmp_path / "two")],
+        env={**environment, "PORTRAIT_VENV": sys.prefix, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""},
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert both.returncode == 0, both.stdout + both.stderr
+    assert both.stdout.count("Step 4 of 4") == 1
+    assert commands.run(commands.parse([*words, "--batch", "4", "--output", str(tmp_path / "one")])) == 0
+    said = capsys.readouterr().out
+    assert re.search(r"Step 4 of 4; weights in .*one/export", said.replace("\\", "/"))
+    one, two = losses(tmp_path / "one"), losses(tmp_path / "two")
+    assert [line["step"] for line in two] == [1, 2, 3, 4]
+    for alone, shared in zip(one, two, strict=True):
+        for name in ("loss", "absolute", "kl", "gradient"):
+            assert shared[name] == pytest.approx(alone[name], rel=2e-4), (name, alone["step"])
+    weights = [load_file(tmp_path / name / "export" / "vae.safetensors") for name in ("one", "two")]
+    differences = torch.cat([(weights[0][name] - weights[1][name]).abs().flatten() for name in weights[0]])
+    # Adam makes whole steps of gradients that are nothing but rounding.
+    assert float(differences.mean()) < 1e-6 and float(differences.max()) < 1e-4

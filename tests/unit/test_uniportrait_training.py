@@ -1,0 +1,301 @@
+"""The recipe `uniportrait` trains what inference uses: same output, published layout, the paper's losses and drops."""
+
+from __future__ import annotations
+
+import argparse
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from transformers import CLIPTextConfig, CLIPTextModel
+
+pytest.importorskip("accelerate", reason="the trainer's requirements are not installed")
+
+from diffusers import AutoencoderKL, UNet2DConditionModel
+
+from lib_portrait.attention import POSITIVE, Injection, mark
+from lib_portrait.faces.recognition import Backbone
+from lib_portrait.methods.uniportrait import Adapter, Person, UniPortraitRule
+from lib_portrait.standalone import layout
+from lib_portrait.standalone.model import Model, load_tokenizer
+from trainer.draws import Draws
+from trainer.features import features_path
+from trainer.loop import Settings, train
+from trainer.recipes import uniportrait
+from trainer.shards import FaceRecord, Record, encode_png, writing
+
+CONTEXT, TOKENS, GRID, SHALLOW = 32, 4, 16, 24
+PEOPLE = (1, 2, 1, 3, 2, 1, 4, 2)
+
+
+def tiny_model() -> Model:
+    torch.manual_seed(0)
+    unet = UNet2DConditionModel(
+        sample_size=8,
+        block_out_channels=(32, 64),
+        layers_per_block=1,
+        cross_attention_dim=CONTEXT,
+        attention_head_dim=2,
+        down_block_types=("CrossAttnDownBlock2D", "DownBlock2D"),
+        up_block_types=("UpBlock2D", "CrossAttnUpBlock2D"),
+    )
+    vae = AutoencoderKL(block_out_channels=(32,), latent_channels=4)
+    text = CLIPTextModel(
+        CLIPTextConfig(hidden_size=CONTEXT, intermediate_size=64, num_hidden_layers=1, num_attention_heads=2)
+    )
+    return Model(unet, vae, text, load_tokenizer(), layout.SD1)
+
+
+@pytest.fixture
+def data(tmp_path: Path) -> Path:
+    """A shard of eight pictures with one to four people of three names, and random features of their faces."""
+    rng = np.random.default_rng(0)
+    shard = tmp_path / "data" / "people-00000.tar"
+    shard.parent.mkdir()
+    where = []
+    with writing(shard) as writer:
+        for number, people in enumerate(PEOPLE):
+            faces = []
+            for face in range(people):
+                left = 64 / people * face
+                box = (left, 8.0, left + 64 / people, 40.0)
+                points = tuple((left + 4 + k, 20.0 + k) for k in range(5))
+                faces.append(FaceRecord(f"name {(number + face) % 3}", "woman", box, points))
+                where.append((number, face))
+            picture = encode_png(rng.integers(0, 256, (64, 64, 3), dtype=np.uint8))
+            writer.add(f"{number:04d}", picture, "png", Record("a woman", tuple(faces), {}), None)
+    tokens = torch.full((len(PEOPLE), 77), 49407)
+    tokens[:, 0] = 49406
+    torch.manual_seed(1)
+    save_file(
+        {
+            "latents": torch.randn(len(PEOPLE), 4, 8, 8).half(),
+            "tokens": tokens.int(),
+            "size": torch.full((len(PEOPLE), 2), 64, dtype=torch.int32),
+            "intrinsic": torch.randn(len(where), 9, 24).half(),
+            "structure": torch.randn(len(where), GRID, 40).half(),
+            # As real ones: zeros in place of the recognition network's features, CLIP's of a grey picture beside them.
+            "zero_structure": torch.cat([torch.zeros(GRID, SHALLOW), torch.randn(GRID, 40 - SHALLOW)], dim=1).half(),
+            "sample": torch.tensor([sample for sample, _ in where], dtype=torch.int32),
+            "face": torch.tensor([face for _, face in where], dtype=torch.int32),
+        },
+        features_path(shard),
+        metadata={"backbone": "tiny"},
+    )
+    return shard.parent
+
+
+def recipe(monkeypatch: pytest.MonkeyPatch, data: Path, *arguments: str) -> uniportrait.UniPortraitRecipe:
+    monkeypatch.setattr(uniportrait, "load_model", lambda path: tiny_model())
+    parser = argparse.ArgumentParser()
+    uniportrait.configure(parser)
+    sizes = ["--rank", "4", "--tokens", str(TOKENS), "--width", "32", "--depth", "2"]
+    options = parser.parse_args(["--checkpoint", "base.safetensors", "--name", "tiny", *sizes, *arguments])
+    options.data = data
+    made = uniportrait.build(options)
+    assert isinstance(made, uniportrait.UniPortraitRecipe)
+    return made
+
+
+def trained(monkeypatch: pytest.MonkeyPatch, data: Path, run: Path, *arguments: str) -> uniportrait.UniPortraitRecipe:
+    """A recipe after five steps, whose export lies in `run`/export."""
+    made = recipe(monkeypatch, data, *arguments)
+    settings = Settings(output=run, steps=5, batch=3, rate=5e-3, warmup=0, ema=0.0, log_every=1, save_every=5)
+    assert train(made, settings) == 5
+    made._injection.eject()
+    return made
+
+
+def losses(run: Path) -> list[dict[str, float]]:
+    return [json.loads(line) for line in (run / "losses.jsonl").read_text().splitlines()]
+
+
+@pytest.fixture
+def stages(monkeypatch: pytest.MonkeyPatch, data: Path, tmp_path: Path) -> tuple[Path, Path, Model]:
+    """The files of both stages after a few steps, and the UNet they were trained on."""
+    trained(monkeypatch, data, tmp_path / "one", "--backbone", "eyes.safetensors")
+    faceid = tmp_path / "one" / "export" / "uniportrait-faceid_tiny.safetensors"
+    second = trained(monkeypatch, data, tmp_path / "two", "--stage", "2", "--faceid", str(faceid))
+    return faceid, tmp_path / "two" / "export" / "uniportrait-router_tiny.safetensors", second.model
+
+
+def half_stored(recipe: uniportrait.UniPortraitRecipe, files: list[Path]) -> None:
+    """Gives the recipe the weights as its file holds them, rounded to float16."""
+    for file in files:
+        recipe.load_state_dict({name: tensor.float() for name, tensor in load_file(file).items()}, strict=False)
+
+
+@pytest.mark.parametrize("people", [1, 3])
+def test_what_is_trained_is_what_inference_computes(
+    stages: tuple[Path, Path, Model], monkeypatch: pytest.MonkeyPatch, data: Path, people: int
+) -> None:
+    faceid, router, _ = stages
+    arguments = ["--stage", "2", "--faceid", str(faceid)] if people > 1 else []
+    training = recipe(monkeypatch, data, *arguments)
+    half_stored(training, [router if people > 1 else faceid])
+    model = training.model
+    adapter = Adapter.from_tensors(load_file(faceid), load_file(router))
+    torch.manual_seed(3)
+    intrinsic, structure = torch.randn(people, 9, 24), torch.randn(people, GRID, 40)
+    latent, t, text = torch.randn(1, 4, 8, 8), torch.tensor([500]), torch.randn(1, 77, CONTEXT)
+    tokens = adapter.embedding.float()(intrinsic, structure)
+
+    rule = UniPortraitRule(adapter, [Person({POSITIVE: own}) for own in tokens])
+    with torch.no_grad(), Injection(model.unet, rule):
+        inference = model.unet(latent, t, mark(text, POSITIVE)).sample
+    present = torch.ones(1, people, dtype=torch.bool)
+    training.rule.condition = uniportrait.Condition(tokens[None], present, None, {})
+    with torch.no_grad(), Injection(model.unet, training.rule):
+        training_output = model.unet(latent, t, mark(text, POSITIVE)).sample
+    bare = model.unet(latent, t, text).sample
+    assert (inference - bare).abs().max() > 1e-3
+    assert (inference - training_output).abs().max() < 1e-5
+
+
+def test_files_have_the_published_layout(stages: tuple[Path, Path, Model]) -> None:
+    faceid, router, model = stages
+    from lib_portrait.attention.sites import find_sites
+    from lib_portrait.checkpoints.formats import read_header
+
+    adapter = Adapter.from_tensors(load_file(faceid), load_file(router))
+    adapter.check_fits(find_sites(model.unet))
+    assert adapter.has_router
+    metadata = read_header(faceid)[1]
+    assert metadata["backbone"] == "eyes.safetensors" and metadata["steps"] == "5"
+    first, second = load_file(faceid), load_file(router)
+    assert not any("router" in name or "faceid_proj" in name for name in first if "router" in name)
+    assert {name.partition(".")[0] for name in second} == {"faceid_adapter"}
+
+
+def test_stage_two_leaves_stage_one_as_it_is(stages: tuple[Path, Path, Model]) -> None:
+    """Only router and LoRA are trained (sec. 3.4), the LoRA beginning as the first stage's and learning slowly."""
+    faceid, router, _ = stages
+    first, second = load_file(faceid), load_file(router)
+    assert not any("to_k_faceid" in name or "faceid_proj" in name for name in second)
+    lora = [name for name in second if "_lora.up" in name]
+    moved = max(float((first[name].float() - second[name].float()).abs().max()) for name in lora)
+    assert 0 < moved <= 5 * 5e-3 * 0.1 * 1.2
+
+
+def test_the_base_model_is_not_trained(monkeypatch: pytest.MonkeyPatch, data: Path, tmp_path: Path) -> None:
+    made = trained(monkeypatch, data, tmp_path / "run")
+    for name, tensor in tiny_model().unet.state_dict().items():
+        assert torch.equal(tensor, made.model.unet.state_dict()[name]), name
+    assert "forward" not in made.model.unet.__dict__
+    assert not any(name.startswith("model") for name in made.state_dict())
+
+
+def test_gradient_checkpointing_changes_no_loss(monkeypatch: pytest.MonkeyPatch, data: Path, tmp_path: Path) -> None:
+    """The rule acts also when layers run a second time for the backward pass, with the same Gumbel noise."""
+    trained(monkeypatch, data, tmp_path / "one")
+    faceid = tmp_path / "one" / "export" / "uniportrait-faceid_tiny.safetensors"
+    runs = {}
+    for checkpointing in (False, True):
+        made = recipe(monkeypatch, data, "--stage", "2", "--faceid", str(faceid))
+        run = tmp_path / f"checkpointing-{checkpointing}"
+        settings = Settings(
+            output=run, steps=4, batch=2, rate=1e-2, warmup=0, log_every=1, save_every=4, checkpointing=checkpointing
+        )
+        train(made, settings)
+        runs[checkpointing] = [line["loss"] for line in losses(run)]
+    assert np.allclose(runs[False], runs[True], rtol=1e-4)
+
+
+def test_routing_loss_is_equation_4() -> None:
+    """One site, one row, two people on a 2 x 2 latent, by hand: mean over the union of (softmax - M)^2 over people."""
+    logits = torch.tensor([[[0.0, 0.0], [2.0, 0.0], [0.0, 0.0], [0.0, 5.0]]])
+    regions = torch.zeros(1, 2, 2, 2)
+    regions[0, 0, 0, 0] = regions[0, 1, 0, 1] = 1
+    loss, right = uniportrait.routing_loss({7: logits}, regions, torch.ones(1, 2, dtype=torch.bool), (2, 2))
+    wrong = float(torch.tensor(2.0).sigmoid())
+    by_hand = ((0.5**2 + 0.5**2) + (wrong**2 + wrong**2)) / 2 / 2
+    assert float(loss) == pytest.approx(by_hand, rel=1e-5)
+    assert float(right) == pytest.approx(0.5)
+
+
+def test_structure_branch_is_dropped_as_in_the_paper(
+    monkeypatch: pytest.MonkeyPatch, data: Path, tmp_path: Path
+) -> None:
+    """0.33 the whole branch, 0.33 some of its tokens, 0.34 none; faces in 5 %."""
+    made = recipe(monkeypatch, data)
+    seen: dict[str, torch.Tensor] = {}
+
+    def embedding(
+        intrinsic: torch.Tensor, structure: torch.Tensor, beta: torch.Tensor, keep: torch.Tensor
+    ) -> torch.Tensor:
+        seen.update(intrinsic=intrinsic, beta=beta.flatten(), keep=keep)
+        return torch.zeros(len(intrinsic), TOKENS, CONTEXT)
+
+    made._frozen["embedding"] = embedding
+    many = 6000
+    batch = {"intrinsic": torch.ones(many, 1, 9, 24), "structure": torch.ones(many, 1, GRID, 40)}
+    made._embed(batch, Draws(0, 0, 0, many, slice(0, many), torch.device("cpu")))
+    whole, partly = seen["beta"] == 0, ~seen["keep"].all(dim=1)
+    assert float(whole.float().mean()) == pytest.approx(0.33, abs=0.02)
+    assert float((partly & ~whole).float().mean()) == pytest.approx(0.33, abs=0.02)
+    assert not (partly & whole).any()
+    assert float((seen["intrinsic"] == 0).flatten(1).all(dim=1).float().mean()) == pytest.approx(0.05, abs=0.01)
+    made.dropping = False
+    made._embed(batch, Draws(0, 0, 0, many, slice(0, many), torch.device("cpu")))
+    assert (seen["beta"] == 1).all() and seen["keep"].all()
+
+
+def test_another_photo_of_the_same_person_feeds_the_intrinsic_branch(
+    monkeypatch: pytest.MonkeyPatch, data: Path
+) -> None:
+    made = recipe(monkeypatch, data)
+    samples = made.data
+    own = samples.features.face(0, 0)[0].float()
+    of_this_person = [samples.features.face(f.sample, f.face)[0].float() for f in samples.photos["name 0"]]
+    others = 0
+    for draw in range(400):
+        sample = samples[0, (0, draw, 0)]
+        assert torch.equal(sample["structure"][0], samples.features.face(0, 0)[1].float())
+        if not torch.equal(sample["intrinsic"][0], own):
+            others += 1
+            assert any(torch.equal(sample["intrinsic"][0], photo) for photo in of_this_person)
+    assert 20 <= others <= 62
+
+
+def identity_tokens(faceid: Path, structure: torch.Tensor) -> torch.Tensor:
+    torch.manual_seed(5)
+    embedding = Adapter.from_tensors(load_file(faceid), None).embedding.float()
+    return embedding(torch.randn(1, 9, 24), structure)
+
+
+def test_an_ablation_leaves_a_part_out_of_its_file_too(
+    monkeypatch: pytest.MonkeyPatch, data: Path, tmp_path: Path
+) -> None:
+    """Table 3: inference gives a variant all features, and its file makes nothing of those it was trained without."""
+    torch.manual_seed(6)
+    structure = torch.randn(1, GRID, 40)
+    no_shallow, no_clip = structure.clone(), structure.clone()
+    no_shallow[..., :SHALLOW] = torch.randn(1, GRID, SHALLOW)
+    no_clip[..., SHALLOW:] = torch.randn(1, GRID, 40 - SHALLOW)
+    reads = {"local": (False, False), "structure": (False, True), "shallow": (True, True)}
+    for components, (reads_shallow, reads_clip) in reads.items():
+        trained(monkeypatch, data, tmp_path / components, "--components", components)
+        faceid = tmp_path / components / "export" / "uniportrait-faceid_tiny.safetensors"
+        tokens = identity_tokens(faceid, structure)
+        assert (not torch.equal(tokens, identity_tokens(faceid, no_shallow))) == reads_shallow, components
+        assert (not torch.equal(tokens, identity_tokens(faceid, no_clip))) == reads_clip, components
+
+
+def test_the_global_feature_is_the_recognition_networks_own(
+    monkeypatch: pytest.MonkeyPatch, data: Path, tmp_path: Path
+) -> None:
+    torch.manual_seed(7)
+    backbone = Backbone(blocks=(1, 1, 1, 1), widths=(8, 8, 12, 16, 24), embedding=20, image_size=48).eval()
+    face = torch.randn(1, 3, 48, 48)
+    with torch.no_grad():
+        embedding, taps = backbone(face)
+    tokens = taps[-1][0].flatten(1).T
+    assert torch.allclose(uniportrait.global_feature(backbone, tokens), embedding, atol=1e-6)
+    save_file(backbone.state_dict(), tmp_path / "recognition.safetensors")
+    arguments = ("--components", "global", "--recognition", str(tmp_path / "recognition.safetensors"))
+    trained(monkeypatch, data, tmp_path / "run", *arguments)
+    made = load_file(tmp_path / "run" / "export" / "uniportrait-faceid_tiny.safetensors")
+    assert made["faceid_proj.proj_id.0.weight"].shape[1] == 20

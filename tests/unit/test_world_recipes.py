@@ -1,0 +1,122 @@
+"""The recipes that make the embedded world, one after the other as its README says, for two steps each.
+
+What comes out is what ships, only untrained: the same files, which generation reads.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+pytest.importorskip("accelerate", reason="the trainer's requirements are not installed")
+pytest.importorskip("skia", reason="the world is drawn with skia", exc_type=ImportError)
+
+from lib_portrait import commands
+from lib_portrait.attention.sites import find_sites
+from lib_portrait.checkpoints.formats import read_header, read_tensors
+from lib_portrait.faces.recognition import backbone_from_state_dict
+from lib_portrait.faces.vision import vision_from_state_dict
+from lib_portrait.methods.uniportrait import Adapter
+from lib_portrait.standalone.model import load_model
+from lib_portrait.standalone.sampling import Sampling, sample
+from trainer import release
+from trainer.architectures import world_measuring, world_recognition, world_vae
+from trainer.recipes.base import latent_scale
+
+QUICK = "--steps 2 --batch 4 --warmup 0 --log-every 1 --save-every 2 --ema 0 --optimizer muon"
+NUMBER = 40
+
+
+def portrait(line: str) -> None:
+    """`portrait.py` with these arguments; no path in them may hold spaces."""
+    assert commands.run(commands.parse(line.split())) == 0, line
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with a run of every recipe, and the shards they were trained on."""
+    home = tmp_path_factory.mktemp("world")
+
+    def train(recipe: str, run: str, options: str = "") -> Path:
+        portrait(f"train {recipe} --data {home}/shards --output {home}/{run} {QUICK} {options}")
+        return home / run / "export"
+
+    # Few people for so few pictures: recognition needs somebody twice.
+    portrait(f"dataset world --output {home}/shards --number {NUMBER} --identities 8 --processes 1")
+    coarse = train("vae", "vae-coarse", "--coarse")
+    recognition = train("recognition", "recognition", "--factors 1") / "world-recognition.safetensors"
+    train("recognition", "measuring", "--network measuring")
+    initial = f"--initial {coarse}/vae.safetensors"
+    vae = train("vae", "vae", f"{initial} --recognition {recognition} --decoder-only") / "vae.safetensors"
+    portrait(f"dataset features {home}/shards --vae {vae}")
+    base = train("base", "base", f"--vae {vae}") / "base.safetensors"
+    vision = train("vision", "vision", f"--base {base}") / "world-vision.safetensors"
+    release.checkpoint(vae, base, home / "world.safetensors")
+    portrait(f"dataset features {home}/shards --vae {vae} --backbone {recognition} --vision {vision}")
+    adapter = f"--checkpoint {home}/world.safetensors --name world --rank 4 --tokens 4 --width 64 --depth 1"
+    faceid = train("uniportrait", "stage-1", adapter) / "uniportrait-faceid_world.safetensors"
+    train("uniportrait", "stage-2", f"{adapter} --stage 2 --faceid {faceid}")
+    return home
+
+
+def test_the_fine_pass_of_the_autoencoder_keeps_the_coarse_ones_latents(runs: Path) -> None:
+    """So a base model can be trained in between."""
+    pictures = torch.rand(2, 3, 64, 64) * 2 - 1
+    latents = []
+    for run in ("vae-coarse", "vae"):
+        vae = world_vae().eval()
+        vae.load_state_dict(load_file(runs / run / "export" / "vae.safetensors"))
+        with torch.no_grad():
+            latents.append(vae.encode(pictures).latent_dist.mean)
+    assert torch.equal(*latents)
+    scales = [latent_scale(runs / run / "export" / "vae.safetensors") for run in ("vae-coarse", "vae")]
+    assert scales[0] == pytest.approx(scales[1])
+    changed = [
+        not torch.equal(*(load_file(runs / run / "export" / "vae.safetensors")[name] for run in ("vae-coarse", "vae")))
+        for name in ("decoder.conv_in.weight", "decoder.conv_out.weight", "encoder.conv_in.weight")
+    ]
+    assert changed == [True, True, False]
+
+
+def test_the_networks_of_faces_load_as_they_were_trained(runs: Path) -> None:
+    for run, name, build in (
+        ("recognition", "world-recognition", world_recognition),
+        ("measuring", "world-measuring", world_measuring),
+    ):
+        network = backbone_from_state_dict(read_tensors(runs / run / "export" / f"{name}.safetensors").tensors)
+        assert network.image_size == build().image_size and network.widths == build().widths
+        face = torch.rand(2, 3, network.image_size, network.image_size)
+        assert network.float()(face)[0].isfinite().all()
+    tower = read_tensors(runs / "vision" / "export" / "world-vision.safetensors")
+    assert vision_from_state_dict(tower.tensors, tower.metadata, "vision").grid == 8
+
+
+def test_one_file_holds_the_base_model_as_it_was_trained(runs: Path) -> None:
+    """The UNet of world.safetensors predicts what the recipe's did, up to the rounding of float16."""
+    model = load_model(runs / "world.safetensors")
+    tensors = load_file(runs / "base" / "export" / "base.safetensors")
+    for name, tensor in model.unet.state_dict().items():
+        assert torch.equal(tensor, tensors[f"unet.{name}"].half().float()), name
+    scale = latent_scale(runs / "vae" / "export" / "vae.safetensors")
+    assert model.vae.config.scaling_factor == pytest.approx(scale)
+    (picture,) = sample(model, [Sampling("a photo of a woman", width=128, height=128, steps=2)])
+    assert picture.shape == (128, 128, 3)
+
+
+def test_both_stages_fit_the_base_model(runs: Path) -> None:
+    faceid, router = (
+        runs / f"stage-{stage}" / "export" / f"uniportrait-{role}_world.safetensors"
+        for stage, role in ((1, "faceid"), (2, "router"))
+    )
+    adapter = Adapter.from_tensors(load_file(faceid), load_file(router))
+    adapter.check_fits(find_sites(load_model(runs / "world.safetensors").unet))
+    assert adapter.has_router
+    assert read_header(router)[1]["recipe"] == "uniportrait stage 2"
+
+
+def test_photos_of_held_out_people_lie_beside_the_weights(tmp_path: Path) -> None:
+    release.photos(tmp_path, 1)
+    assert sorted(path.name for path in tmp_path.iterdir()) == [f"man-0009-{k}.png" for k in range(release.PHOTOS)]

@@ -1,0 +1,61 @@
+"""Faces of shards, aligned as at inference."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from lib_portrait.faces.alignment import align_face
+from trainer.shards import FaceRecord, Shards
+
+# Detectors miss the true points by a few hundredths of the distance between the eyes.
+JITTER = 0.04
+
+
+@dataclass(frozen=True)
+class FaceAt:
+    """Face number `face` of sample number `sample`."""
+
+    sample: int
+    face: int
+    record: FaceRecord
+
+
+def faces_of(shards: Shards, smallest: float = 0.0) -> tuple[list[FaceAt], int]:
+    """All faces whose box is at least `smallest` pixels wide, and how many records could not be read."""
+    found, unreadable = [], 0
+    for sample in range(len(shards)):
+        try:
+            record = shards.record(sample)
+        except ValueError:
+            unreadable += 1
+            continue
+        found += [
+            FaceAt(sample, number, face)
+            for number, face in enumerate(record.faces)
+            if face.box[2] - face.box[0] >= smallest
+        ]
+    return found, unreadable
+
+
+def by_identity(faces: list[FaceAt], least: int = 1) -> dict[str, list[FaceAt]]:
+    """Labelled faces by who it is, sorted by name; identities with fewer than `least` pictures are left out."""
+    groups: dict[str, list[FaceAt]] = defaultdict(list)
+    for face in faces:
+        if face.record.id is not None:
+            groups[face.record.id].append(face)
+    return {name: groups[name] for name in sorted(groups) if len(groups[name]) >= least}
+
+
+def aligned(
+    picture: NDArray[np.uint8], record: FaceRecord, size: int, rng: np.random.Generator | None = None
+) -> NDArray[np.uint8]:
+    """The face on the ArcFace template, (size, size, 3) uint8; with `rng` as if a detector had found its landmarks."""
+    landmarks = np.array(record.landmarks, np.float32)
+    if rng is not None:
+        eyes = float(np.linalg.norm(landmarks[0] - landmarks[1]))
+        landmarks = landmarks + rng.normal(0, JITTER * max(eyes, 1.0), (5, 2)).astype(np.float32)
+    return align_face(picture, landmarks, size)

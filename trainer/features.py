@@ -1,0 +1,202 @@
+"""What frozen networks make of a shard, computed once: latents, tokens of the captions, features of the faces.
+
+Beside NAME.tar stands NAME.features.safetensors:
+latents (n, 4, h, w) fp16, the posterior's means, not scaled; tokens (n, 77) int32; size (n, 2) int32, the pictures'
+width and height; and with face networks, for all F faces of the shard in order, intrinsic (F, m, d) and structure
+(F, g^2, d') fp16, sample (F) int32 the picture in the shard, face (F) int32 its number in the picture; zero_structure
+(g^2, d'), the structure features of no face. The metadata names the networks by their hashes.
+"""
+
+from __future__ import annotations
+
+import functools
+import os
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from diffusers import AutoencoderKL
+from safetensors import safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+from tqdm import tqdm
+from transformers import CLIPTokenizer
+
+from lib_portrait.errors import PortraitError
+from lib_portrait.faces.features import FaceEncoder
+from trainer.faces import aligned
+from trainer.shards import Shards
+
+SUFFIX = ".features.safetensors"
+
+
+@dataclass(frozen=True)
+class Frozen:
+    """The networks that features come from. encode: pictures (b, 3, H, W) in [-1, 1] to latents (b, 4, h, w).
+
+    faces: the face encoder, or None for latents and tokens alone. hashes: what tells these networks from others.
+    """
+
+    encode: Encode
+    tokenizer: CLIPTokenizer
+    faces: FaceEncoder | None
+    hashes: dict[str, str]
+
+
+class Encode:
+    """A VAE's encoder as a function of pictures."""
+
+    def __init__(self, vae: AutoencoderKL, device: torch.device | str = "cpu"):
+        self.vae = vae.to(device).eval().requires_grad_(False)
+        self.device = device
+
+    @torch.no_grad()
+    def __call__(self, pictures: Tensor) -> Tensor:
+        return self.vae.encode(pictures.to(self.device)).latent_dist.mean.cpu()
+
+
+def features_path(shard: Path) -> Path:
+    return shard.with_suffix("").with_name(shard.stem + SUFFIX)
+
+
+def precompute(paths: Sequence[Path], frozen: Frozen, batch: int = 32, seed: int = 0) -> dict[str, int]:
+    """Writes the features of each shard that does not have those of these networks yet; counts what was done.
+
+    Pictures that cannot be used get empty rows, counted in "unusable"; training passes them over.
+    """
+    counts = {"shards": 0, "pictures": 0, "faces": 0, "unusable": 0}
+    for path in tqdm(sorted(paths), unit="shard"):
+        target = features_path(path)
+        if target.exists() and _hashes(target) == frozen.hashes:
+            continue
+        tensors = _of_shard(Shards([path]), frozen, batch, seed, counts)
+        part = target.with_suffix(".part")
+        save_file(tensors, part, metadata=frozen.hashes)
+        os.replace(part, target)
+        counts["shards"] += 1
+    return counts
+
+
+def _hashes(path: Path) -> dict[str, str]:
+    with safe_open(path, "pt") as file:
+        return dict(file.metadata() or {})
+
+
+def _of_shard(shards: Shards, frozen: Frozen, batch: int, seed: int, counts: dict[str, int]) -> dict[str, Tensor]:
+    latents: list[Tensor | None] = []
+    tokens, sizes, intrinsic, structure, where = [], [], [], [], []
+    shape: tuple[int, ...] = ()
+    for numbers in _batches(len(shards), batch):
+        pictures, usable, crops = [], [], []
+        for number in numbers:
+            try:
+                sample = shards[number]
+                shape = shape or sample.image.shape
+                if sample.image.shape != shape:
+                    raise ValueError("the pictures of a shard have one size")
+            except ValueError:
+                counts["unusable"] += 1
+                latents.append(None)
+                tokens.append(torch.zeros(77, dtype=torch.int32))
+                sizes.append((0, 0))
+                continue
+            pictures.append(torch.from_numpy(np.ascontiguousarray(sample.image)).permute(2, 0, 1).float() / 127.5 - 1)
+            usable.append(len(latents))
+            latents.append(None)
+            tokens.append(_tokens(frozen.tokenizer, sample.record.caption))
+            sizes.append((sample.image.shape[1], sample.image.shape[0]))
+            if frozen.faces is not None:
+                for face, record in enumerate(sample.record.faces):
+                    rng = np.random.default_rng([seed, number, face])
+                    crops.append(aligned(sample.image, record, 224, rng))
+                    where.append((number, face))
+        if pictures:
+            for place, latent in zip(usable, frozen.encode(torch.stack(pictures)).half()):
+                latents[place] = latent
+        if crops and frozen.faces is not None:
+            for features in frozen.faces.encode(crops):
+                intrinsic.append(features.intrinsic.half())
+                structure.append(features.structure.half())
+    counts["pictures"] += len(shards)
+    counts["faces"] += len(where)
+    some = next((latent for latent in latents if latent is not None), None)
+    if some is None:
+        raise PortraitError("data", f"{shards.paths[0].name} holds no picture that can be used", "Make it again.")
+    empty = torch.full_like(some, torch.nan)
+    tensors = {
+        "latents": torch.stack([empty if latent is None else latent for latent in latents]),
+        "tokens": torch.stack(tokens),
+        "size": torch.tensor(sizes, dtype=torch.int32),
+    }
+    if intrinsic and frozen.faces is not None:
+        tensors["zero_structure"] = frozen.faces.zero().structure.half().contiguous()
+        tensors |= {"intrinsic": torch.stack(intrinsic), "structure": torch.stack(structure)}
+        tensors |= {
+            name: torch.tensor(column, dtype=torch.int32) for name, column in zip(("sample", "face"), zip(*where))
+        }
+    return tensors
+
+
+def _batches(number: int, batch: int) -> Iterator[range]:
+    return (range(start, min(start + batch, number)) for start in range(0, number, batch))
+
+
+def _tokens(tokenizer: CLIPTokenizer, text: str) -> Tensor:
+    ids = tokenizer(text, padding="max_length", truncation=True, max_length=77).input_ids
+    return torch.tensor(ids, dtype=torch.int32)
+
+
+class Features:
+    """The features beside shards, by sample number; what is not asked for stays on disk."""
+
+    def __init__(self, shards: Shards):
+        """Raises PortraitError for a shard without features, or features of different networks."""
+        self.files = []
+        hashes: dict[str, str] | None = None
+        for path in shards.paths:
+            beside = features_path(path)
+            if not beside.is_file():
+                raise PortraitError(
+                    "data", f"{path.name} has no features", "Make them: portrait.py dataset features --help"
+                )
+            own = _hashes(beside)
+            if hashes is not None and own != hashes:
+                raise PortraitError(
+                    "data", f"the features of {path.name} come from other networks", "Make all features again."
+                )
+            hashes = own
+            self.files.append(safe_open(beside, "pt"))
+        self.hashes = hashes or {}
+        self.starts = shards.starts
+        self.latents = torch.cat([file.get_tensor("latents") for file in self.files])
+        self.tokens = torch.cat([file.get_tensor("tokens") for file in self.files])
+        self.sizes = torch.cat([file.get_tensor("size") for file in self.files])
+        self.usable = self.latents.flatten(1).isfinite().all(dim=1)
+        self.faces: dict[tuple[int, int], tuple[int, int]] = {}
+        for number, (file, start) in enumerate(zip(self.files, self.starts)):
+            if "sample" in file.keys():  # noqa: SIM118 - it is no dictionary
+                pairs = zip(file.get_tensor("sample").tolist(), file.get_tensor("face").tolist())
+                self.faces |= {(start + sample, face): (number, row) for row, (sample, face) in enumerate(pairs)}
+
+    def face(self, sample: int, face: int) -> tuple[Tensor, Tensor]:
+        """intrinsic (m, d) and structure (g^2, d') of a face, fp16. Raises ValueError for one that has none."""
+        if (sample, face) not in self.faces:
+            raise ValueError(f"face {face} of sample {sample} has no features")
+        number, row = self.faces[sample, face]
+        file = self.files[number]
+        return file.get_slice("intrinsic")[row], file.get_slice("structure")[row]
+
+    @functools.cached_property
+    def zero_structure(self) -> Tensor:
+        """The structure features of no face (g^2, d'). Raises PortraitError where faces have no features."""
+        holders = (file for file in self.files if "zero_structure" in file.keys())  # noqa: SIM118 - it is no dictionary
+        file = next(holders, None)
+        if file is None:
+            raise PortraitError(
+                "data",
+                "the shards' faces have no features",
+                "Make them with face networks: portrait.py dataset features.",
+            )
+        return file.get_tensor("zero_structure").float()

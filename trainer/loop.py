@@ -1,0 +1,493 @@
+"""The one training loop, on Hugging Face Accelerate: what is trained, on what and with which loss is a `Recipe`.
+
+A run lives in a folder: `checkpoints/` to go on from, `export/` with the averaged weights in the form they are used in,
+`losses.jsonl`, TensorBoard's events in `tensorboard/`, `run.json` with the settings. Started again with the same
+settings it goes on where the last checkpoint stands, with the very losses an unbroken run would have had.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+import os
+import shutil
+import signal
+import time
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+from accelerate import Accelerator, DistributedType
+from diffusers.training_utils import EMAModel
+from torch import Tensor, nn
+from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import default_collate as collate_tensors
+from tqdm import tqdm
+
+from lib_portrait.errors import PortraitError
+from trainer.draws import Draws, ResumableSampler
+from trainer.optimizers import optimizers_of
+
+# Accelerate's names of what the forward pass computes in, and what frozen networks are kept in.
+PRECISIONS = {"no": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
+OPTIMIZERS = ("adamw", "muon")
+SHARDED = (DistributedType.FSDP, DistributedType.DEEPSPEED, DistributedType.MEGATRON_LM)
+
+
+@dataclass(frozen=True)
+class Settings:
+    """How a run goes. Times are in optimizer steps.
+
+    batch: samples of one process at once; a step sees batch x accumulate x processes of them. optimizer: adamw, or
+    muon for networks trained from scratch. rate: after `warmup` linear steps, falling to zero along a half cosine over
+    the last `cooldown`. ema: decay of the averaged
+    weights, 0 for none. clip: largest norm of the gradient. minutes: stop (and save) after so long, 0 for never.
+    """
+
+    output: Path
+    steps: int
+    batch: int
+    accumulate: int = 1
+    optimizer: str = "adamw"
+    rate: float = 1e-4
+    warmup: int = 200
+    cooldown: int = 0
+    weight_decay: float = 0.01
+    clip: float = 1.0
+    ema: float = 0.999
+    seed: int = 0
+    precision: str = "no"
+    checkpointing: bool = False
+    workers: int = 0
+    log_every: int = 20
+    save_every: int = 500
+    sample_every: int = 0
+    keep: int = 2
+    minutes: float = 0.0
+
+    def __post_init__(self) -> None:
+        for name in ("steps", "batch", "accumulate", "log_every", "save_every", "keep"):
+            if getattr(self, name) < 1:
+                raise PortraitError(name, f"{getattr(self, name)} was given", "Give a whole number of 1 or more.")
+        for name in ("warmup", "cooldown", "weight_decay", "seed", "workers", "sample_every", "minutes"):
+            if not getattr(self, name) >= 0:
+                raise PortraitError(name, f"{getattr(self, name)} was given", "Give a number of 0 or more.")
+        for name in ("rate", "clip"):
+            if not 0 < getattr(self, name) < math.inf:
+                raise PortraitError(name, f"{getattr(self, name)} was given", "Give a number above 0.")
+        if not 0 <= self.ema < 1:
+            raise PortraitError("ema", f"{self.ema} was given", "Give a decay below 1, or 0 for none.")
+        if self.optimizer not in OPTIMIZERS:
+            raise PortraitError("optimizer", f"{self.optimizer!r} was given", f"Give one of: {', '.join(OPTIMIZERS)}.")
+        if self.precision not in PRECISIONS:
+            raise PortraitError("precision", f"{self.precision!r} was given", f"Give one of: {', '.join(PRECISIONS)}.")
+        if self.save_every % self.log_every:
+            raise PortraitError(
+                "save_every",
+                f"{self.save_every} is no multiple of log_every, {self.log_every}",
+                "Choose a multiple, so that a resumed run logs what an unbroken one would have.",
+            )
+
+
+class Samples(Protocol):
+    """What a recipe trains on: sample number `index`, augmented by `seed`, as tensors to be stacked into a batch."""
+
+    def __len__(self) -> int: ...
+
+    def __getitem__(self, draw: tuple[int, tuple[int, int, int]]) -> dict[str, Tensor]:
+        """Raises ValueError for a sample that cannot be used."""
+
+
+class Recipe(nn.Module, ABC):
+    """One method's training: its trained modules are children of it, its frozen ones are kept out of `children()`."""
+
+    name: str
+
+    @abstractmethod
+    def samples(self) -> Samples: ...
+
+    @abstractmethod
+    def forward(self, batch: dict[str, Tensor], draws: Draws) -> dict[str, Tensor]:
+        """The losses of a batch; the one called "loss" is minimised. All randomness comes from `draws`."""
+
+    @abstractmethod
+    def export(self, folder: Path, facts: Mapping[str, str]) -> None:
+        """Writes the weights as they are used, `facts` among their metadata."""
+
+    def prepare(self, device: torch.device, dtype: torch.dtype, settings: Settings) -> None:
+        """Called once before training: frozen modules go to `device` in `dtype`, checkpointing is switched on."""
+
+    def pictures(self, draws: Draws) -> dict[str, Tensor]:
+        """Pictures (3, H, W) in [0, 1] for TensorBoard, by name."""
+        return {}
+
+    def groups(self, settings: Settings) -> list[dict[str, Any]]:
+        """Parameter groups; weights of one dimension (norms, biases) do not decay.
+
+        Those marked "orthogonal" are for Muon: all matrices but tables of vectors (tokens, classes), whose rows are
+        learned one by one.
+        """
+        tables = {id(table) for table in self.tables()}
+        weights = [p for p in self.parameters() if p.requires_grad]
+        matrices = [p for p in weights if p.ndim > 1 and id(p) not in tables]
+        return [
+            {"params": matrices, "weight_decay": settings.weight_decay, "orthogonal": settings.optimizer == "muon"},
+            {"params": [p for p in weights if id(p) in tables], "weight_decay": settings.weight_decay},
+            {"params": [p for p in weights if p.ndim <= 1], "weight_decay": 0.0},
+        ]
+
+    def tables(self) -> list[Tensor]:
+        """The weights that are a list of vectors rather than a matrix."""
+        return [module.weight for module in self.modules() if isinstance(module, nn.Embedding)]
+
+
+class _Lenient(Dataset[dict[str, Tensor]]):
+    """Samples, with the next good one in place of one that cannot be used; "unusable" is how many were passed over."""
+
+    LONGEST_GAP = 100
+
+    def __init__(self, samples: Samples):
+        self.samples = samples
+
+    def __getitem__(self, draw: tuple[int, tuple[int, int, int]]) -> dict[str, Tensor]:
+        index, seed = draw
+        for passed in range(self.LONGEST_GAP):
+            try:
+                sample = self.samples[(index + passed) % len(self.samples), seed]
+            except ValueError as error:
+                last = error
+                continue
+            return {**sample, "unusable": torch.tensor(passed)}
+        raise PortraitError(
+            "data", f"{self.LONGEST_GAP} samples in a row cannot be used, the last because {last}", "Check the data."
+        )
+
+
+def seeded(build: Callable[[], Recipe], settings: Settings) -> Recipe:
+    """A recipe whose random weights are those of the run's seed."""
+    torch.manual_seed(settings.seed)
+    return build()
+
+
+def rate_at(step: int, settings: Settings) -> float:
+    """Share of the full learning rate at a step counted from 0."""
+    rising = min(1.0, (step + 1) / settings.warmup) if settings.warmup else 1.0
+    left = settings.steps - step
+    falling = 0.5 - 0.5 * math.cos(math.pi * min(1.0, left / settings.cooldown)) if settings.cooldown else 1.0
+    return min(rising, falling)
+
+
+def train(recipe: Recipe, settings: Settings) -> int:
+    """Train until `settings.steps`, going on from the newest checkpoint of the run. Returns the step reached.
+
+    Raises PortraitError when the folder holds a run with other settings, or the loss is no longer a number.
+    """
+    accelerator = Accelerator(
+        # Without this, processes that were started together on a machine without a GPU would not find each other.
+        cpu=not torch.accelerator.is_available(),
+        mixed_precision=settings.precision,
+        gradient_accumulation_steps=settings.accumulate,
+        log_with="tensorboard",
+        project_dir=str(settings.output / "tensorboard"),
+    )
+    if accelerator.distributed_type in SHARDED:
+        raise PortraitError(
+            "accelerate",
+            f"{accelerator.distributed_type.value} cuts weights into pieces, which averaging and export do not know",
+            "Launch with --multi_gpu: what is trained here fits a GPU whole.",
+        )
+    torch.manual_seed(settings.seed)
+    recipe.prepare(accelerator.device, PRECISIONS[settings.precision], settings)
+    data = _Lenient(recipe.samples())
+    total = settings.batch * accelerator.num_processes
+    _claim(accelerator, settings, recipe, total, len(data.samples))
+
+    made = optimizers_of(recipe.groups(settings), settings.rate)
+    rates = [[group["lr"] for group in optimizer.param_groups] for optimizer in made]
+    trained, *optimizers = accelerator.prepare(recipe, *made)
+    weights = [p for p in recipe.parameters() if p.requires_grad]
+    ema = EMAModel(weights, decay=settings.ema, use_ema_warmup=True, power=0.75) if settings.ema else None
+    if ema is not None:
+        accelerator.register_for_checkpointing(ema)
+    first = _resume(accelerator, settings)
+    if ema is not None:
+        ema.to(accelerator.device)
+    log = _Log(accelerator, settings, first)
+
+    sampler = ResumableSampler(
+        len(data.samples),
+        settings.batch,
+        settings.seed,
+        first * settings.accumulate,
+        accelerator.process_index,
+        accelerator.num_processes,
+    )
+    loader = iter(
+        DataLoader(
+            data,
+            batch_sampler=sampler,
+            num_workers=settings.workers,
+            collate_fn=collate_tensors,
+            pin_memory=accelerator.device.type == "cuda",
+        )
+    )
+    part = slice(accelerator.process_index * settings.batch, (accelerator.process_index + 1) * settings.batch)
+    started = time.monotonic()
+    step = first
+    with _stop_signals() as stopped:
+        trained.train()
+        while step < settings.steps:
+            for optimizer, full in zip(optimizers, rates, strict=True):
+                for group, rate in zip(optimizer.param_groups, full, strict=True):
+                    group["lr"] = rate * rate_at(step, settings)
+            for micro in range(settings.accumulate):
+                batch = next(loader)
+                unusable = batch.pop("unusable")
+                batch = {name: tensor.to(accelerator.device, non_blocking=True) for name, tensor in batch.items()}
+                draws = Draws(settings.seed, step, micro, total, part, accelerator.device)
+                # For what draws on its own: dropout.
+                torch.manual_seed((settings.seed * 1_000_003 + step * 101 + micro) * 64 + accelerator.process_index)
+                with accelerator.accumulate(trained):
+                    losses = trained(batch, draws)
+                    accelerator.backward(losses["loss"])
+                    if accelerator.sync_gradients:
+                        norm = accelerator.clip_grad_norm_(weights, settings.clip)
+                        losses["gradient"] = torch.as_tensor(norm)
+                    for optimizer in optimizers:
+                        optimizer.step()
+                        optimizer.zero_grad(set_to_none=True)
+                log.add(losses, unusable)
+            step += 1
+            if ema is not None:
+                ema.step(weights)
+            log.step(step, settings.rate * rate_at(step - 1, settings))
+            over = settings.minutes > 0 and time.monotonic() - started > settings.minutes * 60
+            ends = _any(accelerator, over or bool(stopped)) if step % settings.log_every == 0 else False
+            saved = step % settings.save_every == 0 or step == settings.steps or ends
+            shown = settings.sample_every > 0 and step % settings.sample_every == 0
+            if (saved or shown) and accelerator.is_main_process:
+                recipe.eval()
+                with _averaged(ema, weights):
+                    if shown:
+                        log.pictures(step, recipe, Draws(settings.seed, 0, 0, 64, slice(0, 64), accelerator.device))
+                    if saved:
+                        export(recipe, settings, {"steps": str(step), "seed": str(settings.seed)})
+                recipe.train()
+            if saved:
+                _save(accelerator, settings, step)
+            if ends:
+                break
+    if step == first and accelerator.is_main_process:
+        # Nothing left to train: the weights are exported once more, as today's code writes them.
+        with _averaged(ema, weights):
+            recipe.eval()
+            export(recipe, settings, {"steps": str(step), "seed": str(settings.seed)})
+    log.close(step)
+    accelerator.end_training()
+    return step
+
+
+def export(recipe: Recipe, settings: Settings, facts: Mapping[str, str]) -> None:
+    """The recipe's export, in place of the last one only when it is whole."""
+    folder, part, old = (settings.output / name for name in ("export", "export.part", "export.old"))
+    shutil.rmtree(part, ignore_errors=True)
+    part.mkdir(parents=True)
+    recipe.export(part, {"trainer": "portrait", "recipe": recipe.name, **facts})
+    shutil.rmtree(old, ignore_errors=True)
+    if folder.exists():
+        folder.rename(old)
+    part.rename(folder)
+    shutil.rmtree(old, ignore_errors=True)
+
+
+def _facts(settings: Settings, recipe: Recipe, total: int, samples: int) -> dict[str, Any]:
+    """What a run must not change between two starts: all that decides its losses."""
+    free = {"output", "steps", "cooldown", "minutes", "workers", "checkpointing", "precision"}
+    free |= {"log_every", "save_every", "sample_every", "keep", "batch"}
+    fixed = {k: v for k, v in dataclasses.asdict(settings).items() if k not in free}
+    return {"recipe": recipe.name, "samples": samples, "batch_of_a_step": total * settings.accumulate, **fixed}
+
+
+def _claim(accelerator: Accelerator, settings: Settings, recipe: Recipe, total: int, samples: int) -> None:
+    """Notes the run's facts in its folder. Raises PortraitError, in every process, for a folder of another run."""
+    settings.output.mkdir(parents=True, exist_ok=True)
+    note, facts = settings.output / "run.json", _facts(settings, recipe, total, samples)
+    if note.exists():
+        there = json.loads(note.read_text())["fixed"]
+        other = [f"{name} {there.get(name)} -> {value}" for name, value in facts.items() if there.get(name) != value]
+        if other:
+            raise PortraitError(
+                "output",
+                f"{settings.output} holds a run with other settings: {', '.join(other)}",
+                "Give the settings it was begun with, or another --output.",
+            )
+    everything = {name: str(value) for name, value in dataclasses.asdict(settings).items() if name != "output"}
+    accelerator.wait_for_everyone()
+    if accelerator.is_main_process:
+        _write(note, json.dumps({"fixed": facts, "last_start": everything}, indent=1) + "\n")
+
+
+def _write(path: Path, text: str) -> None:
+    """The whole text or, when the process is killed meanwhile, what was there before."""
+    part = path.with_name(path.name + ".part")
+    part.write_text(text)
+    os.replace(part, path)
+
+
+def _checkpoints(settings: Settings) -> list[Path]:
+    return sorted((settings.output / "checkpoints").glob("step-????????"))
+
+
+def _resume(accelerator: Accelerator, settings: Settings) -> int:
+    found = _checkpoints(settings)
+    if not found:
+        return 0
+    accelerator.load_state(str(found[-1]))
+    return int(found[-1].name.removeprefix("step-"))
+
+
+def _save(accelerator: Accelerator, settings: Settings, step: int) -> None:
+    """A checkpoint that appears under its name only when it is whole; the oldest beyond `keep` go."""
+    folder = settings.output / "checkpoints" / f"step-{step:08d}"
+    part = folder.with_suffix(".part")
+    if accelerator.is_main_process:
+        shutil.rmtree(part, ignore_errors=True)
+    accelerator.wait_for_everyone()
+    accelerator.save_state(str(part))
+    accelerator.wait_for_everyone()
+    if accelerator.is_main_process:
+        shutil.rmtree(folder, ignore_errors=True)
+        os.replace(part, folder)
+        for old in _checkpoints(settings)[: -settings.keep]:
+            shutil.rmtree(old)
+    accelerator.wait_for_everyone()
+
+
+def _any(accelerator: Accelerator, mine: bool) -> bool:
+    """Whether any process says so; all hear the same."""
+    return bool(accelerator.reduce(torch.tensor(float(mine), device=accelerator.device), "sum") > 0)
+
+
+@contextmanager
+def _averaged(ema: EMAModel | None, weights: list[nn.Parameter]) -> Iterator[None]:
+    """The averaged weights in place of the trained ones."""
+    if ema is None:
+        yield
+        return
+    ema.store(weights)
+    ema.copy_to(weights)
+    try:
+        yield
+    finally:
+        ema.restore(weights)
+
+
+@contextmanager
+def _stop_signals() -> Iterator[list[int]]:
+    """A list that is no longer empty once the process was asked to end (SIGTERM, SIGINT): the loop then saves first."""
+    caught: list[int] = []
+    previous = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
+
+    def note(number: int, frame: object) -> None:
+        if caught and number == signal.SIGINT:
+            raise KeyboardInterrupt
+        caught.append(number)
+
+    for number in previous:
+        signal.signal(number, note)
+    try:
+        yield caught
+    finally:
+        for number, handler in previous.items():
+            signal.signal(number, handler)
+
+
+class _Log:
+    """Means of the losses since the last line: into losses.jsonl, TensorBoard and the progress bar."""
+
+    def __init__(self, accelerator: Accelerator, settings: Settings, first: int):
+        self.accelerator, self.settings = accelerator, settings
+        self.file = settings.output / "losses.jsonl"
+        self.sums: dict[str, Tensor] = {}
+        self.count = 0
+        # Samples passed over: by this process, and, at the last line, by all.
+        self.unusable = self.unusable_in_all = 0
+        self.last = (time.monotonic(), first)
+        self.bar = tqdm(
+            initial=first, total=settings.steps, unit="step", disable=not accelerator.is_main_process, mininterval=5
+        )
+        accelerator.init_trackers("", init_kwargs={"tensorboard": {"purge_step": first + 1}})
+        if accelerator.is_main_process and self.file.exists():
+            # What a killed run logged after its last checkpoint is about to be logged again.
+            lines = [line for line in self.file.read_text().splitlines() if _step_of(line) <= first]
+            _write(self.file, "".join(line + "\n" for line in lines))
+            if lines:
+                self.unusable = self.unusable_in_all = int(json.loads(lines[-1])["unusable"])
+
+    def add(self, losses: Mapping[str, Tensor], unusable: Tensor) -> None:
+        for name, value in losses.items():
+            # Where they are: to fetch them would make a GPU wait at every step.
+            value = value.detach().float()
+            self.sums[name] = self.sums[name] + value if name in self.sums else value
+        self.unusable += int(unusable.sum())
+        self.count += 1
+
+    def step(self, step: int, rate: float) -> None:
+        self.bar.update()
+        if step % self.settings.log_every:
+            return
+        values = {}
+        for name, total in self.sums.items():
+            # The gradient's norm comes once a step, the losses with every micro-batch.
+            count = self.count // (self.settings.accumulate if name == "gradient" else 1)
+            mean = self.accelerator.reduce(total.to(self.accelerator.device) / count, "mean")
+            values[name] = float(mean)
+        unusable = self.accelerator.reduce(torch.tensor(float(self.unusable), device=self.accelerator.device), "sum")
+        self.unusable_in_all = int(unusable)
+        now = time.monotonic()
+        samples = (step - self.last[1]) * self.settings.batch * self.settings.accumulate
+        values |= {
+            "rate": rate,
+            "unusable": float(unusable),
+            "samples_per_second": samples * self.accelerator.num_processes / (now - self.last[0]),
+        }
+        self.last, self.sums, self.count = (now, step), {}, 0
+        if self.accelerator.is_main_process:
+            with self.file.open("a") as file:
+                file.write(json.dumps({"step": step, **values}) + "\n")
+            self.bar.set_postfix({name: f"{value:.4g}" for name, value in values.items()}, refresh=False)
+        self.accelerator.log(values, step=step)
+        if not math.isfinite(values["loss"]):
+            raise PortraitError(
+                "loss",
+                f"it is {values['loss']} at step {step}",
+                "Begin anew with a lower --rate, or go on with --precision no.",
+            )
+
+    def pictures(self, step: int, recipe: Recipe, draws: Draws) -> None:
+        with torch.no_grad():
+            pictures = recipe.pictures(draws)
+        writer = self.accelerator.get_tracker("tensorboard", unwrap=True)
+        for name, picture in pictures.items():
+            writer.add_image(name, picture.clamp(0, 1).cpu(), step)
+
+    def close(self, step: int) -> None:
+        self.bar.close()
+        if not self.accelerator.is_main_process:
+            return
+        if self.unusable_in_all:
+            print(f"{self.unusable_in_all} samples could not be used and were passed over.")
+        print(f"Step {step} of {self.settings.steps}; weights in {self.settings.output / 'export'}")
+
+
+def _step_of(line: str) -> float:
+    """The step that a line of losses.jsonl is about; infinity for one that was not written to its end."""
+    try:
+        return float(json.loads(line)["step"])
+    except ValueError:
+        return math.inf

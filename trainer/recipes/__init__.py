@@ -1,0 +1,13 @@
+"""What can be trained: a module each, with its options and its `Recipe`."""
+
+from __future__ import annotations
+
+import importlib
+from types import ModuleType
+
+RECIPES = ("vae", "recognition", "vision", "base", "uniportrait", "attributes", "detector")
+
+
+def recipe_module(name: str) -> ModuleType:
+    """The module of a recipe: `configure(parser)` adds its options, `build(options)` makes its Recipe."""
+    return importlib.import_module(f"trainer.recipes.{name}")

@@ -1,0 +1,135 @@
+"""The base model of a world: an SD1-layout UNet and its CLIP-layout text encoder, trained together from scratch.
+
+Noise prediction on SD1's schedule, weighted by Min-SNR; the caption is left out in a share of the samples, for
+classifier-free guidance. Needs the latents and tokens of `portrait.py dataset features`.
+"""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Mapping
+from pathlib import Path
+
+import torch
+from diffusers import DDIMScheduler
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from trainer.architectures import world_text_encoder, world_unet, world_vae
+from trainer.diffusion import SCHEDULE, Noising
+from trainer.draws import Draws
+from trainer.features import Features
+from trainer.loop import Recipe, Settings
+from trainer.shards import Shards
+
+START, END = 49406, 49407  # CLIP's first and last token; the last one also fills up
+
+
+class Latents:
+    """ "latent" (4, h, w) scaled to unit deviation, "tokens" (77)."""
+
+    def __init__(self, shards: Shards, scale: float):
+        self.features, self.scale = Features(shards), scale
+
+    def __len__(self) -> int:
+        return len(self.features.latents)
+
+    def __getitem__(self, draw: tuple[int, tuple[int, int, int]]) -> dict[str, Tensor]:
+        index, _ = draw
+        if not self.features.usable[index]:
+            raise ValueError("its picture cannot be used")
+        return {
+            "latent": self.features.latents[index].float() * self.scale,
+            "tokens": self.features.tokens[index].long(),
+        }
+
+
+class BaseRecipe(Recipe):
+    """See the module. vae: vae.safetensors of the recipe `vae`, whose metadata hold the latents' scale."""
+
+    name = "base"
+
+    def __init__(self, data: Path, vae: Path, dropped: float = 0.1, gamma: float = 5.0, initial: Path | None = None):
+        super().__init__()
+        self.scale = latent_scale(vae)
+        self.data = Latents(Shards.under(data), self.scale)
+        self.dropped, self.gamma, self.noising = dropped, gamma, Noising()
+        self.unet, self.text_encoder = world_unet(), world_text_encoder()
+        if initial is not None:
+            tensors = load_file(initial)
+            for name, network in self.networks().items():
+                network.load_state_dict(
+                    {k.removeprefix(f"{name}."): v for k, v in tensors.items() if k.startswith(name)}
+                )
+        # Not a child: it is not trained, and only draws pictures for the log.
+        self._vae = [vae]
+
+    def networks(self) -> dict[str, torch.nn.Module]:
+        return {"unet": self.unet, "text_encoder": self.text_encoder}
+
+    def prepare(self, device: torch.device, dtype: torch.dtype, settings: Settings) -> None:
+        if settings.checkpointing:
+            self.unet.enable_gradient_checkpointing()
+
+    def samples(self) -> Latents:
+        return self.data
+
+    def forward(self, batch: dict[str, Tensor], draws: Draws) -> dict[str, Tensor]:
+        latent, tokens = batch["latent"], batch["tokens"]
+        empty = torch.full_like(tokens, END)
+        empty[:, 0] = START
+        tokens = torch.where(draws.rand()[:, None] < self.dropped, empty, tokens)
+        noise, t = draws.randn(*latent.shape[1:]), draws.randint(1000)
+        text = self.text_encoder(tokens).last_hidden_state
+        predicted = self.unet(self.noising(latent, noise, t), t, text).sample
+        error = (predicted.float() - noise).square().mean(dim=(1, 2, 3))
+        return {"loss": (self.noising.weights(t, self.gamma) * error).mean(), "noise_error": error.mean()}
+
+    @torch.no_grad()
+    def pictures(self, draws: Draws) -> dict[str, Tensor]:
+        """Eight pictures of the first captions, 20 DDIM steps at guidance 4."""
+        tokens = torch.stack([self.data[i, (0, 0, 0)]["tokens"] for i in range(8)]).to(draws.device)
+        empty = torch.full_like(tokens, END)
+        empty[:, 0] = START
+        text = self.text_encoder(torch.cat([tokens, empty])).last_hidden_state
+        scheduler = DDIMScheduler(**SCHEDULE, set_alpha_to_one=False, steps_offset=1)
+        scheduler.set_timesteps(20)
+        latent = draws.randn(*self.data.features.latents.shape[1:])[:8]
+        for t in scheduler.timesteps:
+            with_text, without = self.unet(torch.cat([latent, latent]), t, text).sample.chunk(2)
+            latent = scheduler.step(without + 4 * (with_text - without), t, latent).prev_sample
+        vae = world_vae()
+        vae.load_state_dict(load_file(self._vae[0]))
+        pictures = vae.eval().to(draws.device).decode(latent / self.scale).sample / 2 + 0.5
+        return {"captions": torch.cat([torch.cat(list(half), dim=2) for half in pictures.chunk(2)], dim=1)}
+
+    def export(self, folder: Path, facts: Mapping[str, str]) -> None:
+        """base.safetensors: unet.* and text_encoder.* in diffusers' and transformers' names."""
+        tensors = {
+            f"{name}.{key}": tensor.contiguous().cpu()
+            for name, network in self.networks().items()
+            for key, tensor in network.state_dict().items()
+        }
+        save_file(tensors, folder / "base.safetensors", metadata=dict(facts))
+
+
+def latent_scale(vae: Path) -> float:
+    """The factor that gives latents unit deviation, from the metadata of vae.safetensors."""
+    from lib_portrait.checkpoints.formats import read_header
+    from lib_portrait.errors import PortraitError
+
+    text = read_header(vae)[1].get("scaling_factor")
+    if text is None:
+        raise PortraitError("vae", f"{vae.name} does not say its scaling_factor", "Use the recipe vae's export.")
+    return float(text)
+
+
+def configure(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--vae", type=Path, required=True, help="vae.safetensors, as exported by the recipe vae")
+    parser.add_argument("--dropped", type=float, default=0.1, help="share of samples without their caption")
+    parser.add_argument("--gamma", type=float, default=5.0, help="Min-SNR's gamma")
+    parser.add_argument("--initial", type=Path, help="base.safetensors of another run to begin with")
+
+
+def build(options: argparse.Namespace) -> Recipe:
+    return BaseRecipe(options.data, options.vae, options.dropped, options.gamma, options.initial)

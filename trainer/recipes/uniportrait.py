@@ -1,0 +1,581 @@
+"""UniPortrait's two stages (arXiv 2408.05939, sec. 3.4), on a frozen UNet: the world's or any SD1.5 checkpoint.
+
+Stage 1, on pictures of one person, trains the ID embedding, its keys and values at every cross-attention and the LoRA;
+stage 2, on pictures of several, the ID router and a second LoRA that begins as the first. Both write files in the
+published layout, which the WebUI extension loads.
+
+What the paper leaves open: structure tokens are dropped one by one with probability 1/2; eq. 4 is averaged over the
+positions of the face boxes and over the layers; captions are dropped in 5 % of the samples beside the faces' 5 %.
+"""
+
+from __future__ import annotations
+
+import argparse
+import functools
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, cast
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from diffusers import DDIMScheduler
+from PIL import Image
+from torch import Tensor, nn
+
+from lib_portrait.attention import POSITIVE, Injection, mark
+from lib_portrait.attention.injection import Around, Call
+from lib_portrait.attention.sites import Site, find_sites, spatial_shape
+from lib_portrait.checkpoints.formats import read_tensors, write_tensors
+from lib_portrait.errors import PortraitError
+from lib_portrait.faces.recognition import Backbone, backbone_from_state_dict
+from lib_portrait.methods.uniportrait import PATHS, IDEmbedding
+from lib_portrait.routing_picture import draw_routing
+from lib_portrait.standalone.model import Model, load_model
+from trainer.diffusion import SCHEDULE, Noising
+from trainer.draws import Draws
+from trainer.faces import FaceAt, by_identity, faces_of
+from trainer.features import Features
+from trainer.loop import Recipe, Settings
+from trainer.recipes.base import END, START
+from trainer.shards import Shards
+
+MOST_PEOPLE = 4
+# Probabilities of the structure branch (sec. 3.4): dropped whole, some of its tokens dropped, the rest kept as it is.
+BRANCH_DROPPED, TOKENS_DROPPED = 0.33, 0.33
+TOKEN_KEPT = 0.5
+OTHER_PHOTO = 0.1
+# What the ID embedding reads of a face, each with what stands before it (Table 3): the recognition network's last,
+# global feature; its local features instead; CLIP's as structure; the network's shallow features beside them.
+COMPONENTS = ("global", "local", "structure", "shallow")
+# The share of samples without faces (sec. 4.1), and without their caption.
+FACES_DROPPED = CAPTION_DROPPED = 0.05
+
+
+# ---------------------------------------------------------------------------------------------------- trained modules
+
+
+class LowRankLayers(nn.Module):
+    """What is added to a linear layer: up(down(x)), nothing at first."""
+
+    def __init__(self, inside: int, outside: int, rank: int):
+        super().__init__()
+        self.down = nn.Linear(inside, rank, bias=False)
+        self.up = nn.Linear(rank, outside, bias=False)
+        nn.init.normal_(self.down.weight, std=1 / rank)
+        nn.init.zeros_(self.up.weight)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.up(self.down(x))
+
+
+class SiteLayers(nn.Module):
+    """The trained layers of one attention site, under the names of the published files."""
+
+    def __init__(self, site: Site, rank: int):
+        super().__init__()
+        self.cross = site.cross
+        for name, path in PATHS.items():
+            linear = cast(nn.Linear, site.module.get_submodule(path))
+            self.add_module(f"{name}_lora", LowRankLayers(linear.in_features, linear.out_features, rank))
+
+    def low_rank(self, name: str) -> LowRankLayers:
+        return cast(LowRankLayers, self.get_submodule(f"{name}_lora"))
+
+    def add_identity_attention(self, site: Site) -> None:
+        """W_k^id and W_v^id, beginning as the text's own (as IP-Adapter does)."""
+        for name in ("to_k", "to_v"):
+            own = cast(nn.Linear, site.module.get_submodule(name))
+            layer = nn.Linear(own.in_features, own.out_features, bias=False)
+            layer.weight.data.copy_(own.weight.data)
+            self.add_module(f"{name}_faceid", layer)
+
+    def add_router(self, site: Site, tokens: int) -> None:
+        """theta, phi and W_aggr of eq. 3."""
+        channels, context = site.channels, site.context
+        self.to_q_router = _two_layers(channels, channels)
+        self.to_k_router = _two_layers(context, channels)
+        self.aggr_router = nn.Linear(tokens, 1)
+
+    def route(self, hidden: Tensor, tokens: Tensor) -> Tensor:
+        """The logits of eq. 3: hidden (B, n, C), tokens (B, N, T, D) -> (B, n, N)."""
+        aggregated = self.aggr_router(tokens.transpose(2, 3)).squeeze(-1)
+        return self.to_q_router(hidden) @ self.to_k_router(aggregated).transpose(1, 2)
+
+
+def _two_layers(inside: int, outside: int) -> nn.Sequential:
+    return nn.Sequential(nn.Linear(inside, inside * 2), nn.GELU(), nn.Linear(inside * 2, outside, bias=False))
+
+
+@dataclass
+class Condition:
+    """What the rule adds in one UNet call: tokens (B, N, T, D); present (B, N) bool.
+
+    noise: gives Gumbel noise of a shape, or None for plain arg-max routing. logits: filled with each site's routing.
+    """
+
+    tokens: Tensor
+    present: Tensor
+    noise: Callable[[int, torch.Size], Tensor] | None
+    logits: dict[int, Tensor]
+
+
+class TrainingRule:
+    """UniPortrait at the attention sites, differentiable, with identities of its own for every row.
+
+    The rule of inference (`methods.uniportrait.UniPortraitRule`) keeps keys and fused weights from step to step, which
+    training changes at every step; a test holds the two to the same output.
+    """
+
+    def __init__(self, lora: nn.ModuleDict, identity: nn.ModuleDict):
+        """lora: SiteLayers by site whose LoRA (and router) apply; identity: those whose W_k^id, W_v^id do."""
+        self.lora, self.identity = lora, identity
+        self.condition: Condition | None = None
+        self._query: dict[int, tuple[Tensor, Tensor]] = {}
+
+    def active(self, progress: float) -> bool:
+        return True
+
+    def must_visit(self, site: Site) -> bool:
+        return site.cross
+
+    def overrides(self, site: Site, call: Call) -> dict[str, Around]:
+        layers = cast(SiteLayers, self.lora[str(site.index)])
+
+        def project(name: str, host: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
+            return host(x) + layers.low_rank(name)(x)
+
+        def query(host: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
+            q = project("to_q", host, x)
+            self._query[site.index] = (x, q)
+            return q
+
+        def output(host: Callable[[Tensor], Tensor], attended: Tensor) -> Tensor:
+            call.visited.add(site.index)
+            hidden, q = self._query.pop(site.index)
+            return project("to_out", host, attended + self._attend(site, hidden, q))
+
+        found: dict[str, Around] = {
+            PATHS[name]: lambda host, x, name=name: project(name, host, x)
+            for name in ("to_q", "to_k", "to_v", "to_out")
+        }
+        return {**found, "to_q": query, "to_out.0": output} if site.cross else found
+
+    def _attend(self, site: Site, hidden: Tensor, q: Tensor) -> Tensor:
+        """Each position's attention to the identity it is routed to (eq. 2): (B, n, inner)."""
+        condition = self.condition
+        assert condition is not None
+        layers = cast(SiteLayers, self.identity[str(site.index)])
+        rows, people = condition.tokens.shape[:2]
+        key, value = (
+            site.split_heads(cast(nn.Linear, layers.get_submodule(name))(condition.tokens.flatten(0, 1)))
+            for name in ("to_k_faceid", "to_v_faceid")
+        )
+        heads = site.split_heads(q)
+        if people == 1:
+            return F.scaled_dot_product_attention(heads, key, value).transpose(1, 2).flatten(2)
+        each = F.scaled_dot_product_attention(heads.repeat_interleave(people, dim=0), key, value)
+        each = each.transpose(1, 2).flatten(2).unflatten(0, (rows, people))
+        router = cast(SiteLayers, self.lora[str(site.index)])
+        logits = router.route(hidden, condition.tokens)
+        logits = logits.masked_fill(~condition.present[:, None], -torch.inf)
+        condition.logits[site.index] = logits
+        if condition.noise is None:
+            shares = F.one_hot(logits.argmax(dim=-1), people).to(q.dtype)
+        else:
+            # Gumbel-softmax, straight through: one identity forward, the soft shares' gradient backward.
+            soft = (logits + condition.noise(site.index, logits.shape).to(logits.dtype)).softmax(dim=-1)
+            hard = F.one_hot(soft.argmax(dim=-1), people).to(soft.dtype)
+            shares = hard - soft.detach() + soft
+        return torch.einsum("bni,binc->bnc", shares, each)
+
+
+# --------------------------------------------------------------------------------------------------------------- data
+
+
+class FacesOfPictures:
+    """Pictures with their people.
+
+    "latent" (4, h, w), "tokens" (77); for up to N people intrinsic (N, m, d), structure (N, g, d'), present (N) bool
+    and "regions" (N, h, w), the part of each latent position that the face's box covers.
+    """
+
+    def __init__(
+        self, shards: Shards, scale: float, people: tuple[int, int], pooled: Callable[[Tensor], Tensor] | None = None
+    ):
+        """people: fewest and most of a picture. pooled: makes one global feature (1, d) of intrinsic ones (m, d').
+
+        Raises PortraitError when no picture has that many people.
+        """
+        self.pooled = pooled
+        self.features, self.scale, self.most = Features(shards), scale, people[1]
+        self.shards = shards
+        found, self.unreadable = faces_of(shards)
+        pictures: dict[int, list[FaceAt]] = {}
+        for face in found:
+            pictures.setdefault(face.sample, []).append(face)
+        self.pictures = [group for group in pictures.values() if people[0] <= len(group) <= people[1]]
+        self.photos = by_identity(found, least=2)
+        if not self.pictures:
+            raise PortraitError("data", f"no picture shows {people[0]} to {people[1]} people", "Add such pictures.")
+
+    def __len__(self) -> int:
+        return len(self.pictures)
+
+    def __getitem__(self, draw: tuple[int, tuple[int, int, int]]) -> dict[str, Tensor]:
+        index, seed = draw
+        group, rng = self.pictures[index], np.random.default_rng(seed)
+        sample = group[0].sample
+        if not self.features.usable[sample]:
+            raise ValueError("its picture cannot be used")
+        latent = self.features.latents[sample].float() * self.scale
+        height, width = latent.shape[1:]
+        picture = self.features.sizes[sample].tolist()
+        intrinsic, structure, regions = [], [], []
+        for face in group:
+            own = self.features.face(face.sample, face.face)
+            other = self._other(face, rng)
+            local = (own if other is None else self.features.face(other.sample, other.face))[0]
+            intrinsic.append(local if self.pooled is None else self.pooled(local))
+            structure.append(own[1])
+            x0, y0, x1, y1 = face.record.box
+            across = _coverage(x0 * width / picture[0], x1 * width / picture[0], width)
+            down = _coverage(y0 * height / picture[1], y1 * height / picture[1], height)
+            regions.append(down[:, None] * across[None, :])
+        missing = self.most - len(group)
+
+        def filled(parts: list[Tensor]) -> Tensor:
+            return torch.stack([*parts, *[torch.zeros_like(parts[0])] * missing]).float()
+
+        return {
+            "latent": latent,
+            "tokens": self.features.tokens[sample].long(),
+            "intrinsic": filled(intrinsic),
+            "structure": filled(structure),
+            "regions": filled(regions),
+            "present": torch.arange(self.most) < len(group),
+        }
+
+    def _other(self, face: FaceAt, rng: np.random.Generator) -> FaceAt | None:
+        """Another photo of the same person for the intrinsic branch, with probability OTHER_PHOTO (sec. 3.4)."""
+        photos = self.photos.get(face.record.id or "", [])
+        if rng.random() >= OTHER_PHOTO or len(photos) < 2:
+            return None
+        others = [photo for photo in photos if photo.sample != face.sample]
+        return others[int(rng.integers(len(others)))] if others else None
+
+
+def _coverage(low: float, high: float, cells: int) -> Tensor:
+    """How much of each of `cells` unit intervals lies between low and high."""
+    edges = torch.arange(cells + 1.0)
+    return (edges[1:].clamp(max=high) - edges[:-1].clamp(min=low)).clamp(0, 1)
+
+
+# ------------------------------------------------------------------------------------------------------------- recipe
+
+
+class UniPortraitRecipe(Recipe):
+    """See the module. Children are what the stage trains, named as in the published files."""
+
+    def __init__(self, options: argparse.Namespace):
+        super().__init__()
+        self.stage = options.stage
+        self.name = f"uniportrait stage {self.stage}"
+        self.route_weight, self.gamma, self.lora_rate = options.route_weight, options.gamma, options.lora_rate
+        self.dropping = not options.no_dropping
+        self.adapter_name, self.companions = options.name, {"backbone": options.backbone, "vision": options.vision}
+        model = load_model(options.checkpoint)
+        model.unet.requires_grad_(False).eval()
+        model.text_encoder.requires_grad_(False).eval()
+        people = (1, 1) if self.stage == 1 else (2, MOST_PEOPLE)
+        self.components = options.components
+        self.data = FacesOfPictures(
+            Shards.under(options.data), model.vae.config.scaling_factor, people, _global_feature(options)
+        )
+        self.noising = Noising()
+        sites = find_sites(model.unet)
+        if self.stage == 1:
+            sample = self.data[0, (0, 0, 0)]
+            self.faceid_proj = IDEmbedding(
+                intrinsic=sample["intrinsic"].shape[-1],
+                structure=sample["structure"].shape[-1],
+                tokens=options.tokens,
+                width=options.width,
+                output=next(site.context for site in sites if site.cross),
+                depth=options.depth,
+            )
+            self.faceid_adapter = _site_layers(sites, options.rank)
+            _without(self.faceid_proj, options.components, self.data.features.zero_structure)
+            for site in sites:
+                if site.cross:
+                    cast(SiteLayers, self.faceid_adapter[str(site.index)]).add_identity_attention(site)
+            embedding, identity = self.faceid_proj, self.faceid_adapter
+        else:
+            embedding, identity, self.faceid_adapter = _second_stage(options.faceid, sites)
+        self.rule = TrainingRule(self.faceid_adapter, identity)
+        # Frozen things stay out of children(): they are neither trained nor saved.
+        self._frozen: dict[str, Any] = {"model": model, "embedding": embedding, "identity": identity}
+
+    @property
+    def model(self) -> Model:
+        return self._frozen["model"]
+
+    def prepare(self, device: torch.device, dtype: torch.dtype, settings: Settings) -> None:
+        for network in (self.model.unet, self.model.text_encoder):
+            network.to(device, dtype)
+        if self.stage == 2:
+            self._frozen["embedding"].to(device)
+            self._frozen["identity"].to(device)
+        if settings.checkpointing:
+            self.model.unet.enable_gradient_checkpointing()
+            # Checkpointing works in training mode only; the UNet has no dropout that this would switch on.
+            self.model.unet.train()
+        self._injection = Injection(self.model.unet, self.rule).inject()
+
+    def samples(self) -> FacesOfPictures:
+        return self.data
+
+    def groups(self, settings: Settings) -> list[dict[str, Any]]:
+        groups = super().groups(settings)
+        if self.stage == 2:
+            # Sec. 3.4: the LoRA learns at a tenth of the router's rate.
+            low_rank = {id(p) for name, p in self.named_parameters() if "_lora." in name}
+            split = []
+            for group in groups:
+                for lora in (True, False):
+                    params = [p for p in group["params"] if (id(p) in low_rank) is lora]
+                    rate = settings.rate * (self.lora_rate if lora else 1.0)
+                    split.append({**group, "params": params, "lr": rate})
+            return [group for group in split if group["params"]]
+        return groups
+
+    def forward(self, batch: dict[str, Tensor], draws: Draws) -> dict[str, Tensor]:
+        latent, present = batch["latent"], batch["present"]
+        tokens = _uncaptioned(batch["tokens"], draws.rand() < CAPTION_DROPPED)
+        identities = self._embed(batch, draws)
+        noise, t = draws.randn(*latent.shape[1:]), draws.randint(self.noising.alphas_bar.shape[0])
+        gumbel: dict[int, Tensor] = {}
+
+        def gumbel_noise(site: int, shape: torch.Size) -> Tensor:
+            if site not in gumbel:
+                # Kept: gradient checkpointing asks a second time.
+                gumbel[site] = -torch.log(-torch.log(draws.rand(*shape[1:]).clamp(1e-9, 1 - 1e-7)))
+            return gumbel[site]
+
+        condition = Condition(identities, present, gumbel_noise if self.training else None, {})
+        predicted = self._predict(self.noising(latent, noise, t), t, tokens, condition)
+        error = (predicted.float() - noise).square().mean(dim=(1, 2, 3))
+        weight = self.noising.weights(t, self.gamma) if self.gamma else torch.ones_like(error)
+        diffusion = (weight * error).mean()
+        losses = {"loss": diffusion, "diffusion": diffusion}
+        if self.stage == 2:
+            height, width = latent.shape[-2:]
+            route, right = routing_loss(condition.logits, batch["regions"], present, (height, width))
+            losses |= {"loss": diffusion + self.route_weight * route, "route": route, "routed_right": right}
+        return losses
+
+    def _predict(self, noisy: Tensor, t: Tensor, tokens: Tensor, condition: Condition) -> Tensor:
+        model = self.model
+        with torch.no_grad():
+            text = model.text_encoder(tokens).last_hidden_state
+        self.rule.condition = condition
+        dtype = next(model.unet.parameters()).dtype
+        predicted = model.unet(noisy.to(dtype), t, mark(text, POSITIVE)).sample
+        # Gradient checkpointing runs the layers again during the backward pass, and the rule must act there too.
+        self._injection.call.kinds = [POSITIVE] * len(noisy)
+        return predicted
+
+    def _embed(self, batch: dict[str, Tensor], draws: Draws) -> Tensor:
+        """F_id of all people, (B, N, T, D), with the dropping regularisation of sec. 3.4 where this trains."""
+        intrinsic, structure = batch["intrinsic"], batch["structure"]
+        rows, people, positions = structure.shape[:3]
+        no_face = draws.rand() < FACES_DROPPED
+        zero = self.zero_structure.to(structure)
+        intrinsic = torch.where(no_face[:, None, None, None], 0.0, intrinsic)
+        structure = torch.where(no_face[:, None, None, None], zero, structure)
+        branch, kept = draws.rand(people), draws.rand(people, positions) < TOKEN_KEPT
+        beta = torch.ones_like(branch)
+        keep = torch.ones_like(kept)
+        if self.dropping:
+            beta = (branch >= BRANCH_DROPPED).float()
+            some = (branch >= BRANCH_DROPPED) & (branch < BRANCH_DROPPED + TOKENS_DROPPED)
+            keep = torch.where(some[:, :, None], kept, True)
+        with torch.set_grad_enabled(self.stage == 1 and torch.is_grad_enabled()):
+            tokens = self._frozen["embedding"](
+                intrinsic.flatten(0, 1), structure.flatten(0, 1), beta.flatten()[:, None, None], keep.flatten(0, 1)
+            )
+        return tokens.unflatten(0, (rows, people))
+
+    @property
+    def zero_structure(self) -> Tensor:
+        """The structure features of no face, (g, d'): as `FaceEncoder.zero` gives them."""
+        return self.data.features.zero_structure
+
+    @torch.no_grad()
+    def pictures(self, draws: Draws) -> dict[str, Tensor]:
+        """Four pictures of the first samples' people and captions, 20 DDIM steps at guidance 4; with several people the
+        routing map of each under it."""
+        model, device = self.model, draws.device
+        first = [self.data[i, (0, 0, 0)] for i in range(min(4, len(self.data)))]
+        batch = {name: torch.stack([sample[name] for sample in first]).to(device) for name in first[0]}
+        embed = self._frozen["embedding"]
+        rows, people = batch["intrinsic"].shape[:2]
+        positive = embed(batch["intrinsic"].flatten(0, 1), batch["structure"].flatten(0, 1)).unflatten(
+            0, (rows, people)
+        )
+        zero = self.zero_structure.to(device).float()[None]
+        nobody = embed(torch.zeros_like(batch["intrinsic"][0, :1]), zero)[None].expand_as(positive)
+        scheduler = DDIMScheduler(**SCHEDULE, set_alpha_to_one=False, steps_offset=1)
+        scheduler.set_timesteps(20)
+        latent = draws.randn(*batch["latent"].shape[1:])[:rows]
+        uncaptioned = _uncaptioned(batch["tokens"], torch.ones(rows, dtype=torch.bool, device=device))
+        condition = Condition(positive, batch["present"], None, {})
+        for t in scheduler.timesteps:
+            steps = t.expand(rows).to(device)
+            with_face = self._predict(latent, steps, batch["tokens"], condition)
+            without = self._predict(latent, steps, uncaptioned, Condition(nobody, batch["present"], None, {}))
+            latent = scheduler.step(without + 4 * (with_face - without), t, latent).prev_sample
+        decoded = model.vae.to(device).decode(latent / self.data.scale).sample.float() / 2 + 0.5
+        rows_of = [torch.cat(list(decoded.clamp(0, 1)), dim=2)]
+        if condition.logits:
+            finest = max(condition.logits.values(), key=lambda logits: logits.shape[1])
+            maps = finest.softmax(dim=-1).transpose(1, 2).unflatten(-1, tuple(latent.shape[-2:])).cpu()
+            made = [Image.fromarray(p.permute(1, 2, 0).mul(255).byte().cpu().numpy()) for p in decoded.clamp(0, 1)]
+            counts = batch["present"].sum(dim=1).tolist()
+            drawn = [draw_routing([p], [m[None, :n]])[0] for p, m, n in zip(made, maps, counts)]
+            tensors = [torch.from_numpy(np.array(p.convert("RGB"))).permute(2, 0, 1) / 255 for p in drawn]
+            rows_of.append(torch.cat(tensors, dim=2).to(device))
+        return {"people": torch.cat(rows_of, dim=1)}
+
+    def export(self, folder: Path, facts: Mapping[str, str]) -> None:
+        """uniportrait-faceid_NAME or uniportrait-router_NAME.safetensors, fp16, in the published layout."""
+        role = "faceid" if self.stage == 1 else "router"
+        tensors = {name: tensor.detach().half().contiguous().cpu() for name, tensor in self.state_dict().items()}
+        path = folder / f"uniportrait-{role}_{self.adapter_name}.safetensors"
+        named = {key: value for key, value in self.companions.items() if value} if self.stage == 1 else {}
+        named["components"] = self.components
+        write_tensors(path, tensors, {**facts, **named, "features": str(sorted(self.data.features.hashes.items()))})
+
+
+def routing_loss(
+    logits: Mapping[int, Tensor], regions: Tensor, present: Tensor, latent: tuple[int, int]
+) -> tuple[Tensor, Tensor]:
+    """Eq. 4 without its lambda, and the share of face positions whose arg-max is right; means over sites and rows.
+
+    logits: by site (B, n, N); regions (B, N, h, w) the masks M at the latent's size; present (B, N) bool.
+    """
+    losses, rights = [], []
+    for site_logits in logits.values():
+        shape = spatial_shape(site_logits.shape[1], latent)
+        masks = F.adaptive_avg_pool2d(regions, shape).flatten(2).transpose(1, 2)
+        union = masks.amax(dim=-1)
+        routed = site_logits.float().softmax(dim=-1)
+        squared = ((routed - masks) ** 2 * present[:, None]).sum(dim=-1)
+        people = present.sum(dim=1).clamp(min=1)
+        area = union.sum(dim=1).clamp(min=1e-6)
+        losses.append(((union**2 * squared).sum(dim=1) / area / people).mean())
+        right = (site_logits.argmax(dim=-1) == masks.argmax(dim=-1)).float()
+        rights.append(((union * right).sum(dim=1) / area).mean())
+    return torch.stack(losses).mean(), torch.stack(rights).mean().detach()
+
+
+def _without(embedding: IDEmbedding, components: str, zero_structure: Tensor) -> None:
+    """Takes what is not among the components out of an ID embedding: weights of zero that stay so.
+
+    So the published layout holds the variants of Table 3 too, and inference needs to know nothing of them.
+    """
+    if components in ("global", "local"):
+        for layer in embedding.layers:
+            branch = cast(nn.ModuleList, layer)[1].requires_grad_(False)
+            nn.init.zeros_(cast(nn.Linear, branch.to_out).weight)
+    if components == "structure":
+        # The features of no face hold zeros in place of the recognition network's.
+        shallow = (zero_structure == 0).all(dim=0)
+        first = cast(nn.Linear, embedding.proj_clip[0]).weight
+        first.data[:, shallow] = 0
+        first.register_hook(lambda gradient: gradient * ~shallow.to(gradient.device))
+
+
+def _global_feature(options: argparse.Namespace) -> Callable[[Tensor], Tensor] | None:
+    """For `--components global`: the recognition network's last feature, made of the local ones before it."""
+    if options.components != "global":
+        return None
+    if options.recognition is None:
+        raise PortraitError("recognition", "the global feature needs the recognition network", "Give --recognition.")
+    backbone = backbone_from_state_dict(read_tensors(options.recognition, "backbone").tensors).float().eval()
+    return functools.partial(global_feature, backbone)
+
+
+@torch.no_grad()
+def global_feature(backbone: Backbone, intrinsic: Tensor) -> Tensor:
+    """A recognition network's embedding (1, e) of its last tap's positions (m, d), which it makes of nothing else."""
+    side = math.isqrt(len(intrinsic))
+    return backbone.output_layer(intrinsic.float().T.unflatten(1, (side, side))[None])
+
+
+def _uncaptioned(tokens: Tensor, which: Tensor) -> Tensor:
+    empty = torch.full_like(tokens, END)
+    empty[:, 0] = START
+    return torch.where(which[:, None], empty, tokens)
+
+
+def _site_layers(sites: list[Site], rank: int) -> nn.ModuleDict:
+    return nn.ModuleDict({str(site.index): SiteLayers(site, rank) for site in sites})
+
+
+def _second_stage(faceid: Path | None, sites: list[Site]) -> tuple[IDEmbedding, nn.ModuleDict, nn.ModuleDict]:
+    """The first stage's ID embedding and identity attention, frozen, and the layers that stage 2 trains."""
+    if faceid is None:
+        raise PortraitError("faceid", "stage 2 builds on stage 1", "Give --faceid uniportrait-faceid_NAME.safetensors.")
+    tensors = read_tensors(faceid, "faceid").tensors
+    under = {
+        prefix: {k[len(prefix) :]: v.float() for k, v in tensors.items() if k.startswith(prefix)}
+        for prefix in ("faceid_proj.", "faceid_adapter.")
+    }
+    embedding = IDEmbedding.from_tensors(under["faceid_proj."], "faceid")
+    rank = next(v.shape[0] for k, v in under["faceid_adapter."].items() if k.endswith("to_q_lora.down.weight"))
+    identity, trained = _site_layers(sites, rank), _site_layers(sites, rank)
+    for site in sites:
+        if site.cross:
+            cast(SiteLayers, identity[str(site.index)]).add_identity_attention(site)
+    try:
+        identity.load_state_dict(under["faceid_adapter."])
+    except RuntimeError as error:
+        raise PortraitError(
+            "faceid", f"{faceid.name} was made for another model ({error})", "Give the checkpoint it was trained on."
+        ) from None
+    trained.load_state_dict({k: v for k, v in under["faceid_adapter."].items() if "_lora." in k})
+    for site in sites:
+        if site.cross:
+            cast(SiteLayers, trained[str(site.index)]).add_router(site, embedding.latents.shape[1])
+    return embedding, identity.requires_grad_(False).eval(), trained
+
+
+def configure(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--stage", type=int, choices=(1, 2), default=1)
+    parser.add_argument("--checkpoint", type=Path, required=True, help="the base model, a single SD1.5 file")
+    parser.add_argument("--name", required=True, help="NAME in uniportrait-faceid_NAME.safetensors")
+    parser.add_argument("--faceid", type=Path, help="stage 2: the faceid file of stage 1")
+    parser.add_argument("--backbone", help="file name of the recognition network, for the adapter's metadata")
+    parser.add_argument("--vision", help="file name of the image encoder, for the adapter's metadata")
+    parser.add_argument("--rank", type=int, default=128, help="of the LoRA, default 128")
+    parser.add_argument("--tokens", type=int, default=16, help="ID tokens, default 16")
+    parser.add_argument("--width", type=int, default=768, help="of the ID embedding, default 768")
+    parser.add_argument("--depth", type=int, default=6, help="layers of the ID embedding, default 6")
+    parser.add_argument(
+        "--components",
+        choices=COMPONENTS,
+        default=COMPONENTS[-1],
+        help="what is read of a face, with all that stands before it; global instead of local features (Table 3)",
+    )
+    parser.add_argument("--recognition", type=Path, help="the recognition network, for --components global")
+    parser.add_argument("--no-dropping", action="store_true", help="without the dropping regularisation (Table 3)")
+    parser.add_argument("--route-weight", type=float, default=0.1, help="lambda of eq. 4, default 0.1")
+    parser.add_argument("--lora-rate", type=float, default=0.1, help="stage 2: the LoRA's share of the rate")
+    parser.add_argument("--gamma", type=float, default=0.0, help="Min-SNR's gamma; 0 for eq. 1 as it stands")
+
+
+def build(options: argparse.Namespace) -> Recipe:
+    return UniPortraitRecipe(options)

@@ -1,0 +1,80 @@
+"""Puts the trained networks of a world together in the form in which they are used: `python -m trainer.release --help`.
+
+The folder then holds what `portrait.py generate` and the WebUI read: one Stable Diffusion checkpoint with its .yaml,
+the adapter's files, the face networks, and photos of people that no training has seen.
+"""
+
+from __future__ import annotations
+
+import argparse
+import shutil
+from pathlib import Path
+
+from safetensors.torch import load_file
+
+from lib_portrait.standalone.model import make_model, save_model
+from trainer.architectures import world_text_encoder, world_unet, world_vae
+from trainer.recipes.base import latent_scale
+from trainer.shards import encode_png
+from trainer.world import Scene, identity, render, sample_scene
+from trainer.world.people import HELD_OUT_EVERY
+
+# Photos of one person: the first is the reference of examples, the others are for several references.
+PHOTOS = 4
+PHOTO_SIZE = 256
+
+
+def checkpoint(vae: Path, base: Path, target: Path) -> None:
+    """The exports of the recipes `vae` and `base` as one file with ldm's names, and its .yaml."""
+    networks = {"unet": world_unet(), "text_encoder": world_text_encoder(), "vae": world_vae()}
+    tensors = {**load_file(base), **{f"vae.{key}": tensor for key, tensor in load_file(vae).items()}}
+    for name, network in networks.items():
+        own = {key.removeprefix(f"{name}."): t for key, t in tensors.items() if key.startswith(f"{name}.")}
+        network.load_state_dict(own)
+    networks["vae"].register_to_config(scaling_factor=latent_scale(vae))
+    save_model(make_model(**networks), target)
+
+
+def photos(folder: Path, people: int) -> None:
+    """WORD-NUMBER-K.png: photo K of held-out person NUMBER, a plain photograph of one person."""
+    folder.mkdir(parents=True, exist_ok=True)
+    for place in range(people):
+        number = place * HELD_OUT_EVERY + HELD_OUT_EVERY - 1
+        for k in range(PHOTOS):
+            picture = render(_portrait(number, k), PHOTO_SIZE)
+            (folder / f"{identity(number).word}-{number:04d}-{k}.png").write_bytes(encode_png(picture.image, 9))
+
+
+def _portrait(number: int, k: int) -> Scene:
+    """The k-th scene of a person, in seed order, that is a clear photograph: no art style, age, hat or large turn."""
+    found = -1
+    for seed in range(number * 1000, number * 1000 + 1000):
+        scene = sample_scene(seed, [identity(number)])
+        situation = scene.people[0].situation
+        plain = scene.style == "photo" and scene.blur == scene.noise == scene.fade == 0 and situation.hat is None
+        if plain and abs(situation.yaw) < 25:
+            found += 1
+        if found == k:
+            return scene
+    raise ValueError(f"person {number} has no {k + 1} plain photographs")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(prog="python -m trainer.release", description=__doc__)
+    parser.add_argument("--output", type=Path, default=Path("models/world"))
+    parser.add_argument("--vae", type=Path, help="vae.safetensors")
+    parser.add_argument("--base", type=Path, help="base.safetensors")
+    parser.add_argument("--photos", type=int, default=0, help="of how many held-out people to draw photos")
+    parser.add_argument("files", type=Path, nargs="*", help="files to take as they are: adapters, face networks")
+    options = parser.parse_args()
+    options.output.mkdir(parents=True, exist_ok=True)
+    if options.vae and options.base:
+        checkpoint(options.vae, options.base, options.output / "world.safetensors")
+    if options.photos:
+        photos(options.output / "faces", options.photos)
+    for file in options.files:
+        shutil.copyfile(file, options.output / file.name)
+
+
+if __name__ == "__main__":
+    main()
