@@ -9,10 +9,19 @@ from __future__ import annotations
 import argparse
 import sys
 
-from lib_portrait.commands import bench, convert, download, test
+from lib_portrait.commands import bench, convert, dataset, download, evaluate, generate, test, train
 from lib_portrait.errors import PortraitError
 
-COMMANDS = {"test": test, "bench": bench, "convert": convert, "download": download}
+COMMANDS = {
+    "generate": generate,
+    "train": train,
+    "evaluate": evaluate,
+    "dataset": dataset,
+    "test": test,
+    "bench": bench,
+    "convert": convert,
+    "download": download,
+}
 
 
 def parse(arguments: list[str]) -> argparse.Namespace:

@@ -1,0 +1,87 @@
+"""The embedded world as it ships carries identity: held-out people are known again in their pictures.
+
+The thresholds are far below what was measured when the weights were made (models/world/README.md), and far above what
+a system reaches that moves noise.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+pytest.importorskip("skia", reason="the world is drawn with skia", exc_type=ImportError)
+
+from trainer.evaluation.plans import BASE, Extent
+from trainer.evaluation.report import Line, Table
+from trainer.evaluation.run import WORLD, Settings, evaluate
+
+NEEDED = (
+    "world.safetensors",
+    "uniportrait-faceid_world.safetensors",
+    "uniportrait-router_world.safetensors",
+    "world-recognition.safetensors",
+    "world-vision.safetensors",
+    "world-measuring.safetensors",
+    "world-attributes.safetensors",
+)
+MISSING = [name for name in NEEDED if not (WORLD / name).is_file()]
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.skipif(bool(MISSING), reason=f"models/world lacks trained weights: {', '.join(MISSING)}"),
+]
+
+# 24 pictures: 12 people, 2 prompts each; chance is 1 % among 100 references.
+SINGLE = Extent(number=12, prompts=2, pictures=1)
+# All six pairs of 4 people, 2 prompts each.
+PAIRS = Extent(number=4, prompts=2, pictures=1)
+STEPS = 10
+
+
+@pytest.fixture(scope="module")
+def output(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("quality")
+
+
+@pytest.fixture(scope="module")
+def single(output: Path) -> Table:
+    return evaluate(Settings(output, ("single",), extent=SINGLE, steps=STEPS, processes=1))[0]
+
+
+@pytest.fixture(scope="module")
+def pairs(output: Path) -> Table:
+    return evaluate(Settings(output, ("multi",), extent=PAIRS, steps=STEPS, processes=1))[0]
+
+
+def line(table: Table, name: str) -> Line:
+    return next(line for line in table.lines if line.row.name == name)
+
+
+def mean(table: Table, row: str, column: str) -> float:
+    estimate = line(table, row).numbers[column]
+    assert estimate is not None
+    return estimate.value
+
+
+def test_held_out_people_are_known_again_among_a_hundred(single: Table) -> None:
+    assert mean(single, "world", "top-1") >= 0.4
+    assert mean(single, BASE, "top-1") <= 0.2
+
+
+def test_similarity_is_above_the_text_only_floor(single: Table) -> None:
+    (difference,) = single.differences
+    similarity = difference.numbers["similarity"]
+    assert similarity is not None and similarity.error is not None
+    assert similarity.value > max(0.1, 3 * similarity.error)
+
+
+def test_the_prompt_keeps_its_say(single: Table) -> None:
+    assert mean(single, "world", "face found") >= 0.8
+    assert mean(single, "world", "prompt accuracy") >= 0.5
+    assert mean(single, "world", "prompt accuracy") >= 0.7 * mean(single, BASE, "prompt accuracy")
+
+
+def test_two_people_in_one_picture_are_both_themselves(pairs: Table) -> None:
+    """Top-1 over both faces of a picture, chance 1 %."""
+    assert mean(pairs, "world", "top-1") >= 0.2
+    assert mean(pairs, "world", "lowest similarity") > mean(pairs, BASE, "lowest similarity")

@@ -1,0 +1,265 @@
+"""`portrait.py evaluate` from its settings to its files, with small random networks; and what it refuses."""
+
+from __future__ import annotations
+
+import json
+import pickle
+import shutil
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from safetensors.torch import load_file, save_file
+
+pytest.importorskip("skia", reason="the world is drawn with skia", exc_type=ImportError)
+
+from lib_portrait import commands
+from lib_portrait.checkpoints.formats import read_tensors
+from lib_portrait.errors import PortraitError
+from lib_portrait.faces.detection import Detector, Face
+from lib_portrait.standalone import model as model_module
+from lib_portrait.standalone.model import save_model
+from tests.small_networks import small_kit, small_model, small_text_folder, tiny_backbone, tiny_vision
+from trainer.evaluation import artist, run
+from trainer.evaluation.attributes import AttributeNetwork
+from trainer.evaluation.detector import DetectorNetwork, faces_in, world_detector
+from trainer.evaluation.instruments import fingerprint, open_recogniser, refuse_same
+from trainer.evaluation.people import Folder
+from trainer.evaluation.plans import Extent
+from trainer.evaluation.run import Settings, evaluate
+
+EYES_TO_MOUTH = np.array([[0.35, 0.4], [0.65, 0.4], [0.5, 0.6], [0.38, 0.75], [0.62, 0.75]], np.float32)
+
+
+def two_halves(image: np.ndarray) -> list[Face]:
+    """A face in each half of every picture."""
+    half = np.array([image.shape[1] / 2, image.shape[0]], np.float32)
+    corners = [np.array([left, 0], np.float32) for left in (0, image.shape[1] / 2)]
+    return [Face(np.concatenate([corner, corner + half]), EYES_TO_MOUTH * half + corner, 0.99) for corner in corners]
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    """A folder like models/world with small random networks, in that one's place; a detector that needs no face."""
+    folder = tmp_path_factory.mktemp("world")
+    with pytest.MonkeyPatch.context() as patch:
+        small_text_folder(folder / "text")
+        patch.setattr(model_module, "TEXT_FOLDER", folder / "text")
+        save_model(small_model(), folder / "world.safetensors")
+        small_kit(folder, "world")
+        # `tiny_backbone` seeds itself, and so would be the network that conditions.
+        measuring = {name: tensor + 0.1 for name, tensor in tiny_backbone().state_dict().items()}
+        save_file(measuring, folder / "world-measuring.safetensors")
+        projections = {"visual_projection.weight": torch.randn(8, 64), "text_projection.weight": torch.randn(8, 48)}
+        heads = {"heads": "1", "activation": "gelu"}
+        save_file({**tiny_vision(), **projections}, folder / "world-vision.safetensors", heads)
+        AttributeNetwork().save(folder / "world-attributes.safetensors", {})
+        patch.setattr(run, "WORLD", folder)
+        patch.setattr(run, "MODELS", folder)
+        patch.setattr(run, "open_detector", lambda name, folders: Detector("halves", "1", two_halves))
+        yield folder
+
+
+def settings(world: Path, output: Path, *protocols: str, **changes: Any) -> Settings:
+    small = Settings(
+        output,
+        protocols or ("single",),
+        checkpoint=world / "world.safetensors",
+        extent=Extent(number=2, prompts=1, pictures=1),
+        gallery=3,
+        size=64,
+        steps=1,
+        batch=2,
+        processes=1,
+    )
+    return replace(small, **changes)
+
+
+@pytest.fixture
+def drawn(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """The sizes of the batches that were drawn."""
+    batches: list[int] = []
+    sample = artist.sample
+
+    def counted(model: Any, samplings: Sequence[Any], conditioning: Any) -> Any:
+        batches.append(len(samplings))
+        return sample(model, samplings, conditioning)
+
+    monkeypatch.setattr(artist, "sample", counted)
+    return batches
+
+
+def test_tables_lines_and_sheets_are_written_and_nothing_is_drawn_twice(
+    world: Path, tmp_path: Path, drawn: list[int]
+) -> None:
+    wanted, said = settings(world, tmp_path, "single", "multi", "references"), []
+    single, multi, references = evaluate(wanted, said.append)
+    # Of two people a picture each without and with them, of their pair too, and further ones with 2 and 4 photos.
+    assert sum(drawn) == 2 * 2 + 2 * 1 + 2 * 2
+    assert [line.row.name for line in single.lines] == ["text only", "world", "real pictures"]
+    assert [column.name for column in multi.columns][:2] == ["lowest similarity", "MultiSim"]
+    assert len(references.lines) == 5
+    assert said == [(tmp_path / f"{protocol}.md").read_text("utf-8") for protocol in wanted.protocols]
+    for protocol in wanted.protocols:
+        told = json.loads((tmp_path / f"{protocol}.json").read_text("utf-8"))
+        assert told["settings"]["steps"] == 1 and told["settings"]["people"] == "held-out"
+        assert set(told["weights"]["instruments"]) == {"recogniser", "clip", "attributes"}
+        assert {"faceid", "backbone", "vision", "checkpoint"} <= set(told["weights"]["world"])
+        lines = [json.loads(line) for line in (tmp_path / f"{protocol}.jsonl").read_text("utf-8").splitlines()]
+        assert len(lines) == len(told["rows"]) * (1 if protocol == "multi" else 2)
+        for line in lines:
+            assert Image.open(tmp_path / line["picture"]).size == (64, 64)
+            assert all(-1 <= value <= 1 for value in line["similarity"])
+        assert Image.open(tmp_path / f"{protocol}.png").width > 64
+    before = {path: path.read_bytes() for path in tmp_path.glob("*.json*")}
+    drawn.clear()
+    evaluate(wanted)
+    assert drawn == []
+    assert {path: path.read_bytes() for path in before} == before
+
+
+def test_a_broken_run_goes_on_where_it_stopped(
+    world: Path, tmp_path: Path, drawn: list[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    put = artist.Pool.put
+
+    def breaks(pool: artist.Pool, image: Any, facts: Any) -> None:
+        if pool.drawn == 3:
+            raise KeyboardInterrupt
+        put(pool, image, facts)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(artist.Pool, "put", breaks)
+        with pytest.raises(KeyboardInterrupt):
+            evaluate(settings(world, tmp_path, batch=1))
+    assert not (tmp_path / "single.md").exists()
+    assert sum(drawn) == 4
+    evaluate(settings(world, tmp_path, batch=1))
+    # The fourth was lost, the other three were not drawn again.
+    assert sum(drawn) == 5
+
+
+def test_processes_share_the_drawing(
+    world: Path, tmp_path: Path, drawn: list[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch, "set_num_threads", lambda number: None)
+    wanted = settings(world, tmp_path, extent=Extent(number=3, prompts=2, pictures=1))
+    assert pickle.loads(pickle.dumps(wanted)) == wanted
+    shares = []
+    for place in range(2):
+        assert run._draw_share(wanted, place, 2) is None
+        shares.append(sum(drawn))
+    assert shares == [8, 12]
+    evaluate(wanted)
+    assert sum(drawn) == 12
+
+
+def test_what_goes_wrong_in_a_process_is_told_in_its_words(world: Path, tmp_path: Path) -> None:
+    problem = run._draw_share(settings(world, tmp_path, adapters=("nobody",)), 0, 2)
+    assert problem is not None and problem[0] == "checkpoint" and "nobody" in problem[1]
+
+
+# ------------------------------------------------------------------------------------------------------------- refusals
+
+
+def test_the_recogniser_that_conditions_may_not_measure(world: Path, tmp_path: Path, drawn: list[int]) -> None:
+    """Under whatever name, precision or prefix."""
+    tensors = load_file(world / "small_backbone.safetensors")
+    disguised = {
+        f"module.{name}": tensor.half() if tensor.is_floating_point() else tensor for name, tensor in tensors.items()
+    }
+    save_file(disguised, tmp_path / "another.safetensors")
+    for path in (world / "small_backbone.safetensors", tmp_path / "another.safetensors"):
+        with pytest.raises(PortraitError, match="the very network") as raised:
+            evaluate(settings(world, tmp_path / "out", recogniser=str(path)))
+        assert raised.value.field == "recogniser"
+    assert drawn == []
+    measuring = open_recogniser(world / "world-measuring.safetensors")
+    refuse_same(measuring, world / "small_backbone.safetensors")
+    assert measuring.weights != fingerprint(read_tensors(world / "small_backbone.safetensors").tensors)
+
+
+@pytest.mark.parametrize(
+    ("changes", "field"),
+    [
+        ({"recogniser": "nowhere.safetensors"}, "recogniser"),
+        ({"clip": "ViT-L-14:nowhere.pt"}, "clip"),
+        ({"attributes": "nowhere.safetensors"}, "nowhere.safetensors"),
+        ({"people": "nowhere"}, "people"),
+        ({"adapters": ("world", "world")}, "adapter"),
+        ({"gallery": 0}, "gallery"),
+        ({"protocols": ("single", "triple")}, "protocol"),
+    ],
+)
+def test_what_is_missing_is_told_before_anything_is_drawn(
+    world: Path, tmp_path: Path, drawn: list[int], changes: dict[str, Any], field: str
+) -> None:
+    with pytest.raises(PortraitError) as raised:
+        evaluate(settings(world, tmp_path, **changes))
+    assert raised.value.field == field
+    assert drawn == []
+
+
+def test_photographs_are_not_measured_by_what_only_knows_drawn_people(world: Path, tmp_path: Path) -> None:
+    for person in ("ada", "eve"):
+        (tmp_path / "photos" / person).mkdir(parents=True)
+        for number in range(2):
+            pixels = np.full((64, 64, 3), 40 * number, np.uint8)
+            Image.fromarray(pixels).save(tmp_path / "photos" / person / f"{number}.png")
+    people = Folder(tmp_path / "photos", 1)
+    assert [person.name for person in people.people] == ["ada", "eve"]
+    with pytest.raises(PortraitError, match="FaceNet") as raised:
+        evaluate(settings(world, tmp_path / "out", people=str(tmp_path / "photos")))
+    assert raised.value.field == "recogniser"
+    with pytest.raises(PortraitError, match="nobody in .*photos has 3 photos"):
+        Folder(tmp_path / "photos", 2)
+
+
+def test_the_command_line_becomes_settings(world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[Settings] = []
+    monkeypatch.setattr(run, "evaluate", asked.append)
+    line = f"evaluate single beta --output {tmp_path} --adapter a={world} --adapter world --number 3 --betas 0 0.5"
+    line += " --recogniser r.pt --fid face --steps 7 --device cpu --processes 2"
+    assert commands.run(commands.parse([*line.split(), "--attributes", ""])) == 0
+    (made,) = asked
+    assert made == Settings(
+        tmp_path,
+        ("single", "beta"),
+        adapters=(f"a={world}", "world"),
+        extent=Extent(number=3, betas=(0.0, 0.5)),
+        recogniser="r.pt",
+        attributes="",
+        fid="face",
+        steps=7,
+        processes=2,
+    )
+
+
+# ------------------------------------------------------------------------------------------------- the world's detector
+
+
+def test_a_detector_s_cells_tell_one_face_each(tmp_path: Path) -> None:
+    cells = torch.full((15, 16, 16), -9.0)
+    cells[1:] = 0
+    # A face at cell (4, 6) that lights up its neighbour too, and another far from it.
+    for row, column, score in ((4, 6, 5.0), (4, 7, 2.0), (12, 3, 1.0)):
+        cells[0, row, column] = score
+        offset = (6 - column) * 8 if row == 4 else 0
+        for point, (x, y) in enumerate(((-16, -16), (16, 16), (-6, -4), (6, -4), (0, 2), (-5, 8), (5, 8))):
+            cells[1 + 2 * point, row, column] = (x + offset) / 32
+            cells[2 + 2 * point, row, column] = y / 32
+    faces = faces_in(cells)
+    assert [face.box.tolist() for face in faces] == [[36, 20, 68, 52], [12, 84, 44, 116]]
+    assert faces[0].landmarks[2].tolist() == [52, 38]
+    DetectorNetwork().save(tmp_path / "world-detector.safetensors", {})
+    detector = world_detector(tmp_path / "world-detector.safetensors")
+    assert detector.name == "world"
+    detector.find(np.zeros((64, 96, 3), np.uint8))
+    shutil.copy(tmp_path / "world-detector.safetensors", tmp_path / "attributes.safetensors")
+    with pytest.raises(PortraitError, match="holds no attributes network but detector"):
+        AttributeNetwork.load(tmp_path / "attributes.safetensors")

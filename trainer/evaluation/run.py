@@ -1,0 +1,357 @@
+"""An evaluation from its settings to its files."""
+
+from __future__ import annotations
+
+import dataclasses
+import multiprocessing
+import os
+import platform
+from collections.abc import Callable, Mapping
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from tqdm import tqdm
+
+from lib_portrait import __version__
+from lib_portrait.checkpoints.hashes import file_sha256
+from lib_portrait.checkpoints.store import ADAPTER, Folders, Store
+from lib_portrait.conditioning import Conditioner
+from lib_portrait.errors import PortraitError
+from lib_portrait.faces.service import FaceService
+from lib_portrait.standalone.model import Model, load_model
+from trainer.evaluation.artist import Artist, ModelArtist, Pool, Studio, Style
+from trainer.evaluation.attributes import AttributeNetwork
+from trainer.evaluation.instruments import (
+    DETECTORS,
+    open_clip_of,
+    open_detector,
+    open_recogniser,
+    refuse_same,
+)
+from trainer.evaluation.measuring import CLIP, Gallery, Instruments, measure
+from trainer.evaluation.people import HELD_OUT, TRAINED, Folder, Population, World
+from trainer.evaluation.plans import BRIEF, REAL, Extent, Plan, plan
+from trainer.evaluation.report import Table, as_json, as_lines, markdown, sheet, tabulate
+
+MODELS = Path(__file__).resolve().parents[2] / "models"
+WORLD = MODELS / "world"
+# People to be told from those that pictures are made of, so that chance is 1 % at most.
+GALLERY = 100
+MOST_PROCESSES = 4
+
+
+@dataclass(frozen=True)
+class Settings:
+    """All that decides an evaluation.
+
+    protocols: of PROTOCOLS. checkpoint: a single-file SD1 model. adapters: "NAME", "FOLDER" or "LABEL=FOLDER", a
+    folder holding one adapter. people: HELD_OUT or TRAINED people of the world, or a folder of photos. gallery: at
+    least how many people of the world a face is told from. size: 0 for the checkpoint's own. detector, recogniser,
+    clip, attributes: see `instruments`; for people of the world the world's own where nothing is said; attributes ""
+    for none. fid: whose features, CLIP or FACE. processes: how many draw at once, 0 for as many as suit the machine and
+    the model.
+    """
+
+    output: Path
+    protocols: tuple[str, ...]
+    checkpoint: Path = WORLD / "world.safetensors"
+    adapters: tuple[str, ...] = ("world",)
+    people: str = HELD_OUT
+    gallery: int = GALLERY
+    extent: Extent = field(default_factory=Extent)
+    size: int = 0
+    steps: int = 20
+    guidance: float = 5.0
+    sampler: str = "ddim"
+    negative_prompt: str = ""
+    scale: float = 0.7
+    batch: int = 8
+    detector: str = ""
+    recogniser: str = ""
+    clip: str = ""
+    attributes: str | None = None
+    fid: str = CLIP
+    device: str = "cpu"
+    processes: int = 0
+
+
+def evaluate(settings: Settings, say: Callable[[str], object] = print) -> list[Table]:
+    """Draws, measures and writes OUTPUT/PROTOCOL.{md,json,jsonl,png}; goes on where an earlier call was broken off.
+
+    Raises PortraitError for anything that is missing or does not fit, as far as possible before the first picture.
+    """
+    made = _prepare(settings)
+    instruments = open_instruments(settings, made.model)
+    for store, name in made.stores.values():
+        refuse_same(instruments.recogniser, store.kit(name).backbone)
+    missing = sum(made.studio.missing(row, one.shots) for one in made.plans for row in one.rows)
+    processes = settings.processes or _processes(made.model)
+    # To start a process takes as long as to draw a few pictures.
+    if processes > 1 and missing > processes * settings.batch:
+        say(f"{missing} pictures are drawn by {processes} processes; the bars show the share of the first one.")
+        _draw_apart(settings, processes)
+    facts = {"weights": {**made.weights, "instruments": _instrument_hashes(settings)}}
+    return [
+        run(one, made.studio, instruments, facts | _facts(settings, made, one), settings.output, say)
+        for one in made.plans
+    ]
+
+
+@dataclass(frozen=True)
+class _Prepared:
+    """What draws. stores: by the adapter's label, with its name there. weights: hashes, by the adapter's label."""
+
+    model: Model
+    studio: Studio
+    plans: list[Plan]
+    stores: dict[str, tuple[Store, str]]
+    weights: dict[str, dict[str, str]]
+
+
+def _prepare(settings: Settings) -> _Prepared:
+    for name, value in (("batch", settings.batch), ("gallery", settings.gallery)):
+        if value < 1:
+            raise PortraitError(name, f"{value} was given", "Give a whole number of 1 or more.")
+    model = load_model(settings.checkpoint, settings.device)
+    cache = settings.output / "cache"
+    faces = FaceService([MODELS], cache, detector=_service_detector(settings))
+    hashes = {"checkpoint": file_sha256(settings.checkpoint, cache)}
+    description = settings.checkpoint.with_suffix(".yaml")
+    if description.is_file():
+        hashes["yaml"] = file_sha256(description)
+    stores = dict(_adapter(text, cache) for text in settings.adapters)
+    if len(stores) < len(settings.adapters):
+        raise PortraitError("adapter", "two have the same label", "Give them labels: --adapter LABEL=FOLDER.")
+    artists: dict[str | None, Artist] = {None: ModelArtist(model, hashes, None)}
+    for label, (store, name) in stores.items():
+        artists[label] = ModelArtist(model, hashes, Conditioner(faces, store), name)
+    style = Style(
+        settings.size or model.size,
+        settings.steps,
+        settings.guidance,
+        settings.sampler,
+        settings.negative_prompt,
+        settings.scale,
+        settings.batch,
+    )
+    population = open_people(settings, style.size)
+    studio = Studio(population, artists, style, Pool(settings.output / "pictures"))
+    # Everything that could be wrong with one of the protocols comes to light before the first one is drawn.
+    plans = [plan(protocol, population.people, list(stores), _extent(settings)) for protocol in settings.protocols]
+    people = 2 if "multi" in settings.protocols else 1
+    weights = {"text only": hashes, **{label: dict(artists[label].weights(people)) for label in stores}}
+    return _Prepared(model, studio, plans, stores, weights)
+
+
+def _processes(model: Model) -> int:
+    """How many draw at once where nobody said: one for each core, where a model is small enough to be there so often.
+
+    The layers of such a model are too small to be worth sharing between cores.
+    """
+    return min(os.cpu_count() or 1, MOST_PROCESSES) if model.of_world and model.device.type == "cpu" else 1
+
+
+def _draw_apart(settings: Settings, processes: int) -> None:
+    """Draws what is missing into the pool, each process its share of the people. Raises what one of them raises."""
+    with ProcessPoolExecutor(processes, multiprocessing.get_context("spawn")) as pool:
+        shares = [pool.submit(_draw_share, settings, place, processes) for place in range(processes)]
+        for problem in [share.result() for share in shares]:
+            if problem is not None:
+                raise PortraitError(*problem)
+
+
+def _draw_share(settings: Settings, place: int, processes: int) -> tuple[str, str, str] | None:
+    """One process's share of the pictures; what went wrong, as a PortraitError's words."""
+    torch.set_num_threads(max(1, (os.cpu_count() or 1) // processes))
+    try:
+        made = _prepare(settings)
+        for one in made.plans:
+            groups = list(dict.fromkeys(shot.people for shot in one.shots))[place::processes]
+            shots = [shot for shot in one.shots if shot.people in groups]
+            rows = [row for row in one.rows if not row.real]
+            title = f"{one.protocol}: drawing"
+            with tqdm(total=len(shots) * len(rows), unit="picture", desc=title, disable=place > 0) as bar:
+                for row in rows:
+                    made.studio.make(row, shots, bar.update)
+    except PortraitError as error:
+        return error.field, error.problem, error.remedy
+    return None
+
+
+def run(
+    plan: Plan,
+    studio: Studio,
+    instruments: Instruments,
+    facts: Mapping[str, Any],
+    output: Path,
+    say: Callable[[str], object] = print,
+) -> Table:
+    """Draws what is missing of a plan, measures all of it, and writes its files."""
+    population = studio.population
+    gallery = Gallery.of(population, plan.against, instruments)
+    count = len(plan.shots)
+    with tqdm(total=count * len(plan.rows), unit="picture", desc=f"{plan.protocol}: drawing") as bar:
+        paths = {row.name: studio.make(row, plan.shots, bar.update) for row in plan.rows}
+    with tqdm(total=count * len(plan.rows), unit="picture", desc=f"{plan.protocol}: measuring") as bar:
+        seen = {
+            row.name: measure(
+                paths[row.name], plan.shots, gallery, instruments, population.obeys or not row.real, bar.update
+            )
+            for row in plan.rows
+        }
+    compared = studio.real(plan.shots, lambda number: None, again=1)
+    # Where there is but one real picture of somebody, it is the same for all their shots.
+    distinct = dict(zip(compared, plan.shots))
+    real = [
+        one.features
+        for one in measure(list(distinct), list(distinct.values()), gallery, instruments, population.obeys)
+        if one.features is not None
+    ]
+    if not population.obeys:
+        # The same photos stand in that row: their distance to themselves says nothing.
+        seen[REAL] = [dataclasses.replace(one, features=None) for one in seen[REAL]]
+    notes = _notes(plan, population, instruments, len(gallery.embeddings), len(real))
+    table = tabulate(plan, seen, real, len(gallery.embeddings), notes)
+    output.mkdir(parents=True, exist_ok=True)
+    text = markdown(table)
+    (output / f"{plan.protocol}.md").write_text(text, "utf-8")
+    (output / f"{plan.protocol}.json").write_text(as_json(table, facts), "utf-8")
+    (output / f"{plan.protocol}.jsonl").write_text(as_lines(plan, seen, paths, output), "utf-8")
+    sheet(plan, population, seen, paths).save(output / f"{plan.protocol}.png")
+    say(text)
+    return table
+
+
+def _notes(plan: Plan, population: Population, instruments: Instruments, gallery: int, real: int) -> list[str]:
+    people = {person for shot in plan.shots for person in shot.people}
+    groups = len({shot.people for shot in plan.shots})
+    pairs = f", {groups} pairs" if plan.protocol == "multi" else ""
+    held = "another photo than the references" if plan.against else "the reference"
+    obeys = " Real pictures show what the prompt says." if population.obeys else ""
+    return [
+        f"{len(people)} {population.source}{pairs}, {len(plan.shots)} pictures a row; mean ± standard error over "
+        f"people. Similarity is to {held}, by {instruments.recogniser.name}; a face that is not found counts 0. "
+        f"Top-k: among {gallery} people (chance {100 / gallery:.3g} % for top-1). Faces by "
+        f"{instruments.detector.name}, CLIP-T by {instruments.clip.name}. FID to {real} real pictures, from "
+        f"{instruments.features}.{obeys}"
+    ]
+
+
+# ------------------------------------------------------------------------------------------------------------ settings
+
+
+def open_people(settings: Settings, size: int) -> Population:
+    """The population: people of the world with a gallery of at least `settings.gallery`, or of a folder."""
+    if _of_world(settings):
+        asked = [_extent(settings).counts(protocol).people for protocol in settings.protocols]
+        return World(settings.people, max(*asked, settings.gallery), size)
+    folder = Path(settings.people)
+    if not folder.is_dir():
+        raise PortraitError(
+            "people", f"there is no folder {folder}", f"Give {HELD_OUT}, {TRAINED} or a folder of photos."
+        )
+    return Folder(folder, settings.extent.photos(settings.protocols))
+
+
+def _of_world(settings: Settings) -> bool:
+    return settings.people in (TRAINED, HELD_OUT)
+
+
+def _extent(settings: Settings) -> Extent:
+    """The extent, with what is usual for these people where nothing was said."""
+    return dataclasses.replace(settings.extent, usual=BRIEF) if _of_world(settings) else settings.extent
+
+
+def open_instruments(settings: Settings, model: Model) -> Instruments:
+    """What measures, from the settings. Raises PortraitError for photographs where nobody said by what."""
+    attributes = _attributes(settings)
+    return Instruments(
+        open_detector(_detector(settings), [MODELS]),
+        open_recogniser(Path(_recogniser(settings)), settings.device),
+        open_clip_of(_clip(settings), model.text_encoder, model.tokenizer, settings.device),
+        AttributeNetwork.load(Path(attributes)).to(settings.device) if attributes else None,
+        settings.fid,
+    )
+
+
+def _detector(settings: Settings) -> str:
+    own = WORLD / "world-detector.safetensors"
+    return settings.detector or (str(own) if _of_world(settings) and own.is_file() else "mtcnn")
+
+
+def _recogniser(settings: Settings) -> str:
+    return settings.recogniser or _own(settings, "recogniser", "measuring", "FaceNet's file")
+
+
+def _clip(settings: Settings) -> str:
+    return settings.clip or _own(settings, "clip", "vision", "ViT-L-14:FILE")
+
+
+def _attributes(settings: Settings) -> str:
+    if settings.attributes is not None:
+        return settings.attributes
+    return str(WORLD / "world-attributes.safetensors") if _of_world(settings) else ""
+
+
+def _own(settings: Settings, name: str, file: str, real: str) -> str:
+    """The world's own file. Raises PortraitError where the people are not the world's."""
+    if not _of_world(settings):
+        raise PortraitError(name, "the world's own does not know photographs", f"Give one that does, such as {real}.")
+    return str(WORLD / f"world-{file}.safetensors")
+
+
+def _service_detector(settings: Settings) -> str | None:
+    """The detector for photos that are given; those of the world come cut to the face already."""
+    chosen = _detector(settings)
+    return chosen if chosen in DETECTORS else None
+
+
+def _adapter(text: str, cache: Path) -> tuple[str, tuple[Store, str]]:
+    """The label of an adapter, the store that finds its files, and its name there. cache: for hashes."""
+    label, _, place = text.rpartition("=")
+    folder = Path(place)
+    if not folder.is_dir():
+        return label or place, (Store(Folders([WORLD, MODELS]), cache), place)
+    names = {match.group(2) for entry in folder.iterdir() if (match := ADAPTER.fullmatch(entry.name))}
+    if len(names) != 1:
+        what = f"holds {', '.join(sorted(names))}" if names else "holds no adapter"
+        raise PortraitError("adapter", f"{folder} {what}", "Give a folder with one adapter's files.")
+    return label or folder.name, (Store(Folders([folder, WORLD, MODELS]), cache), names.pop())
+
+
+def _instrument_hashes(settings: Settings) -> dict[str, str]:
+    given = {
+        "detector": _detector(settings),
+        "recogniser": _recogniser(settings),
+        "clip": _clip(settings).rpartition(":")[2],
+        "attributes": _attributes(settings),
+    }
+    return {name: file_sha256(Path(text)) for name, text in given.items() if text and Path(text).is_file()}
+
+
+def _facts(settings: Settings, made: _Prepared, plan: Plan) -> dict[str, Any]:
+    """What the JSON tells beside the numbers. Files go by their names: their hashes stand beside them."""
+    model, colon, file = _clip(settings).rpartition(":")
+    files = {
+        "checkpoint": settings.checkpoint.name,
+        "detector": Path(_detector(settings)).name,
+        "recogniser": Path(_recogniser(settings)).name,
+        "clip": f"{model}{colon}{Path(file).name}",
+        "attributes": Path(_attributes(settings)).name,
+    }
+    chosen = {
+        "people": settings.people if _of_world(settings) else Path(settings.people).name,
+        "adapters": list(made.stores),
+        "fid": settings.fid,
+        **files,
+        "counts": dataclasses.asdict(_extent(settings).counts(plan.protocol)),
+        **dataclasses.asdict(made.studio.style),
+    }
+    return {
+        "version": __version__,
+        "settings": chosen,
+        "made_with": {"torch": torch.__version__, "python": platform.python_version()},
+    }
