@@ -10,6 +10,7 @@ width and height; and with face networks, for all F faces of the shard in order,
 from __future__ import annotations
 
 import functools
+import math
 import os
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -26,6 +27,7 @@ from transformers import CLIPTokenizer
 
 from lib_portrait.errors import PortraitError
 from lib_portrait.faces.features import FaceEncoder
+from lib_portrait.faces.recognition import Backbone
 from trainer.faces import aligned
 from trainer.shards import Shards
 
@@ -146,6 +148,14 @@ def _batches(number: int, batch: int) -> Iterator[range]:
 def _tokens(tokenizer: CLIPTokenizer, text: str) -> Tensor:
     ids = tokenizer(text, padding="max_length", truncation=True, max_length=77).input_ids
     return torch.tensor(ids, dtype=torch.int32)
+
+
+@torch.no_grad()
+def global_feature(backbone: Backbone, intrinsic: Tensor) -> Tensor:
+    """A recognition network's embedding (1, e), of its last tap's positions (m, d): it is made of nothing else."""
+    side = math.isqrt(len(intrinsic))
+    embedding: Tensor = backbone.output_layer(intrinsic.float().T.unflatten(1, (side, side))[None])
+    return embedding
 
 
 class Features:

@@ -17,7 +17,8 @@ REQUIREMENTS = "train"
 
 
 def configure(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("recipe", metavar="RECIPE", help="vae, recognition, vision, base or uniportrait")
+    worlds = "vae, recognition, vision, base, attributes, detector"
+    parser.add_argument("recipe", metavar="RECIPE", help=f"uniportrait; of the world: {worlds}")
     parser.add_argument("arguments", nargs=argparse.REMAINDER, help="options of the recipe; --help after its name")
 
 

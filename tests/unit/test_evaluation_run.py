@@ -20,8 +20,13 @@ pytest.importorskip("skia", reason="the world is drawn with skia", exc_type=Impo
 
 from lib_portrait import commands
 from lib_portrait.checkpoints.formats import read_tensors
+from lib_portrait.checkpoints.store import Folders, Store
+from lib_portrait.conditioning import Conditioner
 from lib_portrait.errors import PortraitError
 from lib_portrait.faces.detection import Detector, Face
+from lib_portrait.faces.features import pixels_of, recognition_view
+from lib_portrait.faces.service import FaceService
+from lib_portrait.request import Identity, Photo, PortraitRequest
 from lib_portrait.standalone import model as model_module
 from lib_portrait.standalone.model import save_model
 from tests.small_networks import small_kit, small_model, small_text_folder, tiny_backbone, tiny_vision
@@ -32,6 +37,7 @@ from trainer.evaluation.instruments import fingerprint, open_recogniser, refuse_
 from trainer.evaluation.people import Folder
 from trainer.evaluation.plans import Extent
 from trainer.evaluation.run import Settings, evaluate
+from trainer.shards import encode_png
 
 EYES_TO_MOUTH = np.array([[0.35, 0.4], [0.65, 0.4], [0.5, 0.6], [0.38, 0.75], [0.62, 0.75]], np.float32)
 
@@ -263,3 +269,25 @@ def test_a_detector_s_cells_tell_one_face_each(tmp_path: Path) -> None:
     shutil.copy(tmp_path / "world-detector.safetensors", tmp_path / "attributes.safetensors")
     with pytest.raises(PortraitError, match="holds no attributes network but detector"):
         AttributeNetwork.load(tmp_path / "attributes.safetensors")
+
+
+def test_an_adapter_trained_on_the_global_feature_is_given_that(world: Path, tmp_path: Path) -> None:
+    """Table 3's first row: its file takes the recogniser's embedding where others take its local features."""
+    folder = tmp_path / "global"
+    folder.mkdir()
+    small_kit(folder, "global")
+    faceid = folder / "uniportrait-faceid_global.safetensors"
+    names = {"backbone": "small_backbone.safetensors", "vision": "small_vision.safetensors", "components": "global"}
+    save_file(load_file(faceid), faceid, names)
+    store, name = Store(Folders([folder])), "global"
+    photo = Photo.of(encode_png(np.full((224, 224, 3), 90, np.uint8)), aligned=True)
+    conditioner = Conditioner(run._faces(store, name, tmp_path / "cache", None), store)
+    encoder = conditioner._encoder(store.kit(name), "cpu", torch.float32)
+    features = conditioner.faces.features(photo, "photo", encoder)
+    with torch.no_grad():
+        embedding, _ = tiny_backbone()(recognition_view(pixels_of([conditioner.faces.crop(photo, "photo")])))
+    assert torch.allclose(features.intrinsic, embedding, atol=1e-5)
+    assert conditioner.faces.zero(encoder).intrinsic.shape == embedding.shape
+    request = PortraitRequest((Identity((photo,)),), checkpoint=name)
+    assert conditioner.prepare(request, (64, 64)).people[0].tokens
+    assert type(run._faces(Store(Folders([world])), "world", tmp_path / "cache", None)) is FaceService

@@ -13,16 +13,21 @@ from pathlib import Path
 from typing import Any, Protocol
 
 import numpy as np
+import torch
 from PIL import Image as PILImage
 from PIL.PngImagePlugin import PngInfo
 
 from lib_portrait import __version__
 from lib_portrait.conditioning import Conditioner
-from lib_portrait.request import Identity, PortraitRequest, to_json
+from lib_portrait.faces.features import FaceEncoder, FaceFeatures
+from lib_portrait.faces.recognition import Backbone
+from lib_portrait.faces.service import FaceService
+from lib_portrait.request import Identity, Photo, PortraitRequest, to_json
 from lib_portrait.standalone.model import Model
 from lib_portrait.standalone.sampling import Sampling, sample
 from trainer.evaluation.people import Image, Population
 from trainer.evaluation.plans import Row, Shot
+from trainer.features import global_feature
 
 
 class Artist(Protocol):
@@ -33,6 +38,20 @@ class Artist(Protocol):
 
     def draw(self, samplings: Sequence[Sampling], request: PortraitRequest | None) -> list[Image]:
         """The pictures (H, W, 3) uint8 as one batch, with the request's people in each, or nobody."""
+
+
+class GlobalFaces(FaceService):
+    """The faces of an adapter that was trained with the global feature (Table 3), which inference knows nothing of."""
+
+    backbone: Backbone
+
+    def features(self, photo: Photo, field: str, encoder: FaceEncoder) -> FaceFeatures:
+        local = super().features(photo, field, encoder)
+        return dataclasses.replace(local, intrinsic=global_feature(self.backbone, local.intrinsic))
+
+    def zero(self, encoder: FaceEncoder) -> FaceFeatures:
+        nobody = super().zero(encoder)
+        return dataclasses.replace(nobody, intrinsic=torch.zeros(1, self.backbone.output_layer[3].out_features))
 
 
 class ModelArtist:

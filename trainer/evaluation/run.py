@@ -16,13 +16,15 @@ import torch
 from tqdm import tqdm
 
 from lib_portrait import __version__
+from lib_portrait.checkpoints.formats import read_header, read_tensors
 from lib_portrait.checkpoints.hashes import file_sha256
 from lib_portrait.checkpoints.store import ADAPTER, Folders, Store
 from lib_portrait.conditioning import Conditioner
 from lib_portrait.errors import PortraitError
+from lib_portrait.faces.recognition import backbone_from_state_dict
 from lib_portrait.faces.service import FaceService
 from lib_portrait.standalone.model import Model, load_model
-from trainer.evaluation.artist import Artist, ModelArtist, Pool, Studio, Style
+from trainer.evaluation.artist import Artist, GlobalFaces, ModelArtist, Pool, Studio, Style
 from trainer.evaluation.attributes import AttributeNetwork
 from trainer.evaluation.instruments import (
     DETECTORS,
@@ -117,7 +119,6 @@ def _prepare(settings: Settings) -> _Prepared:
             raise PortraitError(name, f"{value} was given", "Give a whole number of 1 or more.")
     model = load_model(settings.checkpoint, settings.device)
     cache = settings.output / "cache"
-    faces = FaceService([MODELS], cache, detector=_service_detector(settings))
     hashes = {"checkpoint": file_sha256(settings.checkpoint, cache)}
     description = settings.checkpoint.with_suffix(".yaml")
     if description.is_file():
@@ -127,6 +128,7 @@ def _prepare(settings: Settings) -> _Prepared:
         raise PortraitError("adapter", "two have the same label", "Give them labels: --adapter LABEL=FOLDER.")
     artists: dict[str | None, Artist] = {None: ModelArtist(model, hashes, None)}
     for label, (store, name) in stores.items():
+        faces = _faces(store, name, cache, _service_detector(settings))
         artists[label] = ModelArtist(model, hashes, Conditioner(faces, store), name)
     style = Style(
         settings.size or model.size,
@@ -144,6 +146,16 @@ def _prepare(settings: Settings) -> _Prepared:
     people = 2 if "multi" in settings.protocols else 1
     weights = {"text only": hashes, **{label: dict(artists[label].weights(people)) for label in stores}}
     return _Prepared(model, studio, plans, stores, weights)
+
+
+def _faces(store: Store, name: str, cache: Path, detector: str | None) -> FaceService:
+    """The faces as the adapter was trained to see them."""
+    kit = store.kit(name)
+    if kit.faceid.suffix != ".safetensors" or read_header(kit.faceid)[1].get("components") != "global":
+        return FaceService([MODELS], cache, detector=detector)
+    faces = GlobalFaces([MODELS], cache, detector=detector)
+    faces.backbone = backbone_from_state_dict(read_tensors(kit.backbone, "backbone").tensors).float()
+    return faces
 
 
 def _processes(model: Model) -> int:

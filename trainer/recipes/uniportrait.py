@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import argparse
 import functools
-import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -30,14 +29,14 @@ from lib_portrait.attention.injection import Around, Call
 from lib_portrait.attention.sites import Site, find_sites, spatial_shape
 from lib_portrait.checkpoints.formats import read_tensors, write_tensors
 from lib_portrait.errors import PortraitError
-from lib_portrait.faces.recognition import Backbone, backbone_from_state_dict
+from lib_portrait.faces.recognition import backbone_from_state_dict
 from lib_portrait.methods.uniportrait import PATHS, IDEmbedding
 from lib_portrait.routing_picture import draw_routing
 from lib_portrait.standalone.model import Model, load_model
 from trainer.diffusion import SCHEDULE, Noising
 from trainer.draws import Draws
 from trainer.faces import FaceAt, by_identity, faces_of
-from trainer.features import Features
+from trainer.features import Features, global_feature
 from trainer.loop import Recipe, Settings
 from trainer.recipes.base import END, START
 from trainer.shards import Shards
@@ -506,13 +505,6 @@ def _global_feature(options: argparse.Namespace) -> Callable[[Tensor], Tensor] |
         raise PortraitError("recognition", "the global feature needs the recognition network", "Give --recognition.")
     backbone = backbone_from_state_dict(read_tensors(options.recognition, "backbone").tensors).float().eval()
     return functools.partial(global_feature, backbone)
-
-
-@torch.no_grad()
-def global_feature(backbone: Backbone, intrinsic: Tensor) -> Tensor:
-    """A recognition network's embedding (1, e) of its last tap's positions (m, d), which it makes of nothing else."""
-    side = math.isqrt(len(intrinsic))
-    return backbone.output_layer(intrinsic.float().T.unflatten(1, (side, side))[None])
 
 
 def _uncaptioned(tokens: Tensor, which: Tensor) -> Tensor:
