@@ -196,7 +196,7 @@ def test_without_the_measuring_network_pictures_are_made_and_the_sheet_says_so(
     assert "similarity" not in made["pictures"][0]
     for text in (made["measuring"], notes[-1], capsys.readouterr().out):
         assert "imilarity not measured" in text
-        assert "git checkout models/world" in text
+        assert "section 'The world'" in text
 
 
 def test_another_adapter_than_the_world_s_is_not_measured(world: Path, photos: Path, tmp_path: Path) -> None:
@@ -280,7 +280,7 @@ def test_a_world_that_is_not_there_is_told(
 ) -> None:
     monkeypatch.setattr(generation, gone, tmp_path / "gone")
     assert run("--output", tmp_path) == 1
-    assert "git checkout models/world" in capsys.readouterr().err
+    assert "section 'The world'" in capsys.readouterr().err
     assert not list(tmp_path.iterdir())
 
 
