@@ -222,6 +222,9 @@ SUFFIXES = {".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff", "
 WORDS = {"woman": "woman", "women": "woman", "man": "man", "men": "man"}
 # A face counts when at least this share of its box, and all its landmarks, lie in the picture.
 WHOLE = 0.75
+# Of two faces of much the same size nobody knows which one the folder is named after: the largest gets the name only
+# where every other has at most this share of its area.
+BESIDE = 0.25
 # Room for hair and chin that a cut leaves on both sides of a face where it can, over the width of its box.
 MARGIN = 0.3
 
@@ -273,8 +276,9 @@ def photo_sample(job: tuple[int, str], folder: Path, photos: Photos) -> Made | S
     found.sort(key=lambda face: -face.area)
     picture, moved = square(image, found, photos.size)
     who, word = label_of(name) if photos.identities else (None, None)
+    if len(found) > 1 and found[1].area > BESIDE * found[0].area:
+        who = word = None
     faces = [
-        # Which of several faces the folder means is not known for certain; the largest is the likeliest.
         FaceRecord(who if place == 0 else None, word if place == 0 else None, _rounded(face.box), _points(face))
         for place, face in enumerate(moved)
         if face is not None and face.box[2] - face.box[0] >= photos.smallest_face
@@ -297,13 +301,17 @@ def _detector(name: str | None) -> Detector:
 
 def _caption_beside(photo: Path) -> str | None:
     """The words of PHOTO.txt on one line, or None. Raises OSError, ValueError for a file that is no text."""
-    file = photo.with_suffix(".txt")
+    file = _caption_file(photo)
     if not file.is_file():
         return None
     text = " ".join(file.read_text(encoding="utf-8").split())
     if not text:
         raise ValueError(f"{file.name} is empty")
     return text
+
+
+def _caption_file(photo: Path) -> Path:
+    return photo.with_suffix(".txt")
 
 
 def square(image: NDArray[np.uint8], faces: Sequence[Face], size: int) -> tuple[NDArray[np.uint8], list[Face | None]]:
@@ -424,17 +432,15 @@ def make_photos(
         raise PortraitError("folder", f"{folder} holds no pictures", f"Known are {', '.join(sorted(SUFFIXES))}.")
     detector = _detector(photos.detector).key
     output.mkdir(parents=True, exist_ok=True)
-    digest = hashlib.sha256()
-    for photo in names:
-        digest.update(f"{photo}\0{(folder / photo).stat().st_size}\0".encode("utf-8", "surrogateescape"))
-    settings = {**asdict(photos), "detector": detector, "photos": len(names), "list": digest.hexdigest()}
+    settings = {**asdict(photos), "detector": detector, "photos": len(names), "list": _digest(folder, names)}
     journal = Journal(output / f"{name}.jsonl", settings)
     jobs = enumerate(names[journal.end :], journal.end)
     results = in_order(functools.partial(photo_sample, folder=folder, photos=photos), jobs, processes)
     with tqdm(initial=journal.end, total=len(names), unit="photo", mininterval=1) as bar:
         while journal.end < len(names):
             end, samples, skipped = journal.end, 0, []
-            with writing(output / f"{name}-{len(journal.lines):05d}.tar") as shard:
+            path = output / f"{name}-{len(journal.lines):05d}.tar"
+            with writing(path) as shard:
                 while end < len(names) and samples < photos.shard:
                     made = next(results)
                     end += 1
@@ -444,10 +450,22 @@ def make_photos(
                     else:
                         made.add_to(shard)
                         samples += 1
+            if not samples:  # all that was left was skipped
+                path.unlink()
             journal.add(end, samples, skipped)
     listed = "".join(f"{one.reason}: {one.photo!r} {one.detail}".rstrip() + "\n" for one in journal.skipped)
     (output / f"{name}-skipped.txt").write_text(listed)
     return journal.samples, journal.skipped
+
+
+def _digest(folder: Path, photos: Sequence[str]) -> str:
+    """Of the photos' names and sizes, and of those of the captions beside them."""
+    digest = hashlib.sha256()
+    for photo in photos:
+        for path in (folder / photo, _caption_file(folder / photo)):
+            size = path.stat().st_size if path.is_file() else None
+            digest.update(f"{photo}\0{size}\0".encode("utf-8", "surrogateescape"))
+    return digest.hexdigest()
 
 
 # -------------------------------------------------------------------------------------------------------------- check
@@ -508,6 +526,7 @@ def check_shard(path: Path) -> Report:
     except PortraitError as error:
         report.found(report.unusable, "shard that is no tar file", path.name, error.problem)
         return report
+    first: tuple[int, ...] = ()
     for index in range(len(shards)):
         place = f"{path.name} {shards.key(index)}"
         report.samples += 1
@@ -517,6 +536,12 @@ def check_shard(path: Path) -> Report:
             report.found(report.unusable, f"unusable {_faulty_part(shards, index)}", place, str(error))
             continue
         record, (height, width) = sample.record, sample.image.shape[:2]
+        first = first or (height, width)
+        if (height, width) != first:
+            # Latents of a shard are one tensor.
+            what = f"{width}x{height}, not {first[1]}x{first[0]}"
+            report.found(report.unusable, "picture of another size than the shard's first", place, what)
+            continue
         report.people[len(record.faces)] += 1
         report.faces += len(record.faces)
         known = frozenset(face.id for face in record.faces if face.id is not None)

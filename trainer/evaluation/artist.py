@@ -10,12 +10,13 @@ from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, cast
 
 import numpy as np
 import torch
 from PIL import Image as PILImage
 from PIL.PngImagePlugin import PngInfo
+from torch import nn
 
 from lib_portrait import __version__
 from lib_portrait.conditioning import Conditioner
@@ -51,7 +52,8 @@ class GlobalFaces(FaceService):
 
     def zero(self, encoder: FaceEncoder) -> FaceFeatures:
         nobody = super().zero(encoder)
-        return dataclasses.replace(nobody, intrinsic=torch.zeros(1, self.backbone.output_layer[3].out_features))
+        last = cast(nn.Linear, self.backbone.output_layer[3])
+        return dataclasses.replace(nobody, intrinsic=torch.zeros(1, last.out_features))
 
 
 class ModelArtist:
