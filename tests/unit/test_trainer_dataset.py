@@ -8,14 +8,23 @@ import tarfile
 import cv2
 import numpy as np
 import pytest
+import torch
 from PIL import Image
+from safetensors.torch import load_file, save_file
 
 from lib_portrait import commands
 from lib_portrait.errors import PortraitError
 from lib_portrait.faces.detection import Detector, Face
+from lib_portrait.faces.features import FaceEncoder
+from lib_portrait.faces.vision import vision_from_state_dict
+from lib_portrait.standalone.model import load_tokenizer
 from tests.portraits import portrait
+from tests.small_networks import tiny_backbone, tiny_vision
 from trainer import dataset
+from trainer.architectures import world_vae
 from trainer.dataset import Photos, World, check, label_of, make_photos, make_world, person, square, world_sample
+from trainer.faces import aligned
+from trainer.features import Features
 from trainer.shards import Shards, encode_png, writing
 from trainer.world import held_out
 
@@ -144,8 +153,10 @@ def test_photos_become_square_with_their_faces_where_they_are(folder, tmp_path):
     assert sample.record.caption == "a photo of a person"
 
 
-def test_folders_label_the_single_or_largest_face(folder, tmp_path):
-    folder("alice/1.png", (256, 256), (10, 10, 80, 80), (120, 20, 240, 180))
+def test_folders_label_the_face_that_must_be_meant(folder, tmp_path):
+    """That is a photo's only one, or one beside which all others are small."""
+    folder("alice/0.png", (256, 256), (10, 10, 80, 90), (120, 20, 240, 180))
+    folder("alice/1.png", (256, 256), (10, 10, 70, 70), (120, 20, 240, 180))
     folder("alice/2019/2.png", (256, 256), (10, 10, 80, 80))
     folder("women/carol/3.png", (256, 256), (10, 10, 80, 80))
     folder("4.png", (256, 256), (10, 10, 80, 80))
@@ -153,6 +164,7 @@ def test_folders_label_the_single_or_largest_face(folder, tmp_path):
     labels = {name: [(f.id, f.word) for f in sample.record.faces] for name, sample in records(tmp_path / "out").items()}
     assert labels == {
         "4.png": [(None, None)],
+        "alice/0.png": [(None, None), (None, None)],
         "alice/1.png": [("alice", None), (None, None)],
         "alice/2019/2.png": [("alice", None)],
         "women/carol/3.png": [("carol", "woman")],
@@ -242,11 +254,25 @@ def test_photos_that_were_broken_off_go_on_and_end_the_same(folder, tmp_path, mo
         assert (tmp_path / "out" / name).read_bytes() == (tmp_path / "whole" / name).read_bytes()
 
 
+def test_no_shard_is_written_of_photos_that_are_all_skipped(folder, tmp_path):
+    for number in range(3):
+        folder(f"{number}.png", (256, 256), *([(10, 10, 80, 80)] if number < 2 else []))
+    photos = Photos(**{**vars(SMALL), "shard": 2})
+    for _ in range(2):
+        made, skipped = make_photos(folder.place, tmp_path / "out", photos)
+        assert made == 2 and [one.photo for one in skipped] == ["2.png"]
+        assert [path.name for path in (tmp_path / "out").glob("*.tar")] == ["photos-00000.tar"]
+
+
 def test_shards_of_other_photos_or_settings_are_not_taken_for_these(folder, tmp_path):
-    folder("a.png", (256, 256), (10, 10, 80, 80))
+    photo = folder("a.png", (256, 256), (10, 10, 80, 80))
     make_photos(folder.place, tmp_path / "out", SMALL)
     with pytest.raises(PortraitError, match=r"other settings \(most_faces\)"):
         make_photos(folder.place, tmp_path / "out", Photos(**{**vars(SMALL), "most_faces": 2}))
+    photo.with_suffix(".txt").write_text("ann at sea")
+    with pytest.raises(PortraitError, match=r"other photos .*\(list\)"):
+        make_photos(folder.place, tmp_path / "out", SMALL)
+    photo.with_suffix(".txt").unlink()
     folder("b.png", (256, 256), (10, 10, 80, 80))
     with pytest.raises(PortraitError, match=r"other photos .*\(photos, list\)"):
         make_photos(folder.place, tmp_path / "out", SMALL)
@@ -309,13 +335,15 @@ def test_check_counts_what_cannot_be_used_and_what_a_person_may_want_to_see(tmp_
         outside["caption"] = " "
         shard._put("outside.png", cv2.imencode(".png", np.ones((64, 64, 3), np.uint8))[1].tobytes())
         shard._put("outside.json", json.dumps(outside).encode())
+        shard.add("wide", encode_png(np.zeros((64, 72, 3), np.uint8)), "png", samples[1].record, None)
     (tmp_path / "b-00000.tar").write_bytes(b"nothing")
     report = check(tmp_path)
-    assert report.samples == 8 and report.shards == 2
+    assert report.samples == 9 and report.shards == 2
     assert report.unusable == {
         "unusable mask": 1,
         "unusable picture": 1,
         "unusable record": 1,
+        "picture of another size than the shard's first": 1,
         "shard that is no tar file": 1,
     }
     alone = sum(len(made.record.faces) for made in samples[1:])
@@ -327,10 +355,101 @@ def test_check_counts_what_cannot_be_used_and_what_a_person_may_want_to_see(tmp_
     }
     words = ["dataset", "check", str(tmp_path), "--list", str(tmp_path / "faults.txt"), "--processes", "1"]
     assert commands.run(commands.parse(words)) == 1
-    assert "cannot be used: 4" in capsys.readouterr().out
-    assert len((tmp_path / "faults.txt").read_text().splitlines()) == 4 + sum(report.doubtful.values())
+    assert "cannot be used: 5" in capsys.readouterr().out
+    assert len((tmp_path / "faults.txt").read_text().splitlines()) == 5 + sum(report.doubtful.values())
     (tmp_path / "b-00000.tar").unlink()
     make_world(tmp_path / "good", World(0, 2, size=64))
     assert commands.run(commands.parse(["dataset", "check", str(tmp_path / "good"), "--processes", "1"])) == 0
     with pytest.raises(PortraitError, match="holds no shards"):
         check(tmp_path / "nowhere")
+
+
+# ----------------------------------------------------------------------------------------------------------- features
+
+
+@pytest.fixture(scope="module")
+def networks(tmp_path_factory):
+    """Files of small random networks: vae.safetensors, backbone.safetensors, vision.safetensors."""
+    place = tmp_path_factory.mktemp("networks")
+    torch.manual_seed(0)
+    save_file(world_vae().state_dict(), place / "vae.safetensors")
+    save_file(dict(tiny_backbone().state_dict()), place / "backbone.safetensors")
+    save_file(tiny_vision(), place / "vision.safetensors")
+    return place
+
+
+def features(networks, data, *names):
+    words = [word for name in names for word in (f"--{name}", str(networks / f"{name}.safetensors"))]
+    return commands.run(commands.parse(["dataset", "features", str(data), *words, "--batch", "2", "--device", "cpu"]))
+
+
+def test_features_are_those_of_the_picture_the_caption_and_the_faces(tmp_path, networks, capsys):
+    samples = [world_sample(seed, 6000, 64) for seed in (0, 1, 5)]
+    with writing(tmp_path / "world-00000.tar") as shard:
+        for number, made in enumerate(samples):
+            made.add_to(shard)
+            if number == 0:
+                shard.add("bad", b"no picture", "png", made.record, None)
+    assert features(networks, tmp_path, "vae", "backbone", "vision") == 0
+    number = sum(len(made.record.faces) for made in samples)
+    said = capsys.readouterr().out
+    assert f"1 shards: 4 pictures, {number} faces" in said and "1 pictures cannot be used" in said
+    shards = Shards.under(tmp_path)
+    found = Features(shards)
+    assert found.usable.tolist() == [True, False, True, True]
+    assert found.sizes[0].tolist() == [64, 64]
+    vae = world_vae()
+    vae.load_state_dict(load_file(networks / "vae.safetensors"))
+    pixels = torch.from_numpy(shards[2].image.copy()).permute(2, 0, 1)[None] / 127.5 - 1
+    with torch.no_grad():
+        latent = vae.encode(pixels).latent_dist.mean[0]
+    torch.testing.assert_close(found.latents[2].float(), latent, rtol=2e-3, atol=2e-3)
+    caption = load_tokenizer().decode(found.tokens[2].tolist(), skip_special_tokens=True)
+    assert caption == samples[1].record.caption
+    backbone, vision = tiny_backbone(), vision_from_state_dict(tiny_vision(), {}, "vision")
+    encoder = FaceEncoder(lambda: (backbone, vision), "tiny", torch.device("cpu"))
+    for face, record in enumerate(samples[1].record.faces):
+        intrinsic, structure = found.face(2, face)
+        # Crops are as a detector would have cut them, a few hundredths of the eyes' distance beside the true ones.
+        own = encoder.encode([aligned(shards[2].image, record, 224)])[0]
+        others = [found.face(3, 0)[0], found.face(2, 1 - face)[0]]
+        near = float((intrinsic.float() - own.intrinsic).square().mean())
+        assert all(near < float((other.float() - own.intrinsic).square().mean()) for other in others)
+        assert structure.shape == own.structure.shape
+    torch.testing.assert_close(found.zero_structure, encoder.zero().structure, rtol=2e-3, atol=2e-3)
+    with pytest.raises(ValueError, match="has no features"):
+        found.face(1, 0)
+
+
+def test_features_that_are_there_are_kept_and_those_of_other_networks_made_again(tmp_path, networks, capsys):
+    make_world(tmp_path, World(0, 2, size=64, shard=1))
+    kept, again = tmp_path / "world-00000.features.safetensors", tmp_path / "world-00001.features.safetensors"
+    assert features(networks, tmp_path, "vae") == 0
+    before = kept.stat().st_mtime_ns
+    again.unlink()
+    assert features(networks, tmp_path, "vae") == 0
+    assert kept.stat().st_mtime_ns == before and again.exists()
+    assert features(networks, tmp_path, "vae", "backbone", "vision") == 0
+    assert kept.stat().st_mtime_ns != before
+    assert "1 shards: 1 pictures" in capsys.readouterr().out
+    assert len(Features(Shards.under(tmp_path)).faces) > 0
+
+
+@pytest.mark.parametrize(
+    ("names", "problem"),
+    [
+        ((), "Give either --checkpoint or --vae"),
+        (("vae", "vision"), "Give --backbone and --vision, or none"),
+    ],
+)
+def test_networks_that_are_not_complete_are_refused(tmp_path, networks, capsys, names, problem):
+    make_world(tmp_path, World(0, 1, size=64))
+    assert features(networks, tmp_path, *names) == 1
+    assert problem in capsys.readouterr().err
+
+
+def test_a_file_that_holds_another_network_is_refused_by_name(tmp_path, networks, capsys):
+    make_world(tmp_path, World(0, 1, size=64))
+    words = ["dataset", "features", str(tmp_path), "--vae", str(networks / "backbone.safetensors")]
+    assert commands.run(commands.parse(words)) == 1
+    assert "backbone.safetensors does not hold the world's VAE" in capsys.readouterr().err
