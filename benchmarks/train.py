@@ -9,6 +9,7 @@ is the median over these pairs. Peak memory is that of a process (on a GPU: of t
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import statistics
 import subprocess
@@ -63,7 +64,8 @@ def random_model(kind: str, path: Path) -> None:
         save_model(make_model(world_unet(), world_vae(), world_text_encoder()), path)
         return
     params = layout.SD1["model"]["params"]
-    unet = UNet2DConditionModel(**layout.unet_config(params["unet_config"]["params"], kind))
+    sizes = layout.unet_config(params["unet_config"]["params"], kind)
+    unet = UNet2DConditionModel(**sizes, sample_size=params["image_size"])
     vae = AutoencoderKL(**layout.vae_config(params["first_stage_config"]["params"], params["scale_factor"], kind))
     save_model(make_model(unet, vae, CLIPTextModel(CLIPTextConfig(**layout.SD1_TEXT))), path)
 
@@ -233,7 +235,9 @@ def main(argv: list[str] | None = None) -> int:
         paired = Paired(recipe_of(folder, options), options.steps, options.batch, SHAPES[options.model].latent)
         # The first run of each is for warming up; the last pass only ends the last pair.
         chosen = settings_of(folder / "paired", options, (options.pairs + 1) * options.steps + 1)
-        train(paired, chosen)
+        # Standard output is for the figures alone.
+        with contextlib.redirect_stdout(sys.stderr):
+            train(paired, chosen)
         pairs = paired.pairs[1:]
     samples = options.steps * options.batch
     line = {

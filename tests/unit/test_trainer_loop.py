@@ -19,7 +19,9 @@ from accelerate.state import AcceleratorState, GradientState
 from safetensors import safe_open
 from safetensors.torch import load_file
 
+from benchmarks import train as bench
 from lib_portrait import commands
+from lib_portrait.attention.sites import find_sites
 from lib_portrait.errors import PortraitError
 from tests.tiny_recipe import Numbers, Tiny, settings
 from trainer.dataset import world_sample
@@ -307,3 +309,43 @@ def test_two_processes_of_accelerate_launch_train_what_one_does(tmp_path, capsys
     differences = torch.cat([(weights[0][name] - weights[1][name]).abs().flatten() for name in weights[0]])
     # Adam makes whole steps of gradients that are nothing but rounding.
     assert float(differences.mean()) < 1e-6 and float(differences.max()) < 1e-4
+
+
+# -------------------------------------------------------------------------------------------------------------- bench
+
+
+def test_the_bench_measures_the_loop_beside_an_untouched_unet_with_the_same_weights(monkeypatch, capsys):
+    bares = []
+
+    class Noted(bench.Bare):
+        def __init__(self, *arguments):
+            super().__init__(*arguments)
+            self.steps = 0
+            bares.append(self)
+
+        def step(self):
+            super().step()
+            self.steps += 1
+
+    def alone(command, **options):
+        return subprocess.CompletedProcess(command, 0, stdout=f"{2**20 * (2 if 'loop' in command else 1)}\n")
+
+    def forward(recipe, batch, draws):
+        sites = find_sites(recipe.recipe.model.unet)
+        assert all("forward" in vars(site.module.to_q) for site in sites if site.cross)
+        return paired(recipe, batch, draws)
+
+    paired = bench.Paired.forward
+    monkeypatch.setattr(bench.Paired, "forward", forward)
+    monkeypatch.setattr(bench, "Bare", Noted)
+    monkeypatch.setattr(bench.subprocess, "run", alone)
+    assert commands.run(commands.parse(["bench", "train", "--batch", "1", "--steps", "1", "--pairs", "5"])) == 0
+    (line,) = capsys.readouterr().out.splitlines()
+    figures = json.loads(line)
+    ((unet, steps),) = [(bare.unet, bare.steps) for bare in bares]
+    assert steps == 7  # one to warm up, five pairs, and the last one's end
+    assert not any("forward" in vars(module) for module in unet.modules())
+    assert not any(p.requires_grad or p.grad is not None for p in unet.parameters())
+    assert (figures["loop_peak_mib"], figures["bare_peak_mib"]) == (2, 1)
+    ratios = sorted(bare / loop for bare, loop in figures["pairs"])
+    assert len(ratios) == 5 and figures["ratio"] == pytest.approx(ratios[2], abs=0.02)
