@@ -66,18 +66,31 @@ def features_path(shard: Path) -> Path:
 def precompute(paths: Sequence[Path], frozen: Frozen, batch: int = 32, seed: int = 0) -> dict[str, int]:
     """Writes the features of each shard that does not have those of these networks yet; counts what was done.
 
-    Pictures that cannot be used get empty rows, counted in "unusable"; training passes them over.
+    Where only the networks of faces are new, latents and tokens stay. Pictures that cannot be used get empty rows,
+    counted in "unusable"; training passes them over.
     """
     counts = {"shards": 0, "pictures": 0, "faces": 0, "unusable": 0}
     for path in tqdm(sorted(paths), unit="shard"):
         target = features_path(path)
-        if target.exists() and _hashes(target) == frozen.hashes:
+        before = _hashes(target) if target.exists() else {}
+        if before == frozen.hashes:
             continue
-        tensors = _of_shard(Shards([path]), frozen, batch, seed, counts)
+        shards = Shards([path])
+        if before.get("vae") == frozen.hashes["vae"]:
+            with safe_open(target, "pt") as file:
+                tensors = {name: file.get_tensor(name) for name in ("latents", "tokens", "size")}
+        else:
+            tensors = _of_pictures(shards, frozen, batch)
+        usable = tensors["latents"].flatten(1).isfinite().all(dim=1)
+        if frozen.faces is not None:
+            tensors |= _of_faces(shards, usable.nonzero().flatten().tolist(), frozen.faces, batch, seed)
         part = target.with_suffix(".part")
         save_file(tensors, part, metadata=frozen.hashes)
         os.replace(part, target)
         counts["shards"] += 1
+        counts["pictures"] += len(shards)
+        counts["faces"] += len(tensors.get("face", ()))
+        counts["unusable"] += int((~usable).sum())
     return counts
 
 
@@ -86,12 +99,13 @@ def _hashes(path: Path) -> dict[str, str]:
         return dict(file.metadata() or {})
 
 
-def _of_shard(shards: Shards, frozen: Frozen, batch: int, seed: int, counts: dict[str, int]) -> dict[str, Tensor]:
-    latents: list[Tensor | None] = []
-    tokens, sizes, intrinsic, structure, where = [], [], [], [], []
+def _of_pictures(shards: Shards, frozen: Frozen, batch: int) -> dict[str, Tensor]:
+    """ "latents", "tokens" and "size" of a shard's pictures."""
+    latents: list[Tensor | None] = [None] * len(shards)
+    tokens, sizes = [], []
     shape: tuple[int, ...] = ()
     for numbers in _batches(len(shards), batch):
-        pictures, usable, crops = [], [], []
+        pictures = {}
         for number in numbers:
             try:
                 sample = shards[number]
@@ -99,46 +113,49 @@ def _of_shard(shards: Shards, frozen: Frozen, batch: int, seed: int, counts: dic
                 if sample.image.shape != shape:
                     raise ValueError("the pictures of a shard have one size")
             except ValueError:
-                counts["unusable"] += 1
-                latents.append(None)
                 tokens.append(torch.zeros(77, dtype=torch.int32))
                 sizes.append((0, 0))
                 continue
-            pictures.append(torch.from_numpy(np.ascontiguousarray(sample.image)).permute(2, 0, 1).float() / 127.5 - 1)
-            usable.append(len(latents))
-            latents.append(None)
+            pictures[number] = torch.from_numpy(np.ascontiguousarray(sample.image)).permute(2, 0, 1).float() / 127.5 - 1
             tokens.append(_tokens(frozen.tokenizer, sample.record.caption))
             sizes.append((sample.image.shape[1], sample.image.shape[0]))
-            if frozen.faces is not None:
-                for face, record in enumerate(sample.record.faces):
-                    rng = np.random.default_rng([seed, number, face])
-                    crops.append(aligned(sample.image, record, 224, rng))
-                    where.append((number, face))
         if pictures:
-            for place, latent in zip(usable, frozen.encode(torch.stack(pictures)).half()):
-                latents[place] = latent
-        if crops and frozen.faces is not None:
-            for features in frozen.faces.encode(crops):
-                intrinsic.append(features.intrinsic.half())
-                structure.append(features.structure.half())
-    counts["pictures"] += len(shards)
-    counts["faces"] += len(where)
+            for number, latent in zip(pictures, frozen.encode(torch.stack(list(pictures.values()))).half()):
+                latents[number] = latent
     some = next((latent for latent in latents if latent is not None), None)
     if some is None:
         raise PortraitError("data", f"{shards.paths[0].name} holds no picture that can be used", "Make it again.")
     empty = torch.full_like(some, torch.nan)
-    tensors = {
+    return {
         "latents": torch.stack([empty if latent is None else latent for latent in latents]),
         "tokens": torch.stack(tokens),
         "size": torch.tensor(sizes, dtype=torch.int32),
     }
-    if intrinsic and frozen.faces is not None:
-        tensors["zero_structure"] = frozen.faces.zero().structure.half().contiguous()
-        tensors |= {"intrinsic": torch.stack(intrinsic), "structure": torch.stack(structure)}
-        tensors |= {
-            name: torch.tensor(column, dtype=torch.int32) for name, column in zip(("sample", "face"), zip(*where))
-        }
-    return tensors
+
+
+def _of_faces(shards: Shards, usable: Sequence[int], faces: FaceEncoder, batch: int, seed: int) -> dict[str, Tensor]:
+    """What the networks of faces make of the faces of usable pictures; nothing where there are none."""
+    intrinsic, structure, where = [], [], []
+    for numbers in _batches(len(usable), batch):
+        crops = []
+        for number in (usable[place] for place in numbers):
+            sample = shards[number]
+            for face, record in enumerate(sample.record.faces):
+                crops.append(aligned(sample.image, record, 224, np.random.default_rng([seed, number, face])))
+                where.append((number, face))
+        for features in faces.encode(crops) if crops else ():
+            intrinsic.append(features.intrinsic.half())
+            structure.append(features.structure.half())
+    if not where:
+        return {}
+    rows = torch.tensor(where, dtype=torch.int32)
+    return {
+        "intrinsic": torch.stack(intrinsic),
+        "structure": torch.stack(structure),
+        "sample": rows[:, 0].contiguous(),
+        "face": rows[:, 1].contiguous(),
+        "zero_structure": faces.zero().structure.half().contiguous(),
+    }
 
 
 def _batches(number: int, batch: int) -> Iterator[range]:

@@ -435,6 +435,31 @@ def test_features_that_are_there_are_kept_and_those_of_other_networks_made_again
     assert len(Features(Shards.under(tmp_path)).faces) > 0
 
 
+def test_latents_stay_where_only_the_networks_of_faces_are_new(tmp_path, networks, capsys, monkeypatch):
+    with writing(tmp_path / "world-00000.tar") as shard:
+        made = world_sample(0, 6000, 64)
+        shard.add("bad", b"no picture", "png", made.record, None)
+        made.add_to(shard)
+    assert features(networks, tmp_path, "vae") == 0
+    first = load_file(tmp_path / "world-00000.features.safetensors")
+    with monkeypatch.context() as patch:
+        patch.setattr("trainer.features.Encode.__call__", lambda *_: pytest.fail("latents were made again"))
+        assert features(networks, tmp_path, "vae", "backbone", "vision") == 0
+    second = load_file(tmp_path / "world-00000.features.safetensors")
+    assert all(torch.equal(first[name].nan_to_num(), second[name].nan_to_num()) for name in first)
+    assert second["sample"].tolist() == [1] * len(made.record.faces)
+    assert "2 pictures" in capsys.readouterr().out
+
+    other = tmp_path / "other"
+    other.mkdir()
+    for file in networks.iterdir():
+        (other / file.name).write_bytes(file.read_bytes())
+    save_file({k: v * 1.5 for k, v in load_file(networks / "vae.safetensors").items()}, other / "vae.safetensors")
+    assert features(other, tmp_path, "vae", "backbone", "vision") == 0
+    third = load_file(tmp_path / "world-00000.features.safetensors")
+    assert not torch.equal(third["latents"][1], first["latents"][1])
+
+
 @pytest.mark.parametrize(
     ("names", "problem"),
     [
