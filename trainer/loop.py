@@ -45,8 +45,8 @@ class Settings:
 
     batch: samples of one process at once; a step sees batch x accumulate x processes of them. optimizer: adamw, or
     muon for networks trained from scratch. rate: after `warmup` linear steps, falling to zero along a half cosine over
-    the last `cooldown`. ema: decay of the averaged
-    weights, 0 for none. clip: largest norm of the gradient. minutes: stop (and save) after so long, 0 for never.
+    the last `cooldown`. ema: decay of the averaged weights, 0 for none (networks with batch normalisation need that).
+    clip: largest norm of the gradient. minutes: stop (and save) after so long, 0 for never.
     """
 
     output: Path
@@ -211,6 +211,12 @@ def train(recipe: Recipe, settings: Settings) -> int:
     rates = [[group["lr"] for group in optimizer.param_groups] for optimizer in made]
     trained, *optimizers = accelerator.prepare(recipe, *made)
     weights = [p for p in recipe.parameters() if p.requires_grad]
+    if settings.ema and any(isinstance(module, nn.modules.batchnorm._BatchNorm) for module in recipe.modules()):
+        raise PortraitError(
+            "ema",
+            f"{recipe.name} normalises by batch, and its running statistics do not fit averaged weights",
+            "Add --ema 0.",
+        )
     ema = EMAModel(weights, decay=settings.ema, use_ema_warmup=True, power=0.75) if settings.ema else None
     if ema is not None:
         accelerator.register_for_checkpointing(ema)

@@ -243,6 +243,17 @@ def test_a_loss_that_is_no_number_ends_the_run_and_is_not_saved(tmp_path):
     assert checkpoints(tmp_path) == ["step-00000004"]
 
 
+def test_averaged_weights_are_refused_for_what_normalises_by_batch(tmp_path):
+    def normalising():
+        recipe = Tiny()
+        recipe.norm = torch.nn.BatchNorm1d(4)
+        return recipe
+
+    with pytest.raises(PortraitError, match=r"batch.*Add --ema 0"):
+        run(tmp_path, normalising, ema=0.9)
+    run(tmp_path / "without", normalising, ema=0.0)
+
+
 # ---------------------------------------------------------------------------------------------------------------- log
 
 

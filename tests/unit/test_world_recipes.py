@@ -47,8 +47,8 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
     # Few people for so few pictures: recognition needs somebody twice.
     portrait(f"dataset world --output {home}/shards --number {NUMBER} --identities 8 --processes 1")
     coarse = train("vae", "vae-coarse", "--coarse")
-    recognition = train("recognition", "recognition", "--factors 1") / "world-recognition.safetensors"
-    train("recognition", "measuring", "--network measuring")
+    recognition = train("recognition", "recognition", "--factors 1 --ema 0") / "world-recognition.safetensors"
+    train("recognition", "measuring", "--network measuring --ema 0")
     initial = f"--initial {coarse}/vae.safetensors"
     vae = train("vae", "vae", f"{initial} --recognition {recognition} --decoder-only") / "vae.safetensors"
     portrait(f"dataset features {home}/shards --vae {vae}")
