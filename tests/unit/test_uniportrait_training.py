@@ -155,6 +155,36 @@ def test_what_is_trained_is_what_inference_computes(
     assert (inference - training_output).abs().max() < 1e-5
 
 
+@pytest.mark.parametrize("rank", [2, 16])
+def test_low_rank_layers_are_added_in_one_product_or_in_two(rank: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Narrow layers in one, for which the host's is not called; both ways give the same output and gradients."""
+    torch.manual_seed(0)
+    linear = torch.nn.Linear(24, 40).requires_grad_(False)
+    layers = uniportrait.LowRankLayers(24, 40, rank)
+    torch.nn.init.normal_(layers.up.weight)
+    called = []
+
+    def host(x: torch.Tensor) -> torch.Tensor:
+        called.append(x)
+        return linear(x)
+
+    x = torch.randn(2, 5, 24)
+    with torch.no_grad():
+        expected = linear(x) + layers.up(layers.down(x))
+    found = {}
+    for kind in ("as it is", "autocast"):
+        # With autocast it is two products always; switched on for a test it would also round.
+        monkeypatch.setattr(torch, "is_autocast_enabled", lambda device, kind=kind: kind == "autocast")
+        made = layers.beside(linear, host, x)
+        torch.testing.assert_close(made, expected, rtol=1e-5, atol=1e-5)
+        layers.zero_grad()
+        made.square().sum().backward()
+        found[kind] = [layers.down.weight.grad.clone(), layers.up.weight.grad.clone()]
+    assert len(called) == (1 if rank == 16 else 2)
+    for one, other in zip(*found.values(), strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-4)
+
+
 def test_files_have_the_published_layout(stages: tuple[Path, Path, Model]) -> None:
     faceid, router, model = stages
     from lib_portrait.attention.sites import find_sites
