@@ -29,8 +29,7 @@ from lib_portrait.standalone.model import WORLD, load_model
 from lib_portrait.standalone.sampling import Sampling, check, sample
 from lib_portrait.standalone.sheet import Cell, Section, draw_sheet
 
-# Its weights do not travel with the project yet.
-GET_BACK = "train it with the commands of the README's section 'The world'"
+GET_BACK = "get it back with `git checkout models/world`"
 CACHE = WORLD.parents[1] / ".cache"
 WORLD_CHECKPOINT = WORLD / "world.safetensors"
 MEASURING = WORLD / "world-measuring.safetensors"

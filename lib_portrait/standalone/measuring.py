@@ -43,7 +43,9 @@ class Measurer:
     @staticmethod
     def load(weights: Path, detector: Detector) -> Measurer:
         """From a recognition network's file. Raises PortraitError when it is missing or something else."""
-        return Measurer(backbone_from_state_dict(read_tensors(weights, "backbone").tensors, weights.name), detector)
+        network = backbone_from_state_dict(read_tensors(weights, "backbone").tensors, weights.name)
+        # The file is in half precision, which the CPU computes slowly or not at all.
+        return Measurer(network.float(), detector)
 
     @torch.no_grad()
     def embed(self, crops: Sequence[np.ndarray]) -> Tensor:

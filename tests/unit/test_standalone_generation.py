@@ -196,7 +196,7 @@ def test_without_the_measuring_network_pictures_are_made_and_the_sheet_says_so(
     assert "similarity" not in made["pictures"][0]
     for text in (made["measuring"], notes[-1], capsys.readouterr().out):
         assert "imilarity not measured" in text
-        assert "section 'The world'" in text
+        assert "git checkout models/world" in text
 
 
 def test_another_adapter_than_the_world_s_is_not_measured(world: Path, photos: Path, tmp_path: Path) -> None:
@@ -280,7 +280,7 @@ def test_a_world_that_is_not_there_is_told(
 ) -> None:
     monkeypatch.setattr(generation, gone, tmp_path / "gone")
     assert run("--output", tmp_path) == 1
-    assert "section 'The world'" in capsys.readouterr().err
+    assert "git checkout models/world" in capsys.readouterr().err
     assert not list(tmp_path.iterdir())
 
 
@@ -341,6 +341,18 @@ def test_likeness_tells_own_and_others(monkeypatch: pytest.MonkeyPatch) -> None:
     assert (alone.own, alone.others) == (pytest.approx(0.6), pytest.approx(0.8))
     *_, nobody = measurer.likeness(left, references, [0, 1, 2])
     assert nobody == measuring.Likeness(None, None)
+
+
+def test_a_network_in_half_precision_measures_like_in_full(tmp_path: Path) -> None:
+    """The world's own file is in half precision."""
+    network = tiny_backbone().eval()
+    halves = {k: v.half() if v.is_floating_point() else v for k, v in network.state_dict().items()}
+    save_file(halves, tmp_path / "measuring.safetensors")
+    detector = Detector("none", "1", lambda image: [])
+    crops = [np.random.default_rng(seed).integers(0, 255, (224, 224, 3), np.uint8) for seed in range(3)]
+    measured = Measurer.load(tmp_path / "measuring.safetensors", detector).embed(crops)
+    assert measured.dtype == torch.float32
+    torch.testing.assert_close(measured, Measurer(network, detector).embed(crops), atol=5e-3, rtol=0)
 
 
 def test_small_pictures_are_enlarged_for_the_detector() -> None:
