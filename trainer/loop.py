@@ -201,6 +201,12 @@ def train(recipe: Recipe, settings: Settings) -> int:
             f"{accelerator.distributed_type.value} cuts weights into pieces, which averaging and export do not know",
             "Launch with --multi_gpu: what is trained here fits a GPU whole.",
         )
+    if settings.ema and any(isinstance(module, nn.modules.batchnorm._BatchNorm) for module in recipe.modules()):
+        raise PortraitError(
+            "ema",
+            f"{recipe.name} normalises by batch, and its running statistics do not fit averaged weights",
+            "Add --ema 0.",
+        )
     torch.manual_seed(settings.seed)
     recipe.prepare(accelerator.device, PRECISIONS[settings.precision], settings)
     data = _Lenient(recipe.samples())
@@ -211,12 +217,6 @@ def train(recipe: Recipe, settings: Settings) -> int:
     rates = [[group["lr"] for group in optimizer.param_groups] for optimizer in made]
     trained, *optimizers = accelerator.prepare(recipe, *made)
     weights = [p for p in recipe.parameters() if p.requires_grad]
-    if settings.ema and any(isinstance(module, nn.modules.batchnorm._BatchNorm) for module in recipe.modules()):
-        raise PortraitError(
-            "ema",
-            f"{recipe.name} normalises by batch, and its running statistics do not fit averaged weights",
-            "Add --ema 0.",
-        )
     ema = EMAModel(weights, decay=settings.ema, use_ema_warmup=True, power=0.75) if settings.ema else None
     if ema is not None:
         accelerator.register_for_checkpointing(ema)
