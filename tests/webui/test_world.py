@@ -153,23 +153,23 @@ def test_two_people_in_one_picture_are_those_of_the_standalone_generator(
     bare = pictures(host.generate(prompt=prompt, **DDIM).images)
     assert all(np.abs(one.astype(int) - other).mean() > 2 for one, other in zip(theirs, bare, strict=True))
 
-    # The last step is made again: what is measured here holds for what is measured of `portrait.py generate`. On single
-    # faces that step decides which one a detector finds, so it is the means that have to agree.
+    # The last step is made again: what is measured here holds for what is measured of `portrait.py generate`. A face at
+    # the detector's limit may be found in one of two nearly equal pictures only, and then the other face is given away.
     webui_ddim.undo()
-    ours = drawn(studio, prompt, request)
     comparison = studio.comparison(everyone, studio.crops(everyone))
-    measured, apart = [], []
-    for one, other in zip(theirs, ours, strict=True):
+    measurer = comparison.measurer
+    assert measurer is not None
+    alike, measured = 0, []
+    for one, other in zip(theirs, drawn(studio, prompt, request), strict=True):
+        if len(measurer.faces(one)) != len(measurer.faces(other)):
+            continue
+        alike += 1
         seen = [comparison.likeness(Image.fromarray(picture), [0, 1]) for picture in (one, other)]
         for there, here in zip(*seen, strict=True):
             if there.own is not None and here.own is not None:
-                apart.append(there.own - here.own)
+                assert there.own == pytest.approx(here.own, abs=0.05)
                 measured.append(there)
-    assert len(measured) >= 3, "hardly a face was found"
-    error = np.std(apart, ddof=1) / len(apart) ** 0.5
-    print(f"{len(apart)} faces; similarity {np.mean([one.own for one in measured]):.3f} in the WebUI,")
-    print(f"{np.mean(apart):+.3f} ± {error:.3f} beside the standalone generator's")
-    assert abs(np.mean(apart)) <= max(0.05, 2 * error), apart
+    assert alike >= len(theirs) - 1 and len(measured) >= 3, "faces are found elsewhere, or hardly any"
     likeness = np.mean([one.own for one in measured])
     others = [one.others for one in measured if one.others is not None]
     if others:
