@@ -44,7 +44,7 @@ class Measurer:
     def load(weights: Path, detector: Detector) -> Measurer:
         """From a recognition network's file. Raises PortraitError when it is missing or something else."""
         network = backbone_from_state_dict(read_tensors(weights, "backbone").tensors, weights.name)
-        # The file is in half precision, which the CPU computes slowly or not at all.
+        # Crops come as float32, and the world's file is in half precision.
         return Measurer(network.float(), detector)
 
     @torch.no_grad()
