@@ -21,6 +21,7 @@ from lib_portrait.checkpoints.store import EMBEDDED, Folders, Store
 from lib_portrait.conditioning import Conditioner
 from lib_portrait.errors import PortraitError
 from lib_portrait.faces.service import FaceService
+from lib_portrait.faces.world_detector import world_detector
 from lib_portrait.methods.uniportrait import RoutingMaps
 from lib_portrait.request import AUTOMATIC, Limits, PortraitRequest, to_json
 from lib_portrait.routing_picture import COLOUR_NAMES, draw_routing
@@ -32,7 +33,7 @@ from lib_portrait.standalone.sheet import Cell, Section, draw_sheet
 GET_BACK = "get it back with `git checkout models/world`"
 CACHE = WORLD.parents[1] / ".cache"
 WORLD_CHECKPOINT = WORLD / "world.safetensors"
-MEASURING = WORLD / "world-measuring.safetensors"
+MEASURING, FINDING = WORLD / "world-measuring.safetensors", WORLD / "world-detector.safetensors"
 # Four pictures of SD1.5's size, sixty-four of the world's.
 PIXELS_AT_ONCE = 4 * 512 * 512
 ACROSS = 4
@@ -122,9 +123,11 @@ class Studio:
         """
         if self.store.kit(request.checkpoint).name != EMBEDDED:
             return Comparison("similarity not measured: only the embedded world brings a network for it")
-        if not MEASURING.is_file():
-            return Comparison(f"similarity not measured: {MEASURING} is not there; {GET_BACK}")
-        measurer = Measurer.load(MEASURING, self.faces.detector)
+        missing = [path for path in (MEASURING, FINDING) if not path.is_file()]
+        if missing:
+            return Comparison(f"similarity not measured: {missing[0]} is not there; {GET_BACK}")
+        # Detectors made for photographs miss many of the world's drawn people.
+        measurer = Measurer.load(MEASURING, world_detector(FINDING))
         note = f"similarity measured by {MEASURING.name}, which took no part in drawing"
         return Comparison(note, measurer, measurer.references(crops))
 

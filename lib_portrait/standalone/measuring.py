@@ -6,7 +6,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-import cv2
 import numpy as np
 import torch
 from torch import Tensor
@@ -17,8 +16,6 @@ from lib_portrait.faces.alignment import align_face
 from lib_portrait.faces.detection import Detector, detect_faces
 from lib_portrait.faces.features import pixels_of, recognition_view
 from lib_portrait.faces.recognition import Backbone, backbone_from_state_dict
-
-SMALL = 256
 
 
 @dataclass(frozen=True)
@@ -59,9 +56,6 @@ class Measurer:
 
     def faces(self, picture: np.ndarray) -> list[np.ndarray]:
         """The aligned faces (224, 224, 3) uint8 of a picture (H, W, 3) uint8, from left to right."""
-        if min(picture.shape[:2]) < SMALL:
-            # MTCNN finds more of the faces of small pictures at twice their size.
-            picture = cv2.resize(picture, None, fx=2, fy=2, interpolation=cv2.INTER_CUBIC)
         return [align_face(picture, face.landmarks) for face in detect_faces(picture, self.detector)]
 
     def likeness(self, picture: np.ndarray, references: Tensor, people: Sequence[int]) -> list[Likeness]:

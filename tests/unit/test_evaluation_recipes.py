@@ -13,9 +13,9 @@ pytest.importorskip("accelerate", reason="the trainer's requirements are not ins
 pytest.importorskip("skia", reason="the world is drawn with skia", exc_type=ImportError)
 
 from lib_portrait import commands
+from lib_portrait.faces.world_detector import faces_in, world_detector
 from trainer.dataset import world_sample
 from trainer.evaluation.attributes import HEADS, AttributeNetwork, attributes_of
-from trainer.evaluation.detector import faces_in, world_detector
 from trainer.recipes.attributes import KnownPictures, scene_of
 from trainer.recipes.detector import FoundFaces, targets
 from trainer.shards import Shards

@@ -26,13 +26,13 @@ from lib_portrait.errors import PortraitError
 from lib_portrait.faces.detection import Detector, Face
 from lib_portrait.faces.features import pixels_of, recognition_view
 from lib_portrait.faces.service import FaceService
+from lib_portrait.faces.world_detector import DetectorNetwork, faces_in, world_detector
 from lib_portrait.request import Identity, Photo, PortraitRequest
 from lib_portrait.standalone import model as model_module
 from lib_portrait.standalone.model import save_model
 from tests.small_networks import small_kit, small_model, small_text_folder, tiny_backbone, tiny_vision
 from trainer.evaluation import artist, run
 from trainer.evaluation.attributes import AttributeNetwork
-from trainer.evaluation.detector import DetectorNetwork, faces_in, world_detector
 from trainer.evaluation.instruments import fingerprint, open_recogniser, refuse_same
 from trainer.evaluation.people import Folder
 from trainer.evaluation.plans import Extent

@@ -67,6 +67,9 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
         patch.setattr(generation, "WORLD_CHECKPOINT", folder / "world.safetensors")
         patch.setattr(generation, "MEASURING", folder / "world-measuring.safetensors")
         patch.setattr(generation, "CACHE", folder / "cache")
+        (folder / "world-detector.safetensors").touch()
+        patch.setattr(generation, "FINDING", folder / "world-detector.safetensors")
+        patch.setattr(generation, "world_detector", lambda path: Detector("halves", "1", two_halves))
         patch.setattr(service, "get_detector", lambda name, folders: Detector("halves", "1", two_halves))
         patch.setattr(generation, "SINGLE_PROMPTS", generation.SINGLE_PROMPTS[:2])
         yield folder
@@ -183,10 +186,16 @@ def test_the_command_line_can_say_all_that_a_request_can() -> None:
 # --------------------------------------------------------------------------------------------------------- not measured
 
 
-def test_without_the_measuring_network_pictures_are_made_and_the_sheet_says_so(
-    world: Path, photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+@pytest.mark.parametrize("missing", ["MEASURING", "FINDING"])
+def test_without_a_measuring_network_pictures_are_made_and_the_sheet_says_so(
+    world: Path,
+    photos: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    missing: str,
 ) -> None:
-    monkeypatch.setattr(generation, "MEASURING", tmp_path / "world-measuring.safetensors")
+    monkeypatch.setattr(generation, missing, tmp_path / "missing.safetensors")
     notes: list[str] = []
     drawn = draw_sheet
     monkeypatch.setattr(generation, "draw_sheet", lambda title, texts, parts: notes.extend(texts) or drawn("", [], []))
@@ -353,15 +362,6 @@ def test_a_network_in_half_precision_measures_like_in_full(tmp_path: Path) -> No
     measured = Measurer.load(tmp_path / "measuring.safetensors", detector).embed(crops)
     assert measured.dtype == torch.float32
     torch.testing.assert_close(measured, Measurer(network, detector).embed(crops), atol=5e-3, rtol=0)
-
-
-def test_small_pictures_are_enlarged_for_the_detector() -> None:
-    sizes: list[tuple[int, ...]] = []
-    measurer = Measurer(tiny_backbone(), Detector("watch", "1", lambda image: sizes.append(image.shape) or []))
-    measurer.faces(np.zeros((128, 128, 3), np.uint8))
-    measurer.faces(np.zeros((256, 512, 3), np.uint8))
-    assert sizes[0] == (256, 256, 3)
-    assert (256, 512, 3) in sizes
 
 
 def test_the_sheet_keeps_every_word_and_picture() -> None:

@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from lib_portrait.errors import PortraitError
-from trainer.evaluation.networks import Trunk, read_network, save_network, view
+from lib_portrait.faces.world_networks import Trunk, read_network, save_network, view
 from trainer.world.backgrounds import BACKGROUNDS
 from trainer.world.scenes import MOST_PEOPLE, STYLES, Scene
 from trainer.world.situations import CLOTHES_COLOURS, EXPRESSIONS, GARMENTS, HATS

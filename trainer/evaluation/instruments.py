@@ -23,7 +23,7 @@ from lib_portrait.faces.detection import Detector, Face, detect_faces, get_detec
 from lib_portrait.faces.features import clip_view, pixels_of, recognition_view
 from lib_portrait.faces.recognition import backbone_from_state_dict
 from lib_portrait.faces.weights import beside, fill
-from trainer.evaluation.detector import world_detector
+from lib_portrait.faces.world_detector import world_detector
 from trainer.evaluation.people import Image, Picture
 
 Floats = NDArray[np.floating]

@@ -20,9 +20,9 @@ import torch.nn.functional as F
 from numpy.typing import NDArray
 from torch import Tensor
 
+from lib_portrait.faces.world_networks import GRID, view
 from trainer.draws import Draws
 from trainer.evaluation.attributes import HEADS, OF_THE_FACE, AttributeNetwork, attributes_of
-from trainer.evaluation.networks import GRID, view
 from trainer.loop import Recipe
 from trainer.shards import Record, Shards
 from trainer.world import Identity, Scene, caption, identity, sample_scene

@@ -16,9 +16,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from lib_portrait.faces.world_detector import CHANNELS, UNIT, DetectorNetwork, centres
+from lib_portrait.faces.world_networks import GRID, SIDE, STRIDE
 from trainer.draws import Draws
-from trainer.evaluation.detector import CHANNELS, UNIT, DetectorNetwork, centres
-from trainer.evaluation.networks import GRID, SIDE, STRIDE
 from trainer.loop import Recipe
 from trainer.recipes.attributes import weathered
 from trainer.shards import Shards

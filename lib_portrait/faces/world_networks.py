@@ -1,4 +1,4 @@
-"""What the world's two small measuring networks share: the trunk, and the file they are kept in."""
+"""What the world's detector and attribute classifier share: the trunk, and the file they are kept in."""
 
 from __future__ import annotations
 

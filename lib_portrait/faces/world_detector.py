@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from lib_portrait.checkpoints.hashes import file_sha256
 from lib_portrait.errors import PortraitError
 from lib_portrait.faces.detection import Detector, Face
-from trainer.evaluation.networks import GRID, SIDE, STRIDE, Trunk, read_network, save_network, view
+from lib_portrait.faces.world_networks import GRID, SIDE, STRIDE, Trunk, read_network, save_network, view
 
 KIND = "detector"
 # Score, box and landmarks of a cell; lengths are told in units of this many pixels of the 128.
