@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 from collections import defaultdict
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
+from torch import Tensor
 
 from lib_portrait.faces.alignment import align_face
 from trainer.shards import FaceRecord, Shards
@@ -59,3 +62,21 @@ def aligned(
         eyes = float(np.linalg.norm(landmarks[0] - landmarks[1]))
         landmarks = landmarks + rng.normal(0, JITTER * max(eyes, 1.0), (5, 2)).astype(np.float32)
     return align_face(picture, landmarks, size)
+
+
+def region_of(record: FaceRecord, picture: Sequence[int], latent: Sequence[int]) -> Tensor:
+    """The part of each latent position that the face's box covers, in [0, 1]: (h, w).
+
+    picture: width and height in pixels, which the box is in. latent: (h, w).
+    """
+    (width, height), (h, w) = picture, latent
+    x0, y0, x1, y1 = record.box
+    across = _coverage(x0 * w / width, x1 * w / width, w)
+    down = _coverage(y0 * h / height, y1 * h / height, h)
+    return down[:, None] * across[None, :]
+
+
+def _coverage(low: float, high: float, cells: int) -> Tensor:
+    """How much of each of `cells` unit intervals lies between low and high."""
+    edges = torch.arange(cells + 1.0)
+    return (edges[1:].clamp(max=high) - edges[:-1].clamp(min=low)).clamp(0, 1)

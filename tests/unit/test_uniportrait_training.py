@@ -17,11 +17,14 @@ pytest.importorskip("accelerate", reason="the trainer's requirements are not ins
 from diffusers import AutoencoderKL, UNet2DConditionModel
 
 from lib_portrait.attention import POSITIVE, Injection, mark
+from lib_portrait.errors import PortraitError
 from lib_portrait.faces.recognition import Backbone
 from lib_portrait.methods.uniportrait import Adapter, Person, UniPortraitRule
 from lib_portrait.standalone import layout
 from lib_portrait.standalone.model import Model, load_tokenizer
+from trainer.diffusion import emphasised
 from trainer.draws import Draws
+from trainer.faces import region_of
 from trainer.features import features_path
 from trainer.loop import Settings, train
 from trainer.recipes import uniportrait
@@ -244,6 +247,41 @@ def test_routing_loss_is_equation_4() -> None:
     by_hand = ((0.5**2 + 0.5**2) + (wrong**2 + wrong**2)) / 2 / 2
     assert float(loss) == pytest.approx(by_hand, rel=1e-5)
     assert float(right) == pytest.approx(0.5)
+
+
+def test_stage_one_can_begin_with_another_runs_file(
+    monkeypatch: pytest.MonkeyPatch, data: Path, tmp_path: Path
+) -> None:
+    """Of the same sizes as it is; of greater rank as near as can be; of other sizes refused."""
+    trained(monkeypatch, data, tmp_path)
+    faceid = tmp_path / "export" / "uniportrait-faceid_tiny.safetensors"
+    stored = {name: tensor.float() for name, tensor in load_file(faceid).items()}
+    again = recipe(monkeypatch, data, "--initial", str(faceid)).state_dict()
+    assert all(torch.equal(again[name], tensor) for name, tensor in stored.items())
+    reduced = recipe(monkeypatch, data, "--initial", str(faceid), "--rank", "3").state_dict()
+    ups = [name for name in stored if name.endswith("_lora.up.weight")]
+    assert ups
+    for up in ups:
+        down = up.replace(".up.", ".down.")
+        wanted = stored[up] @ stored[down]
+        lost = torch.linalg.matrix_norm(reduced[up] @ reduced[down] - wanted)
+        assert reduced[up].shape[1] == 3
+        assert float(lost) == pytest.approx(float(torch.linalg.svdvals(wanted)[3]), rel=1e-3, abs=1e-6)
+    assert torch.equal(reduced["faceid_proj.latents"], stored["faceid_proj.latents"])
+    for size in (("--rank", "5"), ("--tokens", "5"), ("--depth", "3")):
+        with pytest.raises(PortraitError, match="does not fit"):
+            recipe(monkeypatch, data, "--initial", str(faceid), *size)
+
+
+def test_faces_can_count_more_than_the_rest() -> None:
+    """Face weight 3 on a box over two and a half of sixteen positions, worked out by hand."""
+    record = FaceRecord("a", "woman", (16.0, 0.0, 56.0, 16.0), ((0.0, 0.0),) * 5)
+    region = region_of(record, (64, 64), (4, 4))
+    assert region.tolist() == [[0.0, 1.0, 1.0, 0.5], *[[0.0] * 4] * 3]
+    squared = torch.zeros(1, 4, 4, 4)
+    squared[:, :, 0, 1:] = 2.0
+    assert emphasised(squared, region[None], 0.0).item() == pytest.approx(2 * 3 / 16)
+    assert emphasised(squared, region[None], 3.0).item() == pytest.approx(2 * (4 + 4 + 2.5) / (16 + 3 * 2.5))
 
 
 def test_structure_branch_is_dropped_as_in_the_paper(

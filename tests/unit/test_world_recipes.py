@@ -106,6 +106,17 @@ def test_one_file_holds_the_base_model_as_it_was_trained(runs: Path) -> None:
     assert picture.shape == (128, 128, 3)
 
 
+def test_a_base_model_goes_on_with_its_text_encoder_as_it_is(runs: Path) -> None:
+    """Faces may count more. The vision tower that was trained against that text encoder then still fits."""
+    begun = runs / "base" / "export" / "base.safetensors"
+    line = f"train base --data {runs}/shards --vae {runs}/vae/export/vae.safetensors {QUICK} --face-weight 5"
+    portrait(f"{line} --output {runs}/on --initial {begun} --fixed-text")
+    before, after = load_file(begun), load_file(runs / "on" / "export" / "base.safetensors")
+    moved = {name for name in before if not torch.equal(before[name], after[name])}
+    assert moved and all(name.startswith("unet.") for name in moved)
+    assert commands.run(commands.parse(f"{line} --output {runs}/off --fixed-text".split())) == 1
+
+
 def test_both_stages_fit_the_base_model(runs: Path) -> None:
     faceid, router = (
         runs / f"stage-{stage}" / "export" / f"uniportrait-{role}_world.safetensors"

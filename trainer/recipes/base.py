@@ -15,21 +15,26 @@ from diffusers import DDIMScheduler
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from lib_portrait.errors import PortraitError
 from trainer.architectures import world_text_encoder, world_unet, world_vae
-from trainer.diffusion import SCHEDULE, Noising
+from trainer.diffusion import SCHEDULE, Noising, add_face_weight, emphasised
 from trainer.draws import Draws
+from trainer.faces import faces_of, region_of
 from trainer.features import Features
 from trainer.loop import Recipe, Settings
-from trainer.shards import Shards
+from trainer.shards import FaceRecord, Shards
 
 START, END = 49406, 49407  # CLIP's first and last token; the last one also fills up
 
 
 class Latents:
-    """ "latent" (4, h, w) scaled to unit deviation, "tokens" (77)."""
+    """ "latent" (4, h, w) scaled to unit deviation, "tokens" (77), "faces" (h, w) the part that faces cover."""
 
     def __init__(self, shards: Shards, scale: float):
         self.features, self.scale = Features(shards), scale
+        self.faces: dict[int, list[FaceRecord]] = {}
+        for face in faces_of(shards)[0]:
+            self.faces.setdefault(face.sample, []).append(face.record)
 
     def __len__(self) -> int:
         return len(self.features.latents)
@@ -38,22 +43,38 @@ class Latents:
         index, _ = draw
         if not self.features.usable[index]:
             raise ValueError("its picture cannot be used")
+        latent = self.features.latents[index].float() * self.scale
+        size, shape = self.features.sizes[index].tolist(), latent.shape[1:]
+        regions = [region_of(face, size, shape) for face in self.faces.get(index, ())]
         return {
-            "latent": self.features.latents[index].float() * self.scale,
+            "latent": latent,
             "tokens": self.features.tokens[index].long(),
+            "faces": torch.stack([torch.zeros(shape), *regions]).amax(dim=0),
         }
 
 
 class BaseRecipe(Recipe):
-    """See the module. vae: vae.safetensors of the recipe `vae`, whose metadata hold the latents' scale."""
+    """See the module. vae: vae.safetensors of the recipe `vae`, whose metadata hold the latents' scale.
+
+    fixed_text: the text encoder stays as `initial` has it, so that what was trained against it still fits.
+    """
 
     name = "base"
 
-    def __init__(self, data: Path, vae: Path, dropped: float = 0.1, gamma: float = 5.0, initial: Path | None = None):
+    def __init__(
+        self,
+        data: Path,
+        vae: Path,
+        dropped: float = 0.1,
+        gamma: float = 5.0,
+        initial: Path | None = None,
+        face_weight: float = 0.0,
+        fixed_text: bool = False,
+    ):
         super().__init__()
         self.scale = latent_scale(vae)
         self.data = Latents(Shards.under(data), self.scale)
-        self.dropped, self.gamma, self.noising = dropped, gamma, Noising()
+        self.dropped, self.gamma, self.face_weight, self.noising = dropped, gamma, face_weight, Noising()
         self.unet, self.text_encoder = world_unet(), world_text_encoder()
         if initial is not None:
             tensors = load_file(initial)
@@ -61,6 +82,7 @@ class BaseRecipe(Recipe):
                 network.load_state_dict(
                     {k.removeprefix(f"{name}."): v for k, v in tensors.items() if k.startswith(name)}
                 )
+        self.text_encoder.requires_grad_(not fixed_text)
         # Not a child: it is not trained, and only draws pictures for the log.
         self._vae = [vae]
 
@@ -82,8 +104,9 @@ class BaseRecipe(Recipe):
         noise, t = draws.randn(*latent.shape[1:]), draws.randint(1000)
         text = self.text_encoder(tokens).last_hidden_state
         predicted = self.unet(self.noising(latent, noise, t), t, text).sample
-        error = (predicted.float() - noise).square().mean(dim=(1, 2, 3))
-        return {"loss": (self.noising.weights(t, self.gamma) * error).mean(), "noise_error": error.mean()}
+        squared = (predicted.float() - noise).square()
+        error = emphasised(squared, batch["faces"], self.face_weight)
+        return {"loss": (self.noising.weights(t, self.gamma) * error).mean(), "noise_error": squared.mean()}
 
     @torch.no_grad()
     def pictures(self, draws: Draws) -> dict[str, Tensor]:
@@ -116,7 +139,6 @@ class BaseRecipe(Recipe):
 def latent_scale(vae: Path) -> float:
     """The factor that gives latents unit deviation, from the metadata of vae.safetensors."""
     from lib_portrait.checkpoints.formats import read_header
-    from lib_portrait.errors import PortraitError
 
     text = read_header(vae)[1].get("scaling_factor")
     if text is None:
@@ -129,7 +151,21 @@ def configure(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--dropped", type=float, default=0.1, help="share of samples without their caption")
     parser.add_argument("--gamma", type=float, default=5.0, help="Min-SNR's gamma")
     parser.add_argument("--initial", type=Path, help="base.safetensors of another run to begin with")
+    parser.add_argument(
+        "--fixed-text", action="store_true", help="leave the text encoder of --initial as it is; a vision tower fits on"
+    )
+    add_face_weight(parser)
 
 
 def build(options: argparse.Namespace) -> Recipe:
-    return BaseRecipe(options.data, options.vae, options.dropped, options.gamma, options.initial)
+    if options.fixed_text and options.initial is None:
+        raise PortraitError("fixed_text", "a text encoder of random weights would stay so", "Give --initial as well.")
+    return BaseRecipe(
+        options.data,
+        options.vae,
+        options.dropped,
+        options.gamma,
+        options.initial,
+        options.face_weight,
+        options.fixed_text,
+    )

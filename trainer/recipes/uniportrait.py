@@ -33,9 +33,9 @@ from lib_portrait.faces.recognition import backbone_from_state_dict
 from lib_portrait.methods.uniportrait import PATHS, IDEmbedding
 from lib_portrait.routing_picture import draw_routing
 from lib_portrait.standalone.model import Model, load_model
-from trainer.diffusion import SCHEDULE, Noising
+from trainer.diffusion import SCHEDULE, Noising, add_face_weight, emphasised
 from trainer.draws import Draws
-from trainer.faces import FaceAt, by_identity, faces_of
+from trainer.faces import FaceAt, by_identity, faces_of, region_of
 from trainer.features import Features, global_feature
 from trainer.loop import Recipe, Settings
 from trainer.recipes.base import END, START
@@ -241,8 +241,7 @@ class FacesOfPictures:
         if not self.features.usable[sample]:
             raise ValueError("its picture cannot be used")
         latent = self.features.latents[sample].float() * self.scale
-        height, width = latent.shape[1:]
-        picture = self.features.sizes[sample].tolist()
+        width, height = self.features.sizes[sample].tolist()
         intrinsic, structure, regions = [], [], []
         for face in group:
             own = self.features.face(face.sample, face.face)
@@ -250,10 +249,7 @@ class FacesOfPictures:
             local = (own if other is None else self.features.face(other.sample, other.face))[0]
             intrinsic.append(local if self.pooled is None else self.pooled(local))
             structure.append(own[1])
-            x0, y0, x1, y1 = face.record.box
-            across = _coverage(x0 * width / picture[0], x1 * width / picture[0], width)
-            down = _coverage(y0 * height / picture[1], y1 * height / picture[1], height)
-            regions.append(down[:, None] * across[None, :])
+            regions.append(region_of(face.record, (width, height), latent.shape[1:]))
         missing = self.most - len(group)
 
         def filled(parts: list[Tensor]) -> Tensor:
@@ -277,12 +273,6 @@ class FacesOfPictures:
         return others[int(rng.integers(len(others)))] if others else None
 
 
-def _coverage(low: float, high: float, cells: int) -> Tensor:
-    """How much of each of `cells` unit intervals lies between low and high."""
-    edges = torch.arange(cells + 1.0)
-    return (edges[1:].clamp(max=high) - edges[:-1].clamp(min=low)).clamp(0, 1)
-
-
 # ------------------------------------------------------------------------------------------------------------- recipe
 
 
@@ -294,6 +284,7 @@ class UniPortraitRecipe(Recipe):
         self.stage = options.stage
         self.name = f"uniportrait stage {self.stage}"
         self.route_weight, self.gamma, self.lora_rate = options.route_weight, options.gamma, options.lora_rate
+        self.face_weight = options.face_weight
         self.dropping = not options.no_dropping
         self.adapter_name, self.companions = options.name, {"backbone": options.backbone, "vision": options.vision}
         model = load_model(options.checkpoint)
@@ -322,6 +313,8 @@ class UniPortraitRecipe(Recipe):
                 if site.cross:
                     cast(SiteLayers, self.faceid_adapter[str(site.index)]).add_identity_attention(site)
             embedding, identity = self.faceid_proj, self.faceid_adapter
+            if options.initial is not None:
+                _begin_with(self, options.initial)
         else:
             embedding, identity, self.faceid_adapter = _second_stage(options.faceid, sites)
         self.rule = TrainingRule(self.faceid_adapter, identity)
@@ -376,7 +369,8 @@ class UniPortraitRecipe(Recipe):
 
         condition = Condition(identities, present, gumbel_noise if self.training else None, {})
         predicted = self._predict(self.noising(latent, noise, t), t, tokens, condition)
-        error = (predicted.float() - noise).square().mean(dim=(1, 2, 3))
+        squared = (predicted.float() - noise).square()
+        error = emphasised(squared, batch["regions"].amax(dim=1), self.face_weight)
         weight = self.noising.weights(t, self.gamma) if self.gamma else torch.ones_like(error)
         diffusion = (weight * error).mean()
         losses = {"loss": diffusion, "diffusion": diffusion}
@@ -528,6 +522,29 @@ def _site_layers(sites: list[Site], rank: int) -> nn.ModuleDict:
     return nn.ModuleDict({str(site.index): SiteLayers(site, rank) for site in sites})
 
 
+def _begin_with(recipe: UniPortraitRecipe, faceid: Path) -> None:
+    """Gives stage 1 the weights of another run's file, or of a published one.
+
+    A LoRA of greater rank than the recipe's is replaced by the nearest of that rank (its largest singular values).
+    Raises PortraitError for a file of other sizes.
+    """
+    tensors = {name: tensor.float() for name, tensor in read_tensors(faceid, "faceid").tensors.items()}
+    for name, own in recipe.named_parameters():
+        if name.endswith("_lora.down.weight") and len(tensors.get(name, ())) > len(own):
+            other = name.replace(".down.", ".up.")
+            left, strength, right = torch.linalg.svd(tensors[other] @ tensors[name], full_matrices=False)
+            share = strength[: len(own)].sqrt()
+            tensors |= {other: left[:, : len(own)] * share, name: share[:, None] * right[: len(own)]}
+    try:
+        recipe.load_state_dict(tensors)
+    except RuntimeError as error:
+        raise PortraitError(
+            "initial",
+            f"{faceid.name} does not fit ({str(error)[:300]})",
+            "Give its --tokens, --width and --depth, no greater --rank, and the checkpoint it was trained on.",
+        ) from None
+
+
 def _second_stage(faceid: Path | None, sites: list[Site]) -> tuple[IDEmbedding, nn.ModuleDict, nn.ModuleDict]:
     """The first stage's ID embedding and identity attention, frozen, and the layers that stage 2 trains."""
     if faceid is None:
@@ -561,6 +578,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--checkpoint", type=Path, required=True, help="the base model, a single SD1.5 file")
     parser.add_argument("--name", required=True, help="NAME in uniportrait-faceid_NAME.safetensors")
     parser.add_argument("--faceid", type=Path, help="stage 2: the faceid file of stage 1")
+    parser.add_argument("--initial", type=Path, help="stage 1: a faceid file to begin with; a greater rank is reduced")
     parser.add_argument("--backbone", help="file name of the recognition network, for the adapter's metadata")
     parser.add_argument("--vision", help="file name of the image encoder, for the adapter's metadata")
     parser.add_argument("--rank", type=int, default=128, help="of the LoRA, default 128")
@@ -578,6 +596,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--route-weight", type=float, default=0.1, help="lambda of eq. 4, default 0.1")
     parser.add_argument("--lora-rate", type=float, default=0.1, help="stage 2: the LoRA's share of the rate")
     parser.add_argument("--gamma", type=float, default=0.0, help="Min-SNR's gamma; 0 for eq. 1 as it stands")
+    add_face_weight(parser)
 
 
 def build(options: argparse.Namespace) -> Recipe:
