@@ -5,10 +5,12 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from tests.portraits import portrait
+from tests.webui.browser import chromium
 from tests.webui.oracle import Oracle
 from tests.webui.server import Client, photo, running, tail
 from tests.webui.world import World, make_world
@@ -56,6 +58,19 @@ def server_with_controlnet(webui_dir: Path, world: World, tmp_path_factory: pyte
     with running(webui_dir, webui_python(webui_dir), world.models, folder, [extension]) as client:
         assert client.call("/probe/controlnet", {"channels": world.channels}).status == 200
         yield client
+
+
+@pytest.fixture(scope="module")
+def driver(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
+    with chromium(tmp_path_factory.mktemp("chromium")) as made:
+        yield made
+
+
+@pytest.fixture(scope="session")
+def screenshots(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = Path(os.environ.get("PORTRAIT_SCREENSHOTS") or tmp_path_factory.mktemp("screenshots"))
+    folder.mkdir(parents=True, exist_ok=True)
+    return folder
 
 
 @pytest.fixture(scope="session")

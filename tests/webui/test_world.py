@@ -21,6 +21,7 @@ from lib_portrait.request import Limits, PortraitRequest, parse_request
 from lib_portrait.standalone import generation
 from lib_portrait.standalone.generation import Studio, sample_people
 from lib_portrait.standalone.sampling import SAMPLERS
+from tests.webui.browser import Page
 from tests.webui.server import Client, photo
 from tests.webui.world import World
 
@@ -174,6 +175,34 @@ def test_two_people_in_one_picture_are_those_of_the_standalone_generator(
     others = [one.others for one in measured if one.others is not None]
     if others:
         assert likeness > np.mean(others), "the people look more like somebody else"
+
+
+def test_the_panel_draws_what_the_api_does(
+    driver: Any, screenshots: Path, host: Client, shipped: Path, everyone: PortraitRequest
+) -> None:
+    """Two people uploaded, the adapter left on automatic: what was measured of the API's pictures holds for these."""
+    prompt, first = prompt_of(shipped), {**DDIM, "batch_size": 1}
+    page = Page(driver, host.base, screenshots)
+    page.paste(f"{prompt}\nSteps: 20, Sampler: DDIM, CFG scale: 5, Seed: {DDIM['seed']}, Size: 128x128")
+    page.wait(lambda: page.one("#txt2img_width input[type=number]").get_property("value") == "128", "the parameters")
+    for number, person in enumerate(sample_people(shipped / "faces")[:2], 1):
+        if number > 1:
+            page.identity(number)
+        page.upload(number, person.photos[0])
+        page.wait(lambda number=number: page.crops(number), f"crop {number}")
+    page.wait(lambda: page.badge() == "2 people", "the badge")
+    page.click(f"{page.panel}_show_routing input")
+    page.show(page.panel)
+    page.save("world-1-two-people")
+    assert page.generate() == ""
+    page.wait(lambda: len(page.gallery()) >= 2, "picture and map")
+    page.show("#txt2img_results")
+    page.save("world-2-result")
+    answer = host.generate(as_json(two(everyone), show_routing=True), prompt=prompt, **first)
+    assert answer.status == 200, answer.detail
+    shown = {np.asarray(picture.convert("RGB")).tobytes() for picture in page.gallery()}
+    assert {picture.tobytes() for picture in pictures(answer.images)} <= shown
+    assert page.problems() == []
 
 
 def test_automatic_is_the_world_s_adapter_with_the_world_s_checkpoint_only(
