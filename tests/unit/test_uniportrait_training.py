@@ -25,10 +25,11 @@ from lib_portrait.standalone.model import Model, load_tokenizer
 from trainer.diffusion import emphasised
 from trainer.draws import Draws
 from trainer.faces import region_of
-from trainer.features import features_path
+from trainer.features import features_path, global_feature
 from trainer.loop import Settings, train
 from trainer.recipes import uniportrait
 from trainer.shards import FaceRecord, Record, encode_png, writing
+from trainer.uniportrait_rule import Condition, LowRankLayers
 
 CONTEXT, TOKENS, GRID, SHALLOW = 32, 4, 16, 24
 PEOPLE = (1, 2, 1, 3, 2, 1, 4, 2)
@@ -150,7 +151,7 @@ def test_what_is_trained_is_what_inference_computes(
     with torch.no_grad(), Injection(model.unet, rule):
         inference = model.unet(latent, t, mark(text, POSITIVE)).sample
     present = torch.ones(1, people, dtype=torch.bool)
-    training.rule.condition = uniportrait.Condition(tokens[None], present, None, {})
+    training.rule.condition = Condition(tokens[None], present, None, {})
     with torch.no_grad(), Injection(model.unet, training.rule):
         training_output = model.unet(latent, t, mark(text, POSITIVE)).sample
     bare = model.unet(latent, t, text).sample
@@ -163,7 +164,7 @@ def test_low_rank_layers_are_added_in_one_product_or_in_two(rank: int, monkeypat
     """Narrow layers in one, for which the host's is not called; both ways give the same output and gradients."""
     torch.manual_seed(0)
     linear = torch.nn.Linear(24, 40).requires_grad_(False)
-    layers = uniportrait.LowRankLayers(24, 40, rank)
+    layers = LowRankLayers(24, 40, rank)
     torch.nn.init.normal_(layers.up.weight)
     called = []
 
@@ -361,7 +362,7 @@ def test_the_global_feature_is_the_recognition_networks_own(
     with torch.no_grad():
         embedding, taps = backbone(face)
     tokens = taps[-1][0].flatten(1).T
-    assert torch.allclose(uniportrait.global_feature(backbone, tokens), embedding, atol=1e-6)
+    assert torch.allclose(global_feature(backbone, tokens), embedding, atol=1e-6)
     save_file(backbone.state_dict(), tmp_path / "recognition.safetensors")
     arguments = ("--components", "global", "--recognition", str(tmp_path / "recognition.safetensors"))
     trained(monkeypatch, data, tmp_path / "run", *arguments)

@@ -1,0 +1,85 @@
+"""Pictures of people with the features of their faces, as adapters are trained on them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from lib_portrait.errors import PortraitError
+from trainer.faces import FaceAt, by_identity, faces_of, region_of
+from trainer.features import Features
+from trainer.shards import Shards
+
+# Another photo of the same person feeds the intrinsic branch in this share of the samples (UniPortrait, sec. 3.4).
+OTHER_PHOTO = 0.1
+
+
+class FacesOfPictures:
+    """Pictures with their people.
+
+    "latent" (4, h, w), "tokens" (77); for up to N people intrinsic (N, m, d), structure (N, g, d'), present (N) bool
+    and "regions" (N, h, w), the part of each latent position that the face's box covers.
+    """
+
+    def __init__(
+        self, shards: Shards, scale: float, people: tuple[int, int], pooled: Callable[[Tensor], Tensor] | None = None
+    ):
+        """people: fewest and most of a picture. pooled: makes one global feature (1, d) of intrinsic ones (m, d').
+
+        Raises PortraitError when no picture has that many people.
+        """
+        self.pooled = pooled
+        self.features, self.scale, self.most = Features(shards), scale, people[1]
+        self.shards = shards
+        found, self.unreadable = faces_of(shards)
+        pictures: dict[int, list[FaceAt]] = {}
+        for face in found:
+            pictures.setdefault(face.sample, []).append(face)
+        self.pictures = [group for group in pictures.values() if people[0] <= len(group) <= people[1]]
+        self.photos = by_identity(found, least=2)
+        if not self.pictures:
+            raise PortraitError("data", f"no picture shows {people[0]} to {people[1]} people", "Add such pictures.")
+
+    def __len__(self) -> int:
+        return len(self.pictures)
+
+    def __getitem__(self, draw: tuple[int, tuple[int, int, int]]) -> dict[str, Tensor]:
+        index, seed = draw
+        group, rng = self.pictures[index], np.random.default_rng(seed)
+        sample = group[0].sample
+        if not self.features.usable[sample]:
+            raise ValueError("its picture cannot be used")
+        latent = self.features.latents[sample].float() * self.scale
+        width, height = self.features.sizes[sample].tolist()
+        intrinsic, structure, regions = [], [], []
+        for face in group:
+            own = self.features.face(face.sample, face.face)
+            other = self._other(face, rng)
+            local = (own if other is None else self.features.face(other.sample, other.face))[0]
+            intrinsic.append(local if self.pooled is None else self.pooled(local))
+            structure.append(own[1])
+            regions.append(region_of(face.record, (width, height), latent.shape[1:]))
+        missing = self.most - len(group)
+
+        def filled(parts: list[Tensor]) -> Tensor:
+            return torch.stack([*parts, *[torch.zeros_like(parts[0])] * missing]).float()
+
+        return {
+            "latent": latent,
+            "tokens": self.features.tokens[sample].long(),
+            "intrinsic": filled(intrinsic),
+            "structure": filled(structure),
+            "regions": filled(regions),
+            "present": torch.arange(self.most) < len(group),
+        }
+
+    def _other(self, face: FaceAt, rng: np.random.Generator) -> FaceAt | None:
+        """Another photo of the same person for the intrinsic branch, with probability OTHER_PHOTO (sec. 3.4)."""
+        photos = self.photos.get(face.record.id or "", [])
+        if rng.random() >= OTHER_PHOTO or len(photos) < 2:
+            return None
+        others = [photo for photo in photos if photo.sample != face.sample]
+        return others[int(rng.integers(len(others)))] if others else None
