@@ -66,14 +66,14 @@ def features_path(shard: Path) -> Path:
 def precompute(paths: Sequence[Path], frozen: Frozen, batch: int = 32, seed: int = 0) -> dict[str, int]:
     """Writes the features of each shard that does not have those of these networks yet; counts what was done.
 
-    Where only the networks of faces are new, latents and tokens stay. Pictures that cannot be used get empty rows,
-    counted in "unusable"; training passes them over.
+    Where only the networks of faces are new, latents and tokens stay; where none are given, so do faces. Pictures that
+    cannot be used get empty rows, counted in "unusable"; training passes them over.
     """
     counts = {"shards": 0, "pictures": 0, "faces": 0, "unusable": 0}
     for path in tqdm(sorted(paths), unit="shard"):
         target = features_path(path)
         before = _hashes(target) if target.exists() else {}
-        if before == frozen.hashes:
+        if frozen.hashes.items() <= before.items():
             continue
         shards = Shards([path])
         if before.get("vae") == frozen.hashes["vae"]:

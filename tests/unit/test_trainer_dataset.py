@@ -432,7 +432,8 @@ def test_features_that_are_there_are_kept_and_those_of_other_networks_made_again
     assert features(networks, tmp_path, "vae", "backbone", "vision") == 0
     assert kept.stat().st_mtime_ns != before
     assert "1 shards: 1 pictures" in capsys.readouterr().out
-    assert len(Features(Shards.under(tmp_path)).faces) > 0
+    assert features(networks, tmp_path, "vae") == 0
+    assert len(Features(Shards.under(tmp_path)).faces) > 0, "latents alone were asked for, and were there"
 
 
 def test_latents_stay_where_only_the_networks_of_faces_are_new(tmp_path, networks, capsys, monkeypatch):
