@@ -13,9 +13,8 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from lib_portrait.checkpoints.hashes import file_sha256
-from lib_portrait.errors import PortraitError
 from lib_portrait.faces.detection import Detector, Face
-from lib_portrait.faces.world_networks import GRID, SIDE, STRIDE, Trunk, read_network, save_network, view
+from lib_portrait.faces.world_networks import GRID, SIDE, STRIDE, Trunk, filled, read_network, save_network, view
 
 KIND = "detector"
 # Score, box and landmarks of a cell; lengths are told in units of this many pixels of the 128.
@@ -47,14 +46,7 @@ class DetectorNetwork(nn.Module):
     def load(path: Path) -> DetectorNetwork:
         """Raises PortraitError for a file that holds something else."""
         tensors, _ = read_network(path, KIND)
-        network = DetectorNetwork()
-        try:
-            network.load_state_dict(tensors)
-        except RuntimeError as error:
-            raise PortraitError(
-                KIND, f"{path.name} does not fit ({str(error)[:200]})", "Train it again: portrait.py train detector."
-            ) from None
-        return network.eval().requires_grad_(False)
+        return filled(DetectorNetwork(), tensors, path, KIND)
 
 
 def centres() -> Tensor:

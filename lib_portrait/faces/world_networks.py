@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 import torch.nn.functional as F
@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from lib_portrait.checkpoints.formats import read_tensors
 from lib_portrait.errors import PortraitError
 
+Network = TypeVar("Network", bound=nn.Module)
 SIDE = 128
 WIDTHS = (24, 48, 80, 128)
 STRIDE = 8
@@ -87,3 +88,14 @@ def read_network(path: Path, kind: str) -> tuple[dict[str, Tensor], dict[str, An
         )
     tensors = {k: t.float() if t.is_floating_point() else t for k, t in checkpoint.tensors.items()}
     return tensors, json.loads(checkpoint.metadata["settings"])
+
+
+def filled(network: Network, tensors: Mapping[str, Tensor], path: Path, kind: str) -> Network:
+    """The network with these tensors, to look at pictures with. Raises PortraitError where they do not fit."""
+    try:
+        network.load_state_dict(tensors)
+    except RuntimeError as error:
+        raise PortraitError(
+            kind, f"{path.name} does not fit ({str(error)[:200]})", f"Train it again: portrait.py train {kind}."
+        ) from None
+    return network.eval().requires_grad_(False)

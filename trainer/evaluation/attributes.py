@@ -10,8 +10,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from lib_portrait.errors import PortraitError
-from lib_portrait.faces.world_networks import Trunk, read_network, save_network, view
+from lib_portrait.faces.world_networks import Trunk, filled, read_network, save_network, view
 from trainer.world.backgrounds import BACKGROUNDS
 from trainer.world.scenes import MOST_PEOPLE, STYLES, Scene
 from trainer.world.situations import CLOTHES_COLOURS, EXPRESSIONS, GARMENTS, HATS
@@ -94,14 +93,7 @@ class AttributeNetwork(nn.Module):
     def load(path: Path) -> AttributeNetwork:
         """Raises PortraitError for a file that holds something else."""
         tensors, settings = read_network(path, KIND)
-        network = AttributeNetwork(settings["heads"])
-        try:
-            network.load_state_dict(tensors)
-        except RuntimeError as error:
-            raise PortraitError(
-                KIND, f"{path.name} does not fit ({str(error)[:200]})", "Train it again: portrait.py train attributes."
-            ) from None
-        return network.eval().requires_grad_(False)
+        return filled(AttributeNetwork(settings["heads"]), tensors, path, KIND)
 
     @torch.no_grad()
     def tell(self, pictures: Sequence[NDArray[Any]]) -> list[Attributes]:
