@@ -272,6 +272,8 @@ def test_stage_one_can_begin_with_another_runs_file(
     for size in (("--rank", "5"), ("--tokens", "5"), ("--depth", "3")):
         with pytest.raises(PortraitError, match="does not fit"):
             recipe(monkeypatch, data, "--initial", str(faceid), *size)
+    with pytest.raises(PortraitError, match="Give that as --faceid"):
+        recipe(monkeypatch, data, "--stage", "2", "--faceid", str(faceid), "--initial", str(faceid))
 
 
 def test_faces_can_count_more_than_the_rest() -> None:

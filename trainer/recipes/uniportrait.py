@@ -91,6 +91,8 @@ class UniPortraitRecipe(Recipe):
             if options.initial is not None:
                 _begin_with(self, options.initial)
         else:
+            if options.initial is not None:
+                raise PortraitError("initial", "stage 2 begins with stage 1's file", "Give that as --faceid instead.")
             embedding, identity, self.faceid_adapter = _second_stage(options.faceid, sites)
         self.rule = TrainingRule(self.faceid_adapter, identity)
         # Frozen things stay out of children(): they are neither trained nor saved.
