@@ -18,11 +18,15 @@ PREFIX = "[Portrait]"
 _KEY = re.compile(r"(?:identities\[(\d+|\*)\]\.)?(\w+)")
 
 
-def apply_overrides(request: Mapping[str, Any], overrides: Mapping[str, Any]) -> dict[str, Any]:
+def apply_overrides(
+    request: Mapping[str, Any], overrides: Mapping[str, Any], tabs: Sequence[int] = ()
+) -> dict[str, Any]:
     """A request's JSON form with values put in its place; the request given is not changed.
 
     overrides: value by key: ``name``, ``identities[0].name`` or ``identities[*].name`` (all of them). Values are
-    checked by `parse_request` afterwards. Raises PortraitError for an identity that the request does not have.
+    checked by `parse_request` afterwards. tabs: where the request comes from the panel, the tab (from 1) of each
+    identity; identities are then counted as the panel does, empty tabs included. Raises PortraitError for an identity
+    that the request does not have.
     """
     changed = dict(request)
     for key, value in overrides.items():
@@ -37,14 +41,19 @@ def apply_overrides(request: Mapping[str, Any], overrides: Mapping[str, Any]) ->
         identities = changed.get("identities", [])
         if not isinstance(identities, (list, tuple)) or not all(isinstance(item, Mapping) for item in identities):
             continue
-        if which != "*" and int(which) >= len(identities):
+        chosen = list(range(len(identities)))
+        if which != "*":
+            chosen = [index for index in chosen if (tabs[index] - 1 if tabs else index) == int(which)]
+        if which != "*" and not chosen:
             raise PortraitError(
                 key,
-                f"the request has {len(identities)} {'identity' if len(identities) == 1 else 'identities'}",
+                f"Identity {int(which) + 1} has no photos"
+                if tabs
+                else f"the request has {len(identities)} {'identity' if len(identities) == 1 else 'identities'}",
                 "Add a person in the panel, or use another axis.",
             )
         changed["identities"] = [
-            {**item, name: value} if which in ("*", str(index)) else item for index, item in enumerate(identities)
+            {**item, name: value} if index in chosen else item for index, item in enumerate(identities)
         ]
     return changed
 

@@ -23,6 +23,7 @@ from lib_portrait.checkpoints.store import AUTOMATIC, EMBEDDED
 from lib_portrait.errors import PortraitError
 from lib_portrait.request import PortraitRequest, parse_request, to_infotext
 from lib_portrait.webui import axes, panel, services, world
+from lib_portrait.webui import values as layout
 
 if TYPE_CHECKING:
     from lib_portrait.conditioning import Conditioning
@@ -35,12 +36,14 @@ _ATTRIBUTE = "portrait_session"
 class Session:
     """One request while the WebUI processes it.
 
-    request: what was asked for, or None if it could not even be read. failure: the first fault, to be raised where the
-    host lets it through. maps: the mean routing map of every sampling done so far, (rows, N, h, w).
+    request: what was asked for, or None if it could not even be read. tabs: the panel's tabs that its identities come
+    from. failure: the first fault, to be raised where the host lets it through. maps: the mean routing map of every
+    sampling done so far, (rows, N, h, w).
     """
 
-    def __init__(self, request: PortraitRequest | None, failure: Exception | None = None):
+    def __init__(self, request: PortraitRequest | None, tabs: Sequence[int] = (), failure: Exception | None = None):
         self.request = request
+        self.tabs = tabs
         self.failure = failure
         self.maps: list[torch.Tensor] = []
         self._conditioning: Conditioning | None = None
@@ -156,7 +159,7 @@ class Session:
             params.text_uncond = _marked(params.text_uncond, NEGATIVE)
             self._expected += _rows(params.text_cond)
         except Exception as error:
-            self.fail(_known(error))
+            self.fail(_known(error, self.tabs))
 
 
 def _marked(cond: Any, kind: int) -> Any:
@@ -214,17 +217,18 @@ def begin(p: Any, values: Sequence[Any]) -> None:
     forget(p)
     request: PortraitRequest | None = None
     failure: Exception | None = None
+    tabs = layout.tabs_in_use(values)
     try:
         form = panel.request_from_values(values)
         if form is None:
             return
-        form = axes.apply_overrides(form, getattr(p, "portrait_overrides", {}))
+        form = axes.apply_overrides(form, getattr(p, "portrait_overrides", {}), tabs)
         request = parse_request(form, services.limits())
         if not request.enabled:
             return
     except Exception as error:
-        failure = _known(error)
-    setattr(p, _ATTRIBUTE, Session(request, failure))
+        failure = _known(error, tabs)
+    setattr(p, _ATTRIBUTE, Session(request, tabs, failure))
     for name in ("init", "sample"):
         setattr(p, name, _Guard(p, name))
 
@@ -239,7 +243,7 @@ def prepare(p: Any) -> None:
         assert session.request is not None
         p.extra_generation_params[INFOTEXT_KEY] = to_infotext(session.request)
     except Exception as error:
-        session.fail(_known(error))
+        session.fail(_known(error, session.tabs))
 
 
 def denoise(params: Any) -> None:
@@ -283,10 +287,10 @@ def session_of(p: Any) -> Session | None:
     return getattr(p, _ATTRIBUTE, None)
 
 
-def _known(error: Exception) -> Exception:
-    """The error itself if it is meant for users, else one that says that this is a fault of the extension."""
+def _known(error: Exception, tabs: Sequence[int]) -> Exception:
+    """The error if it is meant for users, its field as the panel names it; else one that says whose fault it is."""
     if isinstance(error, PortraitError):
-        return error
+        return PortraitError(layout.said_of_tab(error.field, tabs), error.problem, error.remedy, error.status_code)
     errors.report("Portrait failed", exc_info=True)
     return PortraitError(
         "Portrait", f"it failed with {type(error).__name__}: {error}", "Please report the log above.", 500

@@ -117,6 +117,34 @@ def request_from_values(values: Sequence[Any], limits: Limits | None = None) -> 
     return request
 
 
+def tabs_in_use(values: Sequence[Any]) -> list[int]:
+    """Which tabs of the panel, from 1, the identities of `request_from_values` come from; [] for a request object."""
+    if not values or isinstance(values[0], Mapping):
+        return []
+    width, slots = len(IDENTITY_FIELDS), ("", *(f"{slot}_" for slot in MIXES))
+    tabs = []
+    for tab, first in enumerate(range(len(GLOBAL_FIELDS), len(values), width), 1):
+        block = dict(zip(IDENTITY_FIELDS, values[first : first + width], strict=False))
+        given = (block.get(f"{slot}{name}") for slot in slots for name in ("photos", "uploads"))
+        if any((value.strip() if isinstance(value, str) else value) not in (None, "", "[]", []) for value in given):
+            tabs.append(tab)
+    return tabs
+
+
+_WORDS = {"photos": "photo", "mix": "mix in"}
+
+
+def said_of_tab(field: str, tabs: Sequence[int]) -> str:
+    """A request's field as the panel names it: ``identities[0].photos[1]`` of tab 2 is "Identity 2, photo 2"."""
+    match = re.fullmatch(r"identities\[(\d+)\](.*)", field)
+    if match is None or int(match.group(1)) >= len(tabs):
+        return field
+    said = [f"Identity {tabs[int(match.group(1))]}"]
+    for name, index in re.findall(r"\.(\w+)(?:\[(\d+)\])?", match.group(2)):
+        said.append(f"{_WORDS.get(name, name)} {int(index) + 1}" if index else name)
+    return ", ".join(said)
+
+
 def _identity(block: Mapping[str, Any], path: str, limits: Limits) -> dict[str, Any] | None:
     photos = _photo_list(block["photos"], block["uploads"], f"{path}.photos", limits)
     controls: dict[str, Any] = {}

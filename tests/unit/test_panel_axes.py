@@ -51,6 +51,14 @@ def test_a_person_who_is_not_there_is_named():
     assert caught.value.field == "identities[2].scale"
 
 
+def test_the_panels_tabs_are_counted_with_the_empty_ones():
+    changed = axes.apply_overrides(REQUEST, {"identities[2].scale": 2}, tabs=[1, 3])
+    assert [item.get("scale") for item in changed["identities"]] == [None, 2]
+    assert axes.apply_overrides(REQUEST, {"identities[*].scale": 2}, [1, 3])["identities"][1]["scale"] == 2
+    with pytest.raises(PortraitError, match="Identity 2 has no photos"):
+        axes.apply_overrides(REQUEST, {"identities[1].scale": 2}, tabs=[1, 3])
+
+
 @pytest.mark.parametrize("key", ["", "identities[-1].scale", "identities[x].scale", "a.b", "identities[0]"])
 def test_keys_that_are_none_are_refused(key):
     with pytest.raises(PortraitError):

@@ -17,7 +17,14 @@ from PIL import Image
 from lib_portrait.errors import PortraitError
 from lib_portrait.request import Identity, Limits, Mix, Photo, PortraitRequest, Region, parse_request
 from lib_portrait.webui import values as layout
-from lib_portrait.webui.values import box_from_text, box_to_text, request_from_values, values_from_request
+from lib_portrait.webui.values import (
+    box_from_text,
+    box_to_text,
+    request_from_values,
+    said_of_tab,
+    tabs_in_use,
+    values_from_request,
+)
 
 PNG = b"\x89PNG not decoded here"
 HASH = "sha256:" + 64 * "a"
@@ -69,6 +76,18 @@ def png(colour, size=(8, 8), mode="RGB"):
 def test_an_object_in_the_first_place_is_the_request():
     request = {"identities": [{"photos": [HASH]}]}
     assert request_from_values([request, *panel()[1:]]) is request
+
+
+def test_faults_are_told_by_the_panels_tabs():
+    values = panel(4, photos_2=HASH, photos_3=" ", mix1_photos_4=json.dumps([HASH]))
+    assert tabs_in_use(values) == [2, 4] and len(request_from_values(values)["identities"]) == 2
+    assert said_of_tab("identities[0].photos[1]", [2, 4]) == "Identity 2, photo 2"
+    assert said_of_tab("identities[1].mix[0].photos[2]", [2, 4]) == "Identity 4, mix in 1, photo 3"
+    assert said_of_tab("identities[1].region.mask", [2, 4]) == "Identity 4, region, mask"
+    assert said_of_tab("checkpoint", [2, 4]) == "checkpoint"
+    # A request that is an object has keys of its own.
+    assert tabs_in_use([{"identities": []}, *values[1:]]) == tabs_in_use([]) == []
+    assert said_of_tab("identities[0].photos[1]", []) == "identities[0].photos[1]"
 
 
 @pytest.mark.parametrize("values", [[], [False], [None], panel(enabled=False), panel(enabled=None)])
