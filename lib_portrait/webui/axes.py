@@ -45,13 +45,9 @@ def apply_overrides(
         if which != "*":
             chosen = [index for index in chosen if (tabs[index] - 1 if tabs else index) == int(which)]
         if which != "*" and not chosen:
-            raise PortraitError(
-                key,
-                f"Identity {int(which) + 1} has no photos"
-                if tabs
-                else f"the request has {len(identities)} {'identity' if len(identities) == 1 else 'identities'}",
-                "Add a person in the panel, or use another axis.",
-            )
+            count = f"the request has {len(identities)} {'identity' if len(identities) == 1 else 'identities'}"
+            field, problem = (f"Identity {int(which) + 1}", "it has no photos") if tabs else (key, count)
+            raise PortraitError(field, problem, "Add a person in the panel, or use another axis.")
         changed["identities"] = [
             {**item, name: value} if index in chosen else item for index, item in enumerate(identities)
         ]

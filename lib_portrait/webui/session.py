@@ -41,7 +41,7 @@ class Session:
     sampling done so far, (rows, N, h, w).
     """
 
-    def __init__(self, request: PortraitRequest | None, tabs: Sequence[int] = (), failure: Exception | None = None):
+    def __init__(self, request: PortraitRequest | None, tabs: Sequence[int], failure: Exception | None):
         self.request = request
         self.tabs = tabs
         self.failure = failure
@@ -217,8 +217,9 @@ def begin(p: Any, values: Sequence[Any]) -> None:
     forget(p)
     request: PortraitRequest | None = None
     failure: Exception | None = None
-    tabs = layout.tabs_in_use(values)
+    tabs: Sequence[int] = ()
     try:
+        tabs = layout.tabs_in_use(values)
         form = panel.request_from_values(values)
         if form is None:
             return

@@ -13,7 +13,7 @@ import json
 import os
 import re
 import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from decimal import Decimal, InvalidOperation
 from pathlib import Path
 from typing import Any
@@ -105,30 +105,33 @@ def request_from_values(values: Sequence[Any], limits: Limits | None = None) -> 
         request["method"] = shown.get(request["method"].lower(), request["method"])
     if isinstance(request.get("checkpoint"), str):
         request["checkpoint"] = request["checkpoint"].removesuffix(INCOMPLETE)
-    identities: list[dict[str, Any]] = []
-    width = len(IDENTITY_FIELDS)
-    for first in range(len(GLOBAL_FIELDS), len(values), width):
-        block = dict.fromkeys(IDENTITY_FIELDS)
-        block.update(zip(IDENTITY_FIELDS, values[first : first + width], strict=False))
-        identity = _identity(block, f"identities[{len(identities)}]", limits)
-        if identity is not None:
-            identities.append(identity)
-    request["identities"] = identities
+    used = (block for _, block in _blocks(values))
+    request["identities"] = [_identity(block, f"identities[{index}]", limits) for index, block in enumerate(used)]
     return request
 
 
 def tabs_in_use(values: Sequence[Any]) -> list[int]:
     """Which tabs of the panel, from 1, the identities of `request_from_values` come from; [] for a request object."""
-    if not values or isinstance(values[0], Mapping):
-        return []
+    return [] if not values or isinstance(values[0], Mapping) else [tab for tab, _ in _blocks(values)]
+
+
+def _blocks(values: Sequence[Any]) -> Iterator[tuple[int, dict[str, Any]]]:
+    """The controls, by name, of each tab (counted from 1) that is in use: that has a photo, of its own or mixed in."""
     width, slots = len(IDENTITY_FIELDS), ("", *(f"{slot}_" for slot in MIXES))
-    tabs = []
     for tab, first in enumerate(range(len(GLOBAL_FIELDS), len(values), width), 1):
-        block = dict(zip(IDENTITY_FIELDS, values[first : first + width], strict=False))
-        given = (block.get(f"{slot}{name}") for slot in slots for name in ("photos", "uploads"))
-        if any((value.strip() if isinstance(value, str) else value) not in (None, "", "[]", []) for value in given):
-            tabs.append(tab)
-    return tabs
+        block: dict[str, Any] = dict.fromkeys(IDENTITY_FIELDS)
+        block.update(zip(IDENTITY_FIELDS, values[first : first + width], strict=False))
+        if any(_any_photo(block[f"{slot}photos"], block[f"{slot}uploads"]) for slot in slots):
+            yield tab, block
+
+
+def _any_photo(stored: Any, uploads: Any) -> bool:
+    """Whether there is a photo, or what has to be refused as one."""
+    try:
+        kept = stored_photos(stored, "")
+    except PortraitError:
+        return True
+    return any(photo is not None for photo in kept) or any(upload not in (None, "") for upload in _listed(uploads))
 
 
 _WORDS = {"photos": "photo", "mix": "mix in"}
@@ -145,7 +148,7 @@ def said_of_tab(field: str, tabs: Sequence[int]) -> str:
     return ", ".join(said)
 
 
-def _identity(block: Mapping[str, Any], path: str, limits: Limits) -> dict[str, Any] | None:
+def _identity(block: Mapping[str, Any], path: str, limits: Limits) -> dict[str, Any]:
     photos = _photo_list(block["photos"], block["uploads"], f"{path}.photos", limits)
     controls: dict[str, Any] = {}
     if (face := _face(block["face"])) != LARGEST:
@@ -163,8 +166,6 @@ def _identity(block: Mapping[str, Any], path: str, limits: Limits) -> dict[str, 
             if block[f"{slot}_weight"] is not None:
                 mix["weight"] = block[f"{slot}_weight"]
             mixes.append(mix)
-    if not photos and not mixes:
-        return None
     identity: dict[str, Any] = {"photos": photos}
     for name in ("scale", "structure", "start", "end"):
         if block[name] is not None:

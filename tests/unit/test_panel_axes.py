@@ -55,7 +55,7 @@ def test_the_panels_tabs_are_counted_with_the_empty_ones():
     changed = axes.apply_overrides(REQUEST, {"identities[2].scale": 2}, tabs=[1, 3])
     assert [item.get("scale") for item in changed["identities"]] == [None, 2]
     assert axes.apply_overrides(REQUEST, {"identities[*].scale": 2}, [1, 3])["identities"][1]["scale"] == 2
-    with pytest.raises(PortraitError, match="Identity 2 has no photos"):
+    with pytest.raises(PortraitError, match="Identity 2: it has no photos"):
         axes.apply_overrides(REQUEST, {"identities[1].scale": 2}, tabs=[1, 3])
 
 

@@ -79,7 +79,7 @@ def test_an_object_in_the_first_place_is_the_request():
 
 
 def test_faults_are_told_by_the_panels_tabs():
-    values = panel(4, photos_2=HASH, photos_3=" ", mix1_photos_4=json.dumps([HASH]))
+    values = panel(4, photos_2=HASH, photos_3="[ null ]", mix1_photos_4=json.dumps([HASH]))
     assert tabs_in_use(values) == [2, 4] and len(request_from_values(values)["identities"]) == 2
     assert said_of_tab("identities[0].photos[1]", [2, 4]) == "Identity 2, photo 2"
     assert said_of_tab("identities[1].mix[0].photos[2]", [2, 4]) == "Identity 4, mix in 1, photo 3"
