@@ -29,6 +29,11 @@ class Noising:
         abar = self.alphas_bar.to(latent)[t][:, None, None, None]
         return abar.sqrt() * latent + (1 - abar).sqrt() * noise
 
+    def denoised(self, noisy: Tensor, noise: Tensor, t: Tensor) -> Tensor:
+        """The latent x_0 that a prediction of the noise stands for; all as in `__call__`."""
+        abar = self.alphas_bar.to(noisy)[t][:, None, None, None]
+        return (noisy - (1 - abar).sqrt() * noise) / abar.sqrt()
+
     def weights(self, t: Tensor, gamma: float) -> Tensor:
         """min(SNR, gamma) / SNR, the weight of the squared error of the noise (Min-SNR, arXiv 2303.09556): (B)."""
         abar = self.alphas_bar.to(t.device)[t]

@@ -6,12 +6,13 @@ from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+import cv2
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from lib_portrait.faces.alignment import align_face
+from lib_portrait.faces.alignment import CROP_SIZE, align_face, similarity, template
 from trainer.shards import FaceRecord, Shards
 
 # Detectors miss the true points by a few hundredths of the distance between the eyes.
@@ -62,6 +63,18 @@ def aligned(
         eyes = float(np.linalg.norm(landmarks[0] - landmarks[1]))
         landmarks = landmarks + rng.normal(0, JITTER * max(eyes, 1.0), (5, 2)).astype(np.float32)
     return align_face(picture, landmarks, size)
+
+
+def crop_of(record: FaceRecord, picture: Sequence[int]) -> Tensor:
+    """Where the aligned face lies: takes places (x, y, 1) of its crop to places in the picture, both in [0, 1]: (2, 3).
+
+    picture: width and height in pixels, which the landmarks are in.
+    """
+    from_crop = cv2.invertAffineTransform(similarity(np.array(record.landmarks), template()))
+    # Both count pixels from the middle of the first one, and [0, 1] begins at its edge.
+    shift = 0.5 - from_crop[:, :2].sum(axis=1) / 2
+    in_pixels = np.column_stack([from_crop[:, :2] * CROP_SIZE, from_crop[:, 2] + shift])
+    return torch.from_numpy(in_pixels / np.array(picture)[:, None]).float()
 
 
 def region_of(record: FaceRecord, picture: Sequence[int], latent: Sequence[int]) -> Tensor:

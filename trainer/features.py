@@ -169,9 +169,9 @@ def _tokens(tokenizer: CLIPTokenizer, text: str) -> Tensor:
 
 @torch.no_grad()
 def global_feature(backbone: Backbone, intrinsic: Tensor) -> Tensor:
-    """A recognition network's embedding (1, e), of its last tap's positions (m, d): it is made of nothing else."""
-    side = math.isqrt(len(intrinsic))
-    embedding: Tensor = backbone.output_layer(intrinsic.float().T.unflatten(1, (side, side))[None])
+    """A recognition network's embeddings (B, e), of its last tap's positions (B, m, d): it is made of nothing else."""
+    side = math.isqrt(intrinsic.shape[1])
+    embedding: Tensor = backbone.output_layer(intrinsic.float().transpose(1, 2).unflatten(2, (side, side)))
     return embedding
 
 

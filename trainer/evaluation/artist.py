@@ -48,7 +48,7 @@ class GlobalFaces(FaceService):
 
     def features(self, photo: Photo, field: str, encoder: FaceEncoder) -> FaceFeatures:
         local = super().features(photo, field, encoder)
-        return dataclasses.replace(local, intrinsic=global_feature(self.backbone, local.intrinsic))
+        return dataclasses.replace(local, intrinsic=global_feature(self.backbone, local.intrinsic[None]))
 
     def zero(self, encoder: FaceEncoder) -> FaceFeatures:
         nobody = super().zero(encoder)

@@ -26,14 +26,16 @@ from torch import Tensor, nn
 from lib_portrait.attention import POSITIVE, Injection, mark
 from lib_portrait.attention.sites import Site, find_sites, spatial_shape
 from lib_portrait.checkpoints.formats import read_tensors, write_tensors
+from lib_portrait.checkpoints.hashes import file_sha256
 from lib_portrait.errors import PortraitError
-from lib_portrait.faces.recognition import backbone_from_state_dict
+from lib_portrait.faces.recognition import Backbone, backbone_from_state_dict
 from lib_portrait.methods.uniportrait import IDEmbedding
 from lib_portrait.routing_picture import draw_routing
 from lib_portrait.standalone.model import Model, load_model
 from trainer.diffusion import SCHEDULE, Noising, add_face_weight, emphasised
 from trainer.draws import Draws
 from trainer.features import global_feature
+from trainer.identity_loss import IdentityLoss
 from trainer.loop import Recipe, Settings
 from trainer.portraits import FacesOfPictures
 from trainer.recipes.base import END, START
@@ -59,7 +61,11 @@ class UniPortraitRecipe(Recipe):
         self.stage = options.stage
         self.name = f"uniportrait stage {self.stage}"
         self.route_weight, self.gamma, self.lora_rate = options.route_weight, options.gamma, options.lora_rate
-        self.face_weight = options.face_weight
+        self.face_weight, self.identity_weight = options.face_weight, options.identity_weight
+        if self.identity_weight and (self.stage == 2 or options.components == "global"):
+            raise PortraitError(
+                "identity-weight", "it is for stage 1 and local features", "Give it in stage 1, without global."
+            )
         self.dropping = not options.no_dropping
         self.adapter_name, self.companions = options.name, {"backbone": options.backbone, "vision": options.vision}
         model = load_model(options.checkpoint)
@@ -70,6 +76,13 @@ class UniPortraitRecipe(Recipe):
         self.data = FacesOfPictures(
             Shards.under(options.data), model.vae.config.scaling_factor, people, _global_feature(options)
         )
+        known = self.data.features.hashes.get("backbone")
+        if options.recognition is not None and file_sha256(options.recognition) != known:
+            raise PortraitError(
+                "recognition",
+                f"the features of faces come from another network than {options.recognition.name}",
+                "Give the one that was dataset features' --backbone.",
+            )
         self.noising = Noising()
         sites = find_sites(model.unet)
         if self.stage == 1:
@@ -97,6 +110,9 @@ class UniPortraitRecipe(Recipe):
         self.rule = TrainingRule(self.faceid_adapter, identity)
         # Frozen things stay out of children(): they are neither trained nor saved.
         self._frozen: dict[str, Any] = {"model": model, "embedding": embedding, "identity": identity}
+        if self.identity_weight:
+            backbone = _recognition(options, "the identity loss")
+            self._frozen["identity loss"] = IdentityLoss(model.vae, backbone, self.data.scale)
 
     @property
     def model(self) -> Model:
@@ -108,6 +124,8 @@ class UniPortraitRecipe(Recipe):
         if self.stage == 2:
             self._frozen["embedding"].to(device)
             self._frozen["identity"].to(device)
+        if self.identity_weight:
+            self._frozen["identity loss"].to(device)
         if settings.checkpointing:
             self.model.unet.enable_gradient_checkpointing()
             # Checkpointing works in training mode only; the UNet has no dropout that this would switch on.
@@ -134,7 +152,8 @@ class UniPortraitRecipe(Recipe):
     def forward(self, batch: dict[str, Tensor], draws: Draws) -> dict[str, Tensor]:
         latent, present = batch["latent"], batch["present"]
         tokens = _uncaptioned(batch["tokens"], draws.rand() < CAPTION_DROPPED)
-        identities = self._embed(batch, draws)
+        no_face = draws.rand() < FACES_DROPPED
+        identities = self._embed(batch, no_face, draws)
         noise, t = draws.randn(*latent.shape[1:]), draws.randint(self.noising.alphas_bar.shape[0])
         gumbel: dict[int, Tensor] = {}
 
@@ -145,8 +164,9 @@ class UniPortraitRecipe(Recipe):
             return gumbel[site]
 
         condition = Condition(identities, present, gumbel_noise if self.training else None, {})
-        predicted = self._predict(self.noising(latent, noise, t), t, tokens, condition)
-        squared = (predicted.float() - noise).square()
+        noisy = self.noising(latent, noise, t)
+        predicted = self._predict(noisy, t, tokens, condition).float()
+        squared = (predicted - noise).square()
         error = emphasised(squared, batch["regions"].amax(dim=1), self.face_weight)
         weight = self.noising.weights(t, self.gamma) if self.gamma else torch.ones_like(error)
         diffusion = (weight * error).mean()
@@ -155,6 +175,11 @@ class UniPortraitRecipe(Recipe):
             height, width = latent.shape[-2:]
             route, right = routing_loss(condition.logits, batch["regions"], present, (height, width))
             losses |= {"loss": diffusion + self.route_weight * route, "route": route, "routed_right": right}
+        if self.identity_weight:
+            picture = self.noising.denoised(noisy, predicted, t)
+            of_one = (batch[name][:, 0] for name in ("crops", "intrinsic"))
+            unlike = self._frozen["identity loss"](picture, t, ~no_face, *of_one)
+            losses |= {"loss": diffusion + self.identity_weight * unlike, "unlike": unlike}
         return losses
 
     def _predict(self, noisy: Tensor, t: Tensor, tokens: Tensor, condition: Condition) -> Tensor:
@@ -168,11 +193,13 @@ class UniPortraitRecipe(Recipe):
         self._injection.call.kinds = [POSITIVE] * len(noisy)
         return predicted
 
-    def _embed(self, batch: dict[str, Tensor], draws: Draws) -> Tensor:
-        """F_id of all people, (B, N, T, D), with the dropping regularisation of sec. 3.4 where this trains."""
+    def _embed(self, batch: dict[str, Tensor], no_face: Tensor, draws: Draws) -> Tensor:
+        """F_id of all people, (B, N, T, D), with the dropping regularisation of sec. 3.4 where this trains.
+
+        no_face: (B) bool, the rows that get the features of no face.
+        """
         intrinsic, structure = batch["intrinsic"], batch["structure"]
         rows, people, positions = structure.shape[:3]
-        no_face = draws.rand() < FACES_DROPPED
         zero = self.zero_structure.to(structure)
         intrinsic = torch.where(no_face[:, None, None, None], 0.0, intrinsic)
         structure = torch.where(no_face[:, None, None, None], zero, structure)
@@ -283,10 +310,13 @@ def _global_feature(options: argparse.Namespace) -> Callable[[Tensor], Tensor] |
     """For `--components global`: the recognition network's last feature, made of the local ones before it."""
     if options.components != "global":
         return None
+    return functools.partial(global_feature, _recognition(options, "the global feature"))
+
+
+def _recognition(options: argparse.Namespace, what: str) -> Backbone:
     if options.recognition is None:
-        raise PortraitError("recognition", "the global feature needs the recognition network", "Give --recognition.")
-    backbone = backbone_from_state_dict(read_tensors(options.recognition, "backbone").tensors).float().eval()
-    return functools.partial(global_feature, backbone)
+        raise PortraitError("recognition", f"{what} needs the recognition network", "Give --recognition.")
+    return backbone_from_state_dict(read_tensors(options.recognition, "backbone").tensors).float().eval()
 
 
 def _uncaptioned(tokens: Tensor, which: Tensor) -> Tensor:
@@ -368,7 +398,17 @@ def configure(parser: argparse.ArgumentParser) -> None:
         default=COMPONENTS[-1],
         help="what is read of a face, with all that stands before it; global instead of local features (Table 3)",
     )
-    parser.add_argument("--recognition", type=Path, help="the recognition network, for --components global")
+    parser.add_argument(
+        "--recognition",
+        type=Path,
+        help="the features' recognition network, for the global feature and the identity loss",
+    )
+    parser.add_argument(
+        "--identity-weight",
+        type=float,
+        default=0.0,
+        help="stage 1: weight of the identity loss on the predicted face, which the paper has not; default 0",
+    )
     parser.add_argument("--no-dropping", action="store_true", help="without the dropping regularisation (Table 3)")
     parser.add_argument("--route-weight", type=float, default=0.1, help="lambda of eq. 4, default 0.1")
     parser.add_argument("--lora-rate", type=float, default=0.1, help="stage 2: the LoRA's share of the rate")
