@@ -84,8 +84,12 @@ def everyone(shipped: Path) -> PortraitRequest:
     return parse_request({"identities": identities, "checkpoint": EMBEDDED}, Limits(identities=len(people)))
 
 
-def two(everyone: PortraitRequest) -> PortraitRequest:
-    return replace(everyone, identities=everyone.identities[:2])
+# Places in the list of sample people, of those drawn together.
+PAIRS = ((0, 1), (2, 3), (4, 5))
+
+
+def together(everyone: PortraitRequest, pair: tuple[int, int] = PAIRS[0]) -> PortraitRequest:
+    return replace(everyone, identities=tuple(everyone.identities[place] for place in pair))
 
 
 def as_json(request: PortraitRequest, **changes: Any) -> dict[str, Any]:
@@ -93,8 +97,9 @@ def as_json(request: PortraitRequest, **changes: Any) -> dict[str, Any]:
     return {"identities": [{"photos": [one]} for one in photos], **changes}
 
 
-def prompt_of(shipped: Path) -> str:
-    first, second = (person.word for person in sample_people(shipped / "faces")[:2])
+def prompt_of(shipped: Path, pair: tuple[int, int] = PAIRS[0]) -> str:
+    people = sample_people(shipped / "faces")
+    first, second = (people[place].word for place in pair)
     return f"a photo of {generation.both_words(first, second)} in a park"
 
 
@@ -124,13 +129,10 @@ def webui_ddim(monkeypatch: pytest.MonkeyPatch) -> Iterator[pytest.MonkeyPatch]:
     yield monkeypatch
 
 
-def assert_same(host: Sequence[np.ndarray], own: Sequence[np.ndarray]) -> None:
-    """Within what the two roundings to 8 bit allow, but for a few pixels whose person was decided by a hair."""
+def apart(host: Sequence[np.ndarray], own: Sequence[np.ndarray]) -> list[float]:
+    """By how many grey levels the pictures differ on average; the two roundings to 8 bit alone make half a level."""
     assert len(host) == len(own)
-    for one, other in zip(host, own, strict=True):
-        apart = np.abs(one.astype(int) - other)
-        assert apart.mean() < 1, apart.mean()
-        assert np.quantile(apart, 0.99) <= 6, np.quantile(apart, 0.99)
+    return [float(np.abs(one.astype(int) - other).mean()) for one, other in zip(host, own, strict=True)]
 
 
 def test_the_checkpoint_draws_what_the_standalone_generator_draws(
@@ -139,20 +141,27 @@ def test_the_checkpoint_draws_what_the_standalone_generator_draws(
     answer = host.generate(prompt=prompt_of(shipped), **DDIM)
     assert answer.status == 200, answer.detail
     assert "Model: world" in answer.info["infotexts"][0]
-    assert_same(pictures(answer.images), drawn(studio, prompt_of(shipped), None))
+    assert max(apart(pictures(answer.images), drawn(studio, prompt_of(shipped), None))) < 0.6
 
 
 def test_two_people_in_one_picture_are_those_of_the_standalone_generator(
     host: Client, shipped: Path, studio: Studio, everyone: PortraitRequest, webui_ddim: pytest.MonkeyPatch
 ) -> None:
-    prompt, request = prompt_of(shipped), two(everyone)
-    answer = host.generate(as_json(request, show_routing=True), prompt=prompt, **DDIM)
-    assert answer.status == 200, answer.detail
-    assert len(answer.images) == 2 * DDIM["batch_size"], "a routing map for each picture"
-    theirs = pictures(answer.images[: DDIM["batch_size"]])
-    assert_same(theirs, drawn(studio, prompt, request))
-    bare = pictures(host.generate(prompt=prompt, **DDIM).images)
-    assert all(np.abs(one.astype(int) - other).mean() > 2 for one, other in zip(theirs, bare, strict=True))
+    """Three pairs, four pictures each: one pair is too little to tell whether people are themselves."""
+    theirs: dict[tuple[int, int], list[np.ndarray]] = {}
+    differences: list[float] = []
+    for pair in PAIRS:
+        prompt, request = prompt_of(shipped, pair), together(everyone, pair)
+        answer = host.generate(as_json(request, show_routing=True), prompt=prompt, **DDIM)
+        assert answer.status == 200, answer.detail
+        assert len(answer.images) == 2 * DDIM["batch_size"], "a routing map for each picture"
+        theirs[pair] = pictures(answer.images[: DDIM["batch_size"]])
+        differences += apart(theirs[pair], drawn(studio, prompt, request))
+    # The faces are cut out and read by other versions of the libraries, and the router gives each place to one person:
+    # small differences grow.
+    assert max(differences) < 1.5 and np.median(differences) < 0.75, differences
+    bare = pictures(host.generate(prompt=prompt_of(shipped), **DDIM).images)
+    assert all(np.abs(one.astype(int) - other).mean() > 2 for one, other in zip(theirs[PAIRS[0]], bare, strict=True))
 
     # The last step is made again: what is measured here holds for what is measured of `portrait.py generate`. A face at
     # the detector's limit may be found in one of two nearly equal pictures only, and then the other face is given away.
@@ -161,20 +170,23 @@ def test_two_people_in_one_picture_are_those_of_the_standalone_generator(
     measurer = comparison.measurer
     assert measurer is not None
     alike, measured = 0, []
-    for one, other in zip(theirs, drawn(studio, prompt, request), strict=True):
-        if len(measurer.faces(one)) != len(measurer.faces(other)):
-            continue
-        alike += 1
-        seen = [comparison.likeness(Image.fromarray(picture), [0, 1]) for picture in (one, other)]
-        for there, here in zip(*seen, strict=True):
-            if there.own is not None and here.own is not None:
-                assert there.own == pytest.approx(here.own, abs=0.05)
-                measured.append(there)
-    assert alike >= len(theirs) - 1 and len(measured) >= 3, "faces are found elsewhere, or hardly any"
-    likeness = np.mean([one.own for one in measured])
-    others = [one.others for one in measured if one.others is not None]
-    if others:
-        assert likeness > np.mean(others), "the people look more like somebody else"
+    for pair in PAIRS:
+        own = drawn(studio, prompt_of(shipped, pair), together(everyone, pair))
+        for one, other in zip(theirs[pair], own, strict=True):
+            if len(measurer.faces(one)) != len(measurer.faces(other)):
+                continue
+            alike += 1
+            seen = [comparison.likeness(Image.fromarray(picture), list(pair)) for picture in (one, other)]
+            for there, here in zip(*seen, strict=True):
+                if there.own is not None and here.own is not None:
+                    measured.append((there, here))
+    number = len(PAIRS) * DDIM["batch_size"]
+    assert alike >= number - 2 and len(measured) >= number, "faces are found elsewhere, or hardly any"
+    differing = [there.own - here.own for there, here in measured]
+    assert np.abs(differing).max() < 0.1 and abs(np.mean(differing)) < 0.02, differing
+    likeness = np.mean([there.own for there, _ in measured])
+    others = [there.others for there, _ in measured if there.others is not None]
+    assert likeness > np.mean(others), "the people look more like somebody else"
 
 
 def test_the_panel_draws_what_the_api_does(
@@ -198,7 +210,7 @@ def test_the_panel_draws_what_the_api_does(
     page.wait(lambda: len(page.gallery()) >= 2, "picture and map")
     page.show("#txt2img_results")
     page.save("world-2-result")
-    answer = host.generate(as_json(two(everyone), show_routing=True), prompt=prompt, **first)
+    answer = host.generate(as_json(together(everyone), show_routing=True), prompt=prompt, **first)
     assert answer.status == 200, answer.detail
     shown = {np.asarray(picture.convert("RGB")).tobytes() for picture in page.gallery()}
     assert {picture.tobytes() for picture in pictures(answer.images)} <= shown
@@ -210,12 +222,12 @@ def test_automatic_is_the_world_s_adapter_with_the_world_s_checkpoint_only(
 ) -> None:
     few = {**DDIM, "steps": 2, "batch_size": 1, "prompt": prompt_of(shipped)}
     named, automatic = (
-        host.generate(as_json(two(everyone), checkpoint=name), **few) for name in (EMBEDDED, "automatic")
+        host.generate(as_json(together(everyone), checkpoint=name), **few) for name in (EMBEDDED, "automatic")
     )
     assert (named.status, automatic.status) == (200, 200), automatic.detail
     # The files differ: the request stands in them.
     assert np.array_equal(pictures(named.images), pictures(automatic.images))
     with host.options(sd_model_checkpoint="first"):
-        refused = host.generate(as_json(two(everyone), checkpoint=EMBEDDED), **few)
+        refused = host.generate(as_json(together(everyone), checkpoint=EMBEDDED), **few)
         assert refused.status == 422
         assert "another kind of model" in refused.detail
