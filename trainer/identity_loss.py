@@ -18,7 +18,7 @@ from lib_portrait.faces.recognition import Backbone
 from trainer.features import global_feature
 
 LATEST = 700
-# The share of a batch that is decoded: that takes longer than the rest of a step does.
+# The share of a batch that is decoded: all of it would double the time of a step of the world.
 SHARE = 0.25
 
 
