@@ -42,7 +42,8 @@ class IdentityLoss:
         """The mean over the rows that are asked for and early enough, of a `SHARE` of the batch at most; 0 if none are.
 
         predicted: x_0 (B, 4, h, w), scaled. t (B). asked (B) bool. crops (B, 2, 3): see `crop_of` in `trainer.faces`.
-        intrinsic (B, m, d): the recognition network's local features of the face given.
+        intrinsic (B, m, d): the recognition network's local features of the face given. Of several processes each takes
+        its own share: the rows are others than those of one process with the whole batch.
         """
         rows = (asked & (t < LATEST)).nonzero().flatten()[: math.ceil(SHARE * len(t))]
         if not len(rows):

@@ -373,7 +373,7 @@ def test_the_identity_loss_is_added_where_a_face_was_given(
     monkeypatch: pytest.MonkeyPatch, data: Path, recognition: Path, tmp_path: Path
 ) -> None:
     weight, network = ("--identity-weight", "0.5"), ("--recognition", str(recognition))
-    trained(monkeypatch, data, tmp_path / "without", *network)
+    trained(monkeypatch, data, tmp_path / "without")
     made = trained(monkeypatch, data, tmp_path / "with", *network, *weight)
     for line in losses(tmp_path / "with"):
         assert line["loss"] == pytest.approx(line["diffusion"] + 0.5 * line["unlike"], rel=1e-4)
@@ -398,6 +398,8 @@ def test_the_identity_loss_is_refused_where_it_cannot_be_had(
     weight, network = ("--identity-weight", "0.5"), ("--recognition", str(recognition))
     with pytest.raises(PortraitError, match="--recognition"):
         recipe(monkeypatch, data, *weight)
+    with pytest.raises(PortraitError, match="nothing here reads it"):
+        recipe(monkeypatch, data, *network)
     for other in (("--stage", "2"), ("--components", "global")):
         with pytest.raises(PortraitError, match="in stage 1, without global"):
             recipe(monkeypatch, data, *network, *weight, *other)

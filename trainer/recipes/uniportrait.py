@@ -66,6 +66,12 @@ class UniPortraitRecipe(Recipe):
             raise PortraitError(
                 "identity-weight", "it is for stage 1 and local features", "Give it in stage 1, without global."
             )
+        if options.recognition is not None and not self.identity_weight and options.components != "global":
+            raise PortraitError(
+                "recognition",
+                "nothing here reads it",
+                "Leave it away, or give --identity-weight or --components global.",
+            )
         self.dropping = not options.no_dropping
         self.adapter_name, self.companions = options.name, {"backbone": options.backbone, "vision": options.vision}
         model = load_model(options.checkpoint)
