@@ -211,6 +211,11 @@ def train(recipe: Recipe, settings: Settings) -> int:
     recipe.prepare(accelerator.device, PRECISIONS[settings.precision], settings)
     data = _Lenient(recipe.samples())
     total = settings.batch * accelerator.num_processes
+    # A launcher that starts fewer processes than it was asked for says nothing.
+    accelerator.print(
+        f"Samples a step: {total * settings.accumulate} ({accelerator.num_processes} processes x "
+        f"{settings.accumulate} x {settings.batch})"
+    )
     _claim(accelerator, settings, recipe, total, len(data.samples))
 
     made = optimizers_of(recipe.groups(settings), settings.rate)

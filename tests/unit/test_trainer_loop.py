@@ -307,7 +307,7 @@ def test_two_processes_of_accelerate_launch_train_what_one_does(tmp_path, capsys
         timeout=300,
     )
     assert both.returncode == 0, both.stdout + both.stderr
-    assert both.stdout.count("Step 4 of 4") == 1
+    assert both.stdout.count("Step 4 of 4") == both.stdout.count("Samples a step: 4 (2 processes x 1 x 2)") == 1
     assert commands.run(commands.parse([*words, "--batch", "4", "--output", str(tmp_path / "one")])) == 0
     said = capsys.readouterr().out
     assert re.search(r"Step 4 of 4; weights in .*one/export", said.replace("\\", "/"))
