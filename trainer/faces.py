@@ -65,12 +65,12 @@ def aligned(
     return align_face(picture, landmarks, size)
 
 
-def crop_of(record: FaceRecord, picture: Sequence[int]) -> Tensor:
+def crop_to(landmarks: NDArray[np.float32], picture: Sequence[int]) -> Tensor:
     """Where the aligned face lies: takes places (x, y, 1) of its crop to places in the picture, both in [0, 1]: (2, 3).
 
-    picture: width and height in pixels, which the landmarks are in.
+    landmarks (5, 2) in pixels. picture: width and height in pixels.
     """
-    from_crop = cv2.invertAffineTransform(similarity(np.array(record.landmarks), template()))
+    from_crop = cv2.invertAffineTransform(similarity(landmarks, template()))
     # Both count pixels from the middle of the first one, and [0, 1] begins at its edge.
     shift = 0.5 - from_crop[:, :2].sum(axis=1) / 2
     in_pixels = np.column_stack([from_crop[:, :2] * CROP_SIZE, from_crop[:, 2] + shift])

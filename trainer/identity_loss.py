@@ -1,57 +1,97 @@
-"""The identity loss: is the face that a noise prediction leads to known again as the one it was given?
+"""The identity loss: is the face that the model draws known again as the one it was given?
 
-As in PortraitBooth (arXiv 2312.06354) and PuLID (arXiv 2404.16022): the picture is what one step makes of the
-prediction, x_0 = (x_t - sqrt(1 - abar_t) eps) / sqrt(abar_t), which at much noise is a blur of many faces. Therefore it
-is asked for below `LATEST` only. UniPortrait itself trains without.
+As in PuLID (arXiv 2404.16022, sec. 3.2) the picture is drawn from pure noise in a few steps: x_0 of a noised photo
+shows whose it is, whatever the adapter says. As in ReFL (arXiv 2304.05977, alg. 1) gradients flow through the last of
+these steps only, which goes from a random t to x_0. UniPortrait itself trains without.
 """
 
 from __future__ import annotations
 
-import math
+import itertools
+from collections.abc import Callable, Sequence
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from diffusers import AutoencoderKL
 from torch import Tensor
 
+from lib_portrait.faces.detection import Detector, detect_faces
 from lib_portrait.faces.recognition import Backbone
+from lib_portrait.standalone.measuring import greedy_pairs
+from trainer.diffusion import Noising
+from trainer.faces import crop_to
 from trainer.features import global_feature
 
-LATEST = 700
-# The share of a batch that is decoded: all of it would double the time of a step of the world.
-SHARE = 0.25
+# Drawing: the last step begins below `LATEST`, where x_0 is a face and not a blur of many.
+STEPS, LATEST = 6, 400
+# The share of a batch that is drawn: it takes as long as three times as many samples of the diffusion loss.
+SHARE = 0.5
+
+
+@torch.no_grad()
+def drawn(noise: Tensor, last: Tensor, noising: Noising, predict: Callable[[Tensor, Tensor], Tensor]) -> Tensor:
+    """x_t at t = `last` (B), drawn from pure noise (B, 4, h, w) in `STEPS` steps of DDIM.
+
+    predict: the noise in x_t (B, 4, h, w), given x_t and t (B).
+    """
+    x, first = noise, len(noising.alphas_bar) - 1
+    times = [first + (last - first) * step // STEPS for step in range(STEPS + 1)]
+    for now, then in itertools.pairwise(times):
+        predicted = predict(x, now)
+        x = noising(noising.denoised(x, predicted, now), predicted, then)
+    return x
 
 
 class IdentityLoss:
-    """1 - the cosine of a recognition network's embeddings, of the face as predicted and of the one given.
+    """1 - the cosine of a recognition network's embeddings, of the face as drawn and of the one given.
 
     Only the part of the picture that the aligned face takes is decoded; gradients flow back through recognition,
     alignment and decoder, which stay as they are. scale: the VAE's scaling factor.
     """
 
-    def __init__(self, vae: AutoencoderKL, backbone: Backbone, scale: float):
+    def __init__(self, vae: AutoencoderKL, backbone: Backbone, detector: Detector, scale: float):
         self.vae = vae.requires_grad_(False).eval()
         self.backbone = backbone.requires_grad_(False).eval()
+        self.detector = detector
         self.scale = scale
 
     def to(self, device: torch.device) -> None:
         self.vae.to(device)
         self.backbone.to(device)
 
-    def __call__(self, predicted: Tensor, t: Tensor, asked: Tensor, crops: Tensor, intrinsic: Tensor) -> Tensor:
-        """The mean over the rows that are asked for and early enough, of a `SHARE` of the batch at most; 0 if none are.
+    def __call__(self, latent: Tensor, intrinsic: Tensor, present: Tensor) -> tuple[Tensor, Tensor]:
+        """The mean over the faces that are found (0 if there are none), and their share of those asked for.
 
-        predicted: x_0 (B, 4, h, w), scaled. t (B). asked (B) bool. crops (B, 2, 3): see `crop_of` in `trainer.faces`.
-        intrinsic (B, m, d): the recognition network's local features of the face given. Of several processes each takes
-        its own share: the rows are others than those of one process with the whole batch.
+        latent: x_0 (B, 4, h, w), scaled. intrinsic (B, N, m, d): the recognition network's local features of the faces
+        given, present (B, N) bool: which of them there are. Faces of a picture and people are paired as measuring pairs
+        them.
         """
-        rows = (asked & (t < LATEST)).nonzero().flatten()[: math.ceil(SHARE * len(t))]
-        if not len(rows):
-            return predicted.new_zeros(())
         # In full precision: SD1's decoder overflows in half of it.
-        with torch.autocast(predicted.device.type, enabled=False):
-            made, _ = self.backbone(self.faces(predicted[rows].float(), crops[rows]))
-            return (1 - F.cosine_similarity(made, global_feature(self.backbone, intrinsic[rows]))).mean()
+        with torch.autocast(latent.device.type, enabled=False):
+            latent = latent.float()
+            crops = self.find(latent.detach(), present.sum(dim=1).tolist())
+            rows = torch.tensor([row for row, found in enumerate(crops) for _ in found], device=latent.device)
+            if not len(rows):
+                return latent.sum() * 0, latent.new_zeros(())
+            places = torch.stack([crop for found in crops for crop in found]).to(latent.device)
+            made, _ = self.backbone(self.faces(latent[rows], places))
+            unlike = []
+            for row in rows.unique():
+                given = global_feature(self.backbone, intrinsic[row, present[row]])
+                similar = F.cosine_similarity(made[rows == row][:, None], given[None], dim=2)
+                unlike += [1 - similar[face, person] for person, face in greedy_pairs(similar.detach()).items()]
+            return torch.stack(unlike).mean(), len(unlike) / present.sum()
+
+    @torch.no_grad()
+    def find(self, latent: Tensor, most: Sequence[int]) -> list[list[Tensor]]:
+        """Where the aligned faces of each picture lie, the largest `most` of them: (2, 3) each, see `crop_to`."""
+        pixels = (self.vae.decode(latent / self.scale).sample.clamp(-1, 1) + 1) * 127.5
+        found = []
+        for picture, people in zip(pixels.permute(0, 2, 3, 1).round().byte().cpu().numpy(), most, strict=True):
+            faces = sorted(detect_faces(np.ascontiguousarray(picture), self.detector), key=lambda face: -face.area)
+            found.append([crop_to(face.landmarks, picture.shape[1::-1]) for face in faces[:people]])
+        return found
 
     def faces(self, latent: Tensor, crops: Tensor) -> Tensor:
         """Aligned faces (B, 3, s, s) in [-1, 1], as the recognition network sees them, of latents (B, 4, h, w)."""

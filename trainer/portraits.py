@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from lib_portrait.errors import PortraitError
-from trainer.faces import FaceAt, by_identity, crop_of, faces_of, region_of
+from trainer.faces import FaceAt, by_identity, faces_of, region_of
 from trainer.features import Features
 from trainer.shards import Shards
 
@@ -21,8 +21,7 @@ class FacesOfPictures:
     """Pictures with their people.
 
     "latent" (4, h, w), "tokens" (77); for up to N people intrinsic (N, m, d), structure (N, g, d'), present (N) bool,
-    "regions" (N, h, w), the part of each latent position that the face's box covers, and "crops" (N, 2, 3), where the
-    aligned face lies (see `crop_of`).
+    and "regions" (N, h, w), the part of each latent position that the face's box covers.
     """
 
     def __init__(
@@ -55,7 +54,7 @@ class FacesOfPictures:
             raise ValueError("its picture cannot be used")
         latent = self.features.latents[sample].float() * self.scale
         width, height = self.features.sizes[sample].tolist()
-        intrinsic, structure, regions, crops = [], [], [], []
+        intrinsic, structure, regions = [], [], []
         for face in group:
             own = self.features.face(face.sample, face.face)
             other = self._other(face, rng)
@@ -63,7 +62,6 @@ class FacesOfPictures:
             intrinsic.append(local if self.pooled is None else self.pooled(local[None]))
             structure.append(own[1])
             regions.append(region_of(face.record, (width, height), latent.shape[1:]))
-            crops.append(crop_of(face.record, (width, height)))
         missing = self.most - len(group)
 
         def filled(parts: list[Tensor]) -> Tensor:
@@ -75,7 +73,6 @@ class FacesOfPictures:
             "intrinsic": filled(intrinsic),
             "structure": filled(structure),
             "regions": filled(regions),
-            "crops": filled(crops),
             "present": torch.arange(self.most) < len(group),
         }
 

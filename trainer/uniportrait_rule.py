@@ -85,12 +85,14 @@ class Condition:
     """What the rule adds in one UNet call: tokens (B, N, T, D); present (B, N) bool.
 
     noise: gives Gumbel noise of a shape, or None for plain arg-max routing. logits: filled with each site's routing.
+    scale: lambda of the decoupled cross-attention, of all rows or (B, 1, 1).
     """
 
     tokens: Tensor
     present: Tensor
     noise: Callable[[int, torch.Size], Tensor] | None
     logits: dict[int, Tensor]
+    scale: float | Tensor = 1.0
 
 
 class TrainingRule:
@@ -127,7 +129,8 @@ class TrainingRule:
         def output(host: Callable[[Tensor], Tensor], attended: Tensor) -> Tensor:
             call.visited.add(site.index)
             hidden, q = self._query.pop(site.index)
-            return project("to_out", host, attended + self._attend(site, hidden, q))
+            assert self.condition is not None
+            return project("to_out", host, attended + self.condition.scale * self._attend(site, hidden, q))
 
         found: dict[str, Around] = {
             PATHS[name]: lambda host, x, name=name: project(name, host, x)

@@ -18,6 +18,7 @@ from lib_portrait.errors import PortraitError
 
 log = logging.getLogger(__name__)
 
+DETECTORS = ("mtcnn", "insightface")
 SCRFD_FILE = "det_10g.onnx"
 _SCRFD_PLACES = ("", "buffalo_l", "models/buffalo_l", "insightface/models/buffalo_l")
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import cast
 
@@ -13,7 +13,8 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from lib_portrait.checkpoints.hashes import file_sha256
-from lib_portrait.faces.detection import Detector, Face
+from lib_portrait.errors import PortraitError
+from lib_portrait.faces.detection import DETECTORS, Detector, Face, get_detector
 from lib_portrait.faces.world_networks import GRID, SIDE, STRIDE, Trunk, filled, read_network, save_network, view
 
 KIND = "detector"
@@ -88,3 +89,17 @@ def world_detector(path: Path, device: torch.device | str = "cpu") -> Detector:
         ]
 
     return Detector("world", file_sha256(path)[:16], find)
+
+
+def open_detector(choice: str, models: Sequence[Path], device: torch.device | str = "cpu") -> Detector:
+    """A detector by its name, mtcnn or insightface, or the world's own by the path of its file.
+
+    Raises PortraitError when it cannot be had.
+    """
+    if choice in DETECTORS:
+        return get_detector(choice, models)
+    if not Path(choice).is_file():
+        raise PortraitError(
+            "detector", f"there is no file {choice}", f"Give one of {', '.join(DETECTORS)} or a detector's file."
+        )
+    return world_detector(Path(choice), device)

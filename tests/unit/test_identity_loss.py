@@ -2,24 +2,29 @@
 
 from __future__ import annotations
 
+import itertools
+from collections.abc import Sequence
 from types import SimpleNamespace
+from typing import cast
 
 import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from numpy.typing import NDArray
 from torch import Tensor, nn
 
 pytest.importorskip("accelerate", reason="the trainer's requirements are not installed")
 
-from lib_portrait.faces.alignment import template
+from diffusers import AutoencoderKL
+
+from lib_portrait.faces.alignment import align_face, template
+from lib_portrait.faces.detection import Detector, Face
 from lib_portrait.faces.features import pixels_of, recognition_view
 from lib_portrait.faces.recognition import Backbone
-from trainer import identity_loss
 from trainer.diffusion import Noising
-from trainer.faces import aligned, crop_of
-from trainer.identity_loss import LATEST, IdentityLoss
-from trainer.shards import FaceRecord
+from trainer.faces import crop_to
+from trainer.identity_loss import LATEST, STEPS, IdentityLoss, drawn
 
 WIDTH, HEIGHT = 160, 128
 LANDMARKS = {
@@ -43,9 +48,17 @@ class Enlarging(nn.Module):
         return SimpleNamespace(sample=F.interpolate(latent[:, :3], scale_factor=8, mode="nearest"))
 
 
-def record(landmarks: np.ndarray) -> FaceRecord:
-    points = tuple((float(x), float(y)) for x, y in landmarks)
-    return FaceRecord("somebody", "woman", (0.0, 0.0, 1.0, 1.0), points)
+def loss_with(vae: Enlarging, network: Backbone, found: Sequence[Sequence[str]] = ()) -> IdentityLoss:
+    """With a detector that finds these faces in the pictures shown to it, again and again."""
+    turns = itertools.cycle(found)
+
+    def find(image: NDArray[np.uint8]) -> list[Face]:
+        if image.shape != (HEIGHT, WIDTH, 3):  # the second try, with a border round the picture
+            return []
+        faces = [LANDMARKS[name].astype(np.float32) for name in next(turns)]
+        return [Face(np.concatenate([face.min(axis=0), face.max(axis=0)]), face, 1.0) for face in faces]
+
+    return IdentityLoss(cast(AutoencoderKL, vae), network, Detector("known", "1", find), scale=2.0)
 
 
 def backbone(seed: int = 0) -> Backbone:
@@ -64,14 +77,13 @@ def smooth_latents(number: int) -> Tensor:
 def test_the_face_is_the_one_that_alignment_cuts_out_of_the_whole_picture(names: list[str]) -> None:
     vae, network = Enlarging(), backbone()
     latent = smooth_latents(len(names))
-    records = [record(LANDMARKS[name]) for name in names]
-    crops = torch.stack([crop_of(one, (WIDTH, HEIGHT)) for one in records])
-    found = IdentityLoss(vae, network, scale=2.0).faces(latent, crops)
+    crops = torch.stack([crop_to(LANDMARKS[name], (WIDTH, HEIGHT)) for name in names])
+    found = loss_with(vae, network).faces(latent, crops)
     whole = Enlarging().decode(latent / 2).sample
     assert found.shape == (len(names), 3, 48, 48)
-    for own, picture, one in zip(found, whole, records, strict=True):
+    for own, picture, name in zip(found, whole, names, strict=True):
         image = ((picture.permute(1, 2, 0) + 1) * 127.5).round().byte().numpy()
-        expected = recognition_view(pixels_of([aligned(image, one, 224)]), 48)[0]
+        expected = recognition_view(pixels_of([align_face(image, LANDMARKS[name], 224)]), 48)[0]
         apart = (own - expected).abs()
         # At the picture's edge the two ways of blending with black differ by a pixel.
         assert apart.median() < 0.01 and apart.mean() < 0.02, (float(apart.median()), float(apart.mean()))
@@ -79,46 +91,79 @@ def test_the_face_is_the_one_that_alignment_cuts_out_of_the_whole_picture(names:
 
 def test_no_more_than_the_face_is_decoded() -> None:
     vae = Enlarging()
-    crop = crop_of(record(LANDMARKS["upright"]), (WIDTH, HEIGHT))[None]
-    IdentityLoss(vae, backbone(), scale=2.0).faces(smooth_latents(1), crop)
+    crop = crop_to(LANDMARKS["upright"], (WIDTH, HEIGHT))[None]
+    loss_with(vae, backbone()).faces(smooth_latents(1), crop)
     assert vae.seen == [(1, 4, 8, 8)]
 
 
-def features(loss: IdentityLoss, latent: Tensor, crops: Tensor) -> Tensor:
+def features(loss: IdentityLoss, latent: Tensor, names: list[str]) -> Tensor:
+    crops = torch.stack([crop_to(LANDMARKS[name], (WIDTH, HEIGHT)) for name in names])
     return loss.backbone(loss.faces(latent, crops))[1][-1].flatten(2).transpose(1, 2)
 
 
-def test_it_is_nothing_for_the_very_face_and_its_gradient_leads_there(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(identity_loss, "SHARE", 1.0)
-    loss = IdentityLoss(Enlarging(), backbone(), scale=2.0)
-    latent = smooth_latents(2)
-    crops = torch.stack([crop_of(record(LANDMARKS[name]), (WIDTH, HEIGHT)) for name in ("upright", "turned")])
-    early, asked = torch.zeros(2, dtype=torch.long), torch.ones(2, dtype=torch.bool)
-    own = features(loss, latent, crops)
-    assert loss(latent, early, asked, crops, own) == pytest.approx(0, abs=1e-5)
+def test_it_is_nothing_for_the_very_face_and_its_gradient_leads_there() -> None:
+    names = ["upright", "turned"]
+    loss = loss_with(Enlarging(), backbone(), [[name] for name in names])
+    latent, one = smooth_latents(2), torch.ones(2, 1, dtype=torch.bool)
+    own = features(loss, latent, names)[:, None]
+    same, found = loss(latent, own, one)
+    assert same == pytest.approx(0, abs=1e-5) and found == 1
     other = latent.flip(0).clone().requires_grad_()
-    before = loss(other, early, asked, crops, own)
+    before, _ = loss(other, own, one)
     assert before > 1e-3
     for _ in range(20):
-        (gradient,) = torch.autograd.grad(loss(other, early, asked, crops, own), other)
+        (gradient,) = torch.autograd.grad(loss(other, own, one)[0], other)
         other = (other - 0.5 * gradient / gradient.norm()).detach().requires_grad_()
-    assert loss(other, early, asked, crops, own) < 0.8 * before
+    assert loss(other, own, one)[0] < 0.8 * before
     assert not any(parameter.requires_grad for parameter in loss.backbone.parameters())
 
 
-def test_rows_without_a_face_and_with_much_noise_do_not_count(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(identity_loss, "SHARE", 0.5)
-    loss = IdentityLoss(Enlarging(), backbone(), scale=2.0)
-    latent = smooth_latents(4).requires_grad_()
-    crops = crop_of(record(LANDMARKS["upright"]), (WIDTH, HEIGHT)).expand(4, 2, 3)
-    own = features(loss, latent.flip(0), crops).detach()
-    t = torch.tensor([LATEST, 10, 20, 30])
-    asked = torch.tensor([True, False, True, True])
-    (gradient,) = torch.autograd.grad(loss(latent, t, asked, crops, own), latent)
-    assert gradient.flatten(1).abs().sum(dim=1).ne(0).tolist() == [False, False, True, True]
-    (gradient,) = torch.autograd.grad(loss(latent, t, torch.ones(4, dtype=torch.bool), crops, own), latent)
-    assert gradient.flatten(1).abs().sum(dim=1).ne(0).tolist() == [False, True, True, False], "half of the batch"
-    assert loss(latent, t + 1000, asked, crops, own) == 0
+def test_the_largest_face_counts_and_a_picture_without_one_does_not() -> None:
+    loss = loss_with(Enlarging(), backbone(), [["upright", "turned"], [], ["turned"]])
+    latent, one = smooth_latents(3).requires_grad_(), torch.ones(3, 1, dtype=torch.bool)
+    own = features(loss, latent, ["turned"] * 3).detach()[:, None]
+    unlike, found = loss(latent, own, one)
+    assert unlike.item() == pytest.approx(0, abs=1e-5) and float(found) == pytest.approx(2 / 3)
+    unlike, _ = loss(latent, own.flip(0), one)
+    (gradient,) = torch.autograd.grad(unlike, latent)
+    assert gradient.flatten(1).abs().sum(dim=1).ne(0).tolist() == [True, False, True]
+
+    nobody = loss_with(Enlarging(), backbone(), [[], [], []])
+    unlike, found = nobody(latent, own, one)
+    (gradient,) = torch.autograd.grad(unlike, latent)
+    assert unlike == found == 0 and not gradient.any(), "a step without any face is a step still"
+
+
+def test_of_several_people_each_is_held_to_the_face_most_like_them() -> None:
+    loss = loss_with(Enlarging(), backbone(), [["upright", "turned"], ["turned"]])
+    latent = smooth_latents(2)
+    upright, turned = (features(loss, latent, [name] * 2) for name in ("upright", "turned"))
+    somebody = features(loss, smooth_latents(4)[2:], ["in profile"] * 2)
+    present = torch.tensor([[True, True, False], [False, True, True]])
+    intrinsic = torch.stack([upright, turned, somebody], dim=1)
+    unlike, found = loss(latent, intrinsic, present)
+    assert unlike == pytest.approx(0, abs=1e-5) and found == 0.75, "the fourth person is in no picture"
+    unlike, _ = loss(latent[:1], torch.stack([turned, turned], dim=1)[:1], torch.ones(1, 2, dtype=torch.bool))
+    alone, _ = loss_with(Enlarging(), backbone(), [["upright"]])(latent[:1], turned[:1, None], torch.ones(1, 1).bool())
+    assert unlike == pytest.approx(float(alone) / 2, rel=1e-4), "two people are never held to one face"
+
+
+def test_drawing_goes_to_each_rows_own_time_along_ddim() -> None:
+    """Where the predicted noise is always that of one picture, every way of going there ends in the same place."""
+    torch.manual_seed(3)
+    noising, noise, picture = Noising(), torch.randn(3, 4, 8, 8), torch.randn(3, 4, 8, 8)
+    last, seen = torch.tensor([0, 250, LATEST]), []
+
+    def predict(x: Tensor, t: Tensor) -> Tensor:
+        seen.append(t)
+        abar = noising.alphas_bar[t][:, None, None, None]
+        return (x - abar.sqrt() * picture) / (1 - abar).sqrt()
+
+    first = torch.full((3,), 999)
+    made = drawn(noise, last, noising, predict)
+    assert torch.allclose(made, noising(picture, predict(noise, first), last), atol=1e-3)
+    times = torch.stack([*seen[:STEPS], last])
+    assert len(seen) == STEPS + 1 and (times[0] == 999).all() and (times.diff(dim=0) < 0).all()
 
 
 def test_the_picture_of_a_prediction_is_what_was_noised() -> None:

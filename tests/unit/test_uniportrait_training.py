@@ -16,13 +16,17 @@ pytest.importorskip("accelerate", reason="the trainer's requirements are not ins
 
 from diffusers import AutoencoderKL, UNet2DConditionModel
 
-from lib_portrait.attention import POSITIVE, Injection, mark
+from lib_portrait.attention import NEGATIVE, POSITIVE, Injection, mark
 from lib_portrait.checkpoints.hashes import file_sha256
 from lib_portrait.errors import PortraitError
+from lib_portrait.faces.alignment import template
+from lib_portrait.faces.detection import Detector, Face
 from lib_portrait.faces.recognition import Backbone
 from lib_portrait.methods.uniportrait import Adapter, Person, UniPortraitRule
+from lib_portrait.request import Identity, PortraitRequest
 from lib_portrait.standalone import layout
 from lib_portrait.standalone.model import Model, load_tokenizer
+from lib_portrait.standalone.sampling import Sampling
 from trainer.diffusion import emphasised
 from trainer.draws import Draws
 from trainer.faces import region_of
@@ -128,6 +132,12 @@ def trained(monkeypatch: pytest.MonkeyPatch, data: Path, run: Path, *arguments: 
 
 def losses(run: Path) -> list[dict[str, float]]:
     return [json.loads(line) for line in (run / "losses.jsonl").read_text().splitlines()]
+
+
+def apart(one: Path, other: Path) -> float:
+    """The largest difference of two runs' exported weights."""
+    first, second = (load_file(next((run / "export").iterdir())) for run in (one, other))
+    return max(float((first[name] - second[name]).abs().max()) for name in first)
 
 
 @pytest.fixture
@@ -285,8 +295,6 @@ def test_stage_one_can_begin_with_another_runs_file(
     for size in (("--rank", "5"), ("--tokens", "5"), ("--depth", "3")):
         with pytest.raises(PortraitError, match="does not fit"):
             recipe(monkeypatch, data, "--initial", str(faceid), *size)
-    with pytest.raises(PortraitError, match="Give that as --faceid"):
-        recipe(monkeypatch, data, "--stage", "2", "--faceid", str(faceid), "--initial", str(faceid))
 
 
 def test_faces_can_count_more_than_the_rest() -> None:
@@ -369,27 +377,121 @@ def test_an_ablation_leaves_a_part_out_of_its_file_too(
         assert (not torch.equal(tokens, identity_tokens(faceid, no_clip))) == reads_clip, components
 
 
-def test_the_identity_loss_is_added_where_a_face_was_given(
-    monkeypatch: pytest.MonkeyPatch, data: Path, recognition: Path, tmp_path: Path
+@pytest.fixture
+def finding(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A detector that finds a face in the middle of the 8 x 8 pixels that the tiny model draws."""
+    face = Face(np.array([2, 2, 6, 6], np.float32), (template(4) + 2).astype(np.float32), 1.0)
+    found = Detector("middle", "1", lambda image: [face])
+    monkeypatch.setattr(uniportrait, "open_detector", lambda choice, models: found)
+
+
+def test_the_identity_loss_is_added_and_its_drawing_leaves_the_rest_as_it_is(
+    monkeypatch: pytest.MonkeyPatch, data: Path, recognition: Path, finding: None, tmp_path: Path
 ) -> None:
     weight, network = ("--identity-weight", "0.5"), ("--recognition", str(recognition))
     trained(monkeypatch, data, tmp_path / "without")
     made = trained(monkeypatch, data, tmp_path / "with", *network, *weight)
-    for line in losses(tmp_path / "with"):
+    with_loss, without = losses(tmp_path / "with"), losses(tmp_path / "without")
+    for line in with_loss:
         assert line["loss"] == pytest.approx(line["diffusion"] + 0.5 * line["unlike"], rel=1e-4)
-    assert any(line["unlike"] > 0 for line in losses(tmp_path / "with"))
-    of_runs = [
-        load_file(tmp_path / run / "export" / "uniportrait-faceid_tiny.safetensors") for run in ("with", "without")
-    ]
-    assert any(not torch.equal(tensor, of_runs[1][name]) for name, tensor in of_runs[0].items())
+        assert line["unlike"] > 0 and line["faces_found"] == 1
+    assert with_loss[0]["diffusion"] == pytest.approx(without[0]["diffusion"], rel=1e-4)
+    assert apart(tmp_path / "with", tmp_path / "without") > 1e-3, "it is learned from"
 
-    made._frozen["identity loss"] = lambda picture, t, asked, crops, intrinsic: asked.float().mean()
-    many = 400
+    many, seen = 400, []
     batch = {name: tensor.expand(many, *tensor.shape) for name, tensor in made.data[0, (0, 0, 0)].items()}
-    monkeypatch.setattr(made, "_predict", lambda noisy, *rest: noisy)
+    monkeypatch.setattr(uniportrait, "SHARE", 1.0)
+    monkeypatch.setattr(made, "_predict", lambda noisy, *rest: seen.append(len(noisy)) or noisy)
+    made._frozen["identity loss"] = lambda picture, people, present: (picture.mean(), torch.tensor(len(people) / many))
     with torch.no_grad():
-        asked = made(batch, Draws(0, 0, 0, many, slice(0, many), torch.device("cpu")))["unlike"]
-    assert 0.9 < asked < 1, "faces are dropped in 5 % of the samples"
+        asked = made(batch, Draws(0, 0, 0, many, slice(0, many), torch.device("cpu")))["faces_found"]
+    assert 0.9 < asked < 1, "faces are dropped in 5 % of the samples, which are not drawn then"
+    assert seen[-1] == many + round(float(asked) * many), "the last step goes with the other loss's rows"
+
+
+def test_stage_two_can_have_the_identity_loss_and_another_runs_router(
+    stages: tuple[Path, Path, Model],
+    monkeypatch: pytest.MonkeyPatch,
+    data: Path,
+    recognition: Path,
+    finding: None,
+    tmp_path: Path,
+) -> None:
+    faceid, router, _ = stages
+    second = ("--stage", "2", "--faceid", str(faceid), "--initial", str(router))
+    begun = recipe(monkeypatch, data, *second).state_dict()
+    for name, tensor in begun.items():
+        source = load_file(router if "_router." in name else faceid)
+        assert torch.equal(tensor, source[name].float()), name
+    with pytest.raises(PortraitError, match="not those of a router file"):
+        recipe(monkeypatch, data, *second[:4], "--initial", str(faceid))
+
+    weight = ("--identity-weight", "0.5", "--recognition", str(recognition))
+    trained(monkeypatch, data, tmp_path / "with", *second, *weight)
+    trained(monkeypatch, data, tmp_path / "without", *second)
+    with_loss, without = losses(tmp_path / "with"), losses(tmp_path / "without")
+    for name in ("diffusion", "route"):
+        assert with_loss[0][name] == pytest.approx(without[0][name], rel=0.02), "but for the Gumbel noise the same"
+    assert apart(tmp_path / "with", tmp_path / "without") > 1e-3, "it is learned from"
+    for line in with_loss:
+        assert line["unlike"] > 0 and 0 < line["faces_found"] <= 0.5, "one face is found, of two to four people"
+
+
+def test_the_identity_loss_survives_gradient_checkpointing(
+    monkeypatch: pytest.MonkeyPatch, data: Path, recognition: Path, finding: None, tmp_path: Path
+) -> None:
+    runs = []
+    for checkpointing in (False, True):
+        made = recipe(monkeypatch, data, "--identity-weight", "0.5", "--recognition", str(recognition))
+        run = tmp_path / f"checkpointing-{checkpointing}"
+        settings = Settings(
+            output=run, steps=3, batch=2, rate=1e-2, warmup=0, log_every=1, save_every=3, checkpointing=checkpointing
+        )
+        train(made, settings)
+        made._injection.eject()
+        runs.append([line["loss"] for line in losses(run)])
+    assert np.allclose(*runs, rtol=1e-4)
+
+
+def test_what_is_drawn_for_the_identity_loss_is_what_inference_draws(
+    monkeypatch: pytest.MonkeyPatch, data: Path, recognition: Path, finding: None, tmp_path: Path
+) -> None:
+    trained(monkeypatch, data, tmp_path / "one", "--backbone", "eyes.safetensors")
+    faceid = tmp_path / "one" / "export" / "uniportrait-faceid_tiny.safetensors"
+    made = recipe(monkeypatch, data, "--identity-weight", "0.5", "--recognition", str(recognition))
+    half_stored(made, [faceid])
+    asked: list[tuple[torch.Tensor, torch.Tensor, torch.Tensor]] = []
+
+    def one_step(noise, last, noising, predict):  # type: ignore[no-untyped-def]
+        asked.append((noise, last, predict(noise, last)))
+        return noise
+
+    monkeypatch.setattr(uniportrait, "drawn", one_step)
+    batch = {name: tensor[None] for name, tensor in made.data[0, (0, 0, 0)].items()}
+    adapter = Adapter.from_tensors(load_file(faceid), None)
+    embed, zero = adapter.embedding.float(), made.zero_structure.float()[None]
+    of_person = embed(batch["intrinsic"][0], batch["structure"][0], Identity(()).structure)[0]
+    of_nobody = embed(torch.zeros_like(batch["intrinsic"][0]), zero, Identity(()).structure)[0]
+    person = Person({POSITIVE: of_person, NEGATIVE: of_nobody}, scale=PortraitRequest().scale)
+    empty = torch.full_like(batch["tokens"], 49407)
+    empty[:, 0] = 49406
+    model, guidance = made.model, Sampling("").guidance
+    with torch.no_grad():
+        with Injection(model.unet, made.rule) as made._injection:
+            made._draw(
+                batch,
+                batch["tokens"],
+                torch.ones(1, dtype=torch.bool),
+                Draws(0, 0, 0, 1, slice(1), torch.device("cpu")),
+            )
+        ((noise, last, predicted),) = asked
+        told, untold = (model.text_encoder(tokens).last_hidden_state for tokens in (batch["tokens"], empty))
+        with Injection(model.unet, UniPortraitRule(adapter, [person])):
+            with_face = model.unet(noise, last, mark(told, POSITIVE)).sample
+            without = model.unet(noise, last, mark(untold, NEGATIVE)).sample
+        bare = model.unet(noise, last, told).sample
+    assert (with_face - bare).abs().max() > 1e-3
+    assert (without + guidance * (with_face - without) - predicted).abs().max() < 1e-4
 
 
 def test_the_identity_loss_is_refused_where_it_cannot_be_had(
@@ -400,12 +502,13 @@ def test_the_identity_loss_is_refused_where_it_cannot_be_had(
         recipe(monkeypatch, data, *weight)
     with pytest.raises(PortraitError, match="nothing here reads it"):
         recipe(monkeypatch, data, *network)
-    for other in (("--stage", "2"), ("--components", "global")):
-        with pytest.raises(PortraitError, match="in stage 1, without global"):
-            recipe(monkeypatch, data, *network, *weight, *other)
+    with pytest.raises(PortraitError, match="without global"):
+        recipe(monkeypatch, data, *network, *weight, "--components", "global")
     save_file(recognition_network(8).state_dict(), tmp_path / "other.safetensors")
     with pytest.raises(PortraitError, match="another network than other.safetensors"):
         recipe(monkeypatch, data, "--recognition", str(tmp_path / "other.safetensors"), *weight)
+    with pytest.raises(PortraitError, match="nothing here reads it"):
+        recipe(monkeypatch, data, "--detector", "mtcnn")
 
 
 def test_the_global_feature_is_the_recognition_networks_own(

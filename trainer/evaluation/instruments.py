@@ -19,28 +19,19 @@ from transformers import CLIPTextModel, CLIPTokenizer, CLIPVisionConfig, CLIPVis
 from lib_portrait.checkpoints.formats import read_tensors
 from lib_portrait.errors import PortraitError
 from lib_portrait.faces.alignment import align_face
-from lib_portrait.faces.detection import Detector, Face, detect_faces, get_detector
+from lib_portrait.faces.detection import DETECTORS, Detector, Face, detect_faces
 from lib_portrait.faces.features import clip_view, pixels_of, recognition_view
 from lib_portrait.faces.recognition import backbone_from_state_dict
 from lib_portrait.faces.weights import beside, fill
-from lib_portrait.faces.world_detector import world_detector
 from trainer.evaluation.people import Image, Picture
 
 Floats = NDArray[np.floating]
-DETECTORS = ("mtcnn", "insightface")
 # Faces of smaller pictures are sought in an enlarged one: detectors for photographs look for 20 pixels and more.
 SMALL = 256
 CROP, FACENET_CROP = 224, 160
 
 
 # --------------------------------------------------------------------------------------------------------------- faces
-
-
-def open_detector(choice: str, models: Sequence[Path]) -> Detector:
-    """A detector by its name, mtcnn or insightface, or the world's own by the path of its file."""
-    if choice in DETECTORS:
-        return get_detector(choice, models)
-    return world_detector(_file(choice, "detector", f"one of {', '.join(DETECTORS)} or a file"))
 
 
 def faces_of(image: Image, detector: Detector) -> list[Face]:

@@ -21,15 +21,15 @@ from lib_portrait.checkpoints.hashes import file_sha256
 from lib_portrait.checkpoints.store import ADAPTER, Folders, Store
 from lib_portrait.conditioning import Conditioner
 from lib_portrait.errors import PortraitError
+from lib_portrait.faces.detection import DETECTORS
 from lib_portrait.faces.recognition import backbone_from_state_dict
 from lib_portrait.faces.service import FaceService
+from lib_portrait.faces.world_detector import open_detector
 from lib_portrait.standalone.model import Model, load_model
 from trainer.evaluation.artist import Artist, GlobalFaces, ModelArtist, Pool, Studio, Style
 from trainer.evaluation.attributes import AttributeNetwork
 from trainer.evaluation.instruments import (
-    DETECTORS,
     open_clip_of,
-    open_detector,
     open_recogniser,
     refuse_same,
 )

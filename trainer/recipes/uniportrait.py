@@ -12,7 +12,9 @@ from __future__ import annotations
 
 import argparse
 import functools
+import math
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any, cast
 
@@ -29,19 +31,23 @@ from lib_portrait.checkpoints.formats import read_tensors, write_tensors
 from lib_portrait.checkpoints.hashes import file_sha256
 from lib_portrait.errors import PortraitError
 from lib_portrait.faces.recognition import Backbone, backbone_from_state_dict
+from lib_portrait.faces.world_detector import open_detector
 from lib_portrait.methods.uniportrait import IDEmbedding
+from lib_portrait.request import Identity, PortraitRequest
 from lib_portrait.routing_picture import draw_routing
 from lib_portrait.standalone.model import Model, load_model
+from lib_portrait.standalone.sampling import Sampling
 from trainer.diffusion import SCHEDULE, Noising, add_face_weight, emphasised
 from trainer.draws import Draws
 from trainer.features import global_feature
-from trainer.identity_loss import IdentityLoss
+from trainer.identity_loss import LATEST, SHARE, IdentityLoss, drawn
 from trainer.loop import Recipe, Settings
 from trainer.portraits import FacesOfPictures
 from trainer.recipes.base import END, START
 from trainer.shards import Shards
 from trainer.uniportrait_rule import Condition, SiteLayers, TrainingRule
 
+MODELS = Path(__file__).resolve().parents[2] / "models"
 MOST_PEOPLE = 4
 # Probabilities of the structure branch (sec. 3.4): dropped whole, some of its tokens dropped, the rest kept as it is.
 BRANCH_DROPPED, TOKENS_DROPPED = 0.33, 0.33
@@ -51,6 +57,33 @@ TOKEN_KEPT = 0.5
 COMPONENTS = ("global", "local", "structure", "shallow")
 # The share of samples without faces (sec. 4.1), and without their caption.
 FACES_DROPPED = CAPTION_DROPPED = 0.05
+# The identity loss draws as a request with default settings does.
+GUIDANCE, SCALE, STRUCTURE = Sampling("").guidance, PortraitRequest().scale, Identity(()).structure
+
+
+@dataclass(frozen=True)
+class Rows:
+    """What the UNet is asked: noisy (B, 4, h, w) at t (B), tokens (B, 77), and a `Condition` (people: its tokens)."""
+
+    noisy: Tensor
+    t: Tensor
+    tokens: Tensor
+    people: Tensor
+    present: Tensor
+    scale: Tensor
+
+    def and_also(self, other: Rows) -> Rows:
+        return Rows(*(torch.cat([getattr(rows, part.name) for rows in (self, other)]) for part in fields(self)))
+
+
+@dataclass(frozen=True)
+class Drawn:
+    """Pictures before their last step, the noise predicted there without caption and face, and the faces' features
+    (B, N, m, d)."""
+
+    rows: Rows
+    without: Tensor
+    intrinsic: Tensor
 
 
 class UniPortraitRecipe(Recipe):
@@ -62,10 +95,10 @@ class UniPortraitRecipe(Recipe):
         self.name = f"uniportrait stage {self.stage}"
         self.route_weight, self.gamma, self.lora_rate = options.route_weight, options.gamma, options.lora_rate
         self.face_weight, self.identity_weight = options.face_weight, options.identity_weight
-        if self.identity_weight and (self.stage == 2 or options.components == "global"):
-            raise PortraitError(
-                "identity-weight", "it is for stage 1 and local features", "Give it in stage 1, without global."
-            )
+        if self.identity_weight and options.components == "global":
+            raise PortraitError("identity-weight", "it is for local features", "Give it without global.")
+        if options.detector is not None and not self.identity_weight:
+            raise PortraitError("detector", "nothing here reads it", "Leave it away, or give --identity-weight.")
         if options.recognition is not None and not self.identity_weight and options.components != "global":
             raise PortraitError(
                 "recognition",
@@ -110,15 +143,16 @@ class UniPortraitRecipe(Recipe):
             if options.initial is not None:
                 _begin_with(self, options.initial)
         else:
-            if options.initial is not None:
-                raise PortraitError("initial", "stage 2 begins with stage 1's file", "Give that as --faceid instead.")
             embedding, identity, self.faceid_adapter = _second_stage(options.faceid, sites)
+            if options.initial is not None:
+                _begin_with_router(self, options.initial)
         self.rule = TrainingRule(self.faceid_adapter, identity)
         # Frozen things stay out of children(): they are neither trained nor saved.
         self._frozen: dict[str, Any] = {"model": model, "embedding": embedding, "identity": identity}
         if self.identity_weight:
             backbone = _recognition(options, "the identity loss")
-            self._frozen["identity loss"] = IdentityLoss(model.vae, backbone, self.data.scale)
+            detector = open_detector(options.detector or "mtcnn", [MODELS])
+            self._frozen["identity loss"] = IdentityLoss(model.vae, backbone, detector, self.data.scale)
 
     @property
     def model(self) -> Model:
@@ -166,27 +200,70 @@ class UniPortraitRecipe(Recipe):
         def gumbel_noise(site: int, shape: torch.Size) -> Tensor:
             if site not in gumbel:
                 # Kept: gradient checkpointing asks a second time.
-                gumbel[site] = -torch.log(-torch.log(draws.rand(*shape[1:]).clamp(1e-9, 1 - 1e-7)))
+                own = -torch.log(-torch.log(draws.rand(*shape[1:]).clamp(1e-9, 1 - 1e-7)))
+                # What is drawn is routed as at inference.
+                gumbel[site] = F.pad(own, (0, 0, 0, 0, 0, shape[0] - len(own)))
             return gumbel[site]
 
-        condition = Condition(identities, present, gumbel_noise if self.training else None, {})
-        noisy = self.noising(latent, noise, t)
-        predicted = self._predict(noisy, t, tokens, condition).float()
-        squared = (predicted - noise).square()
+        rows = Rows(self.noising(latent, noise, t), t, tokens, identities, present, latent.new_ones(len(t), 1, 1))
+        made = self._draw(batch, tokens, ~no_face, draws) if self.identity_weight else None
+        if made is not None:
+            # One call of the UNet for both losses: gradient checkpointing knows of one, and DDP too.
+            rows = rows.and_also(made.rows)
+        condition = Condition(rows.people, rows.present, gumbel_noise if self.training else None, {}, rows.scale)
+        predicted = self._predict(rows.noisy, rows.t, rows.tokens, condition).float()
+        squared = (predicted[: len(t)] - noise).square()
         error = emphasised(squared, batch["regions"].amax(dim=1), self.face_weight)
         weight = self.noising.weights(t, self.gamma) if self.gamma else torch.ones_like(error)
         diffusion = (weight * error).mean()
         losses = {"loss": diffusion, "diffusion": diffusion}
         if self.stage == 2:
             height, width = latent.shape[-2:]
-            route, right = routing_loss(condition.logits, batch["regions"], present, (height, width))
+            routed = {site: logits[: len(t)] for site, logits in condition.logits.items()}
+            route, right = routing_loss(routed, batch["regions"], present, (height, width))
             losses |= {"loss": diffusion + self.route_weight * route, "route": route, "routed_right": right}
         if self.identity_weight:
-            picture = self.noising.denoised(noisy, predicted, t)
-            of_one = (batch[name][:, 0] for name in ("crops", "intrinsic"))
-            unlike = self._frozen["identity loss"](picture, t, ~no_face, *of_one)
-            losses |= {"loss": diffusion + self.identity_weight * unlike, "unlike": unlike}
+            unlike, found = self._identity_loss(made, predicted[len(t) :])
+            losses |= {"loss": diffusion + self.identity_weight * unlike, "unlike": unlike, "faces_found": found}
         return losses
+
+    def _identity_loss(self, made: Drawn | None, predicted: Tensor) -> tuple[Tensor, Tensor]:
+        """See `IdentityLoss`; zero where nothing was drawn."""
+        if made is None:
+            return predicted.new_zeros(()), predicted.new_zeros(())
+        guided = made.without + GUIDANCE * (predicted - made.without)
+        picture = self.noising.denoised(made.rows.noisy, guided, made.rows.t)
+        return self._frozen["identity loss"](picture, made.intrinsic, made.rows.present)
+
+    def _draw(self, batch: dict[str, Tensor], tokens: Tensor, asked: Tensor, draws: Draws) -> Drawn | None:
+        """Pictures of the first people of a batch but for the last step, as a request with default settings has them.
+
+        asked (B) bool: the rows that have a face. None if no row has.
+        """
+        noise = draws.randn(*batch["latent"].shape[1:])
+        last = (draws.rand() * LATEST).long()
+        which = asked.nonzero().flatten()[: math.ceil(SHARE * len(asked))]
+        if not len(which):
+            return None
+        noise, last, tokens = noise[which], last[which], tokens[which]
+        intrinsic, structure, present = (batch[name][which] for name in ("intrinsic", "structure", "present"))
+        people = self._tokens(intrinsic, structure, STRUCTURE)
+        scale = noise.new_full((len(which), 1, 1), SCALE)
+        with torch.no_grad():
+            zero = self.zero_structure.to(structure)
+            nobody = self._tokens(torch.zeros_like(intrinsic), zero.expand_as(structure), STRUCTURE)
+            untold = _uncaptioned(tokens, torch.ones_like(last, dtype=torch.bool))
+            alone = Condition(nobody, present, None, {}, scale)
+            both = Condition(torch.cat([nobody, people]), present.repeat(2, 1), None, {}, scale.repeat(2, 1, 1))
+            texts = torch.cat([untold, tokens])
+
+            def predict(x: Tensor, t: Tensor) -> Tensor:
+                without, told = self._predict(x.repeat(2, 1, 1, 1), t.repeat(2), texts, both).float().chunk(2)
+                return without + GUIDANCE * (told - without)
+
+            x = drawn(noise, last, self.noising, predict)
+            without = self._predict(x, last, untold, alone).float()
+        return Drawn(Rows(x, last, tokens, people, present, scale), without, intrinsic)
 
     def _predict(self, noisy: Tensor, t: Tensor, tokens: Tensor, condition: Condition) -> Tensor:
         model = self.model
@@ -205,7 +282,7 @@ class UniPortraitRecipe(Recipe):
         no_face: (B) bool, the rows that get the features of no face.
         """
         intrinsic, structure = batch["intrinsic"], batch["structure"]
-        rows, people, positions = structure.shape[:3]
+        people, positions = structure.shape[1:3]
         zero = self.zero_structure.to(structure)
         intrinsic = torch.where(no_face[:, None, None, None], 0.0, intrinsic)
         structure = torch.where(no_face[:, None, None, None], zero, structure)
@@ -216,11 +293,13 @@ class UniPortraitRecipe(Recipe):
             beta = (branch >= BRANCH_DROPPED).float()
             some = (branch >= BRANCH_DROPPED) & (branch < BRANCH_DROPPED + TOKENS_DROPPED)
             keep = torch.where(some[:, :, None], kept, True)
+        return self._tokens(intrinsic, structure, beta.flatten()[:, None, None], keep.flatten(0, 1))
+
+    def _tokens(self, intrinsic: Tensor, structure: Tensor, beta: float | Tensor, keep: Tensor | None = None) -> Tensor:
+        """F_id (B, N, T, D) of intrinsic (B, N, m, d) and structure (B, N, g, d'); stage 2 does not train it."""
         with torch.set_grad_enabled(self.stage == 1 and torch.is_grad_enabled()):
-            tokens = self._frozen["embedding"](
-                intrinsic.flatten(0, 1), structure.flatten(0, 1), beta.flatten()[:, None, None], keep.flatten(0, 1)
-            )
-        return tokens.unflatten(0, (rows, people))
+            tokens = self._frozen["embedding"](intrinsic.flatten(0, 1), structure.flatten(0, 1), beta, keep)
+        return tokens.unflatten(0, intrinsic.shape[:2])
 
     @property
     def zero_structure(self) -> Tensor:
@@ -234,13 +313,10 @@ class UniPortraitRecipe(Recipe):
         model, device = self.model, draws.device
         first = [self.data[i, (0, 0, 0)] for i in range(min(4, len(self.data)))]
         batch = {name: torch.stack([sample[name] for sample in first]).to(device) for name in first[0]}
-        embed = self._frozen["embedding"]
-        rows, people = batch["intrinsic"].shape[:2]
-        positive = embed(batch["intrinsic"].flatten(0, 1), batch["structure"].flatten(0, 1)).unflatten(
-            0, (rows, people)
-        )
-        zero = self.zero_structure.to(device).float()[None]
-        nobody = embed(torch.zeros_like(batch["intrinsic"][0, :1]), zero)[None].expand_as(positive)
+        intrinsic, structure = batch["intrinsic"], batch["structure"]
+        rows = len(intrinsic)
+        positive = self._tokens(intrinsic, structure, 1.0)
+        nobody = self._tokens(torch.zeros_like(intrinsic), self.zero_structure.to(structure).expand_as(structure), 1.0)
         scheduler = DDIMScheduler(**SCHEDULE, set_alpha_to_one=False, steps_offset=1)
         scheduler.set_timesteps(20)
         latent = draws.randn(*batch["latent"].shape[1:])[:rows]
@@ -358,6 +434,22 @@ def _begin_with(recipe: UniPortraitRecipe, faceid: Path) -> None:
         ) from None
 
 
+def _begin_with_router(recipe: UniPortraitRecipe, file: Path) -> None:
+    """Gives stage 2 the router of another run's file, or of a published one; the LoRA begins as stage 1's.
+
+    Raises PortraitError for a file of other sizes.
+    """
+    tensors = {name: t.float() for name, t in read_tensors(file, "router").tensors.items() if "_router." in name}
+    try:
+        recipe.load_state_dict(tensors, strict=False)
+    except RuntimeError as error:
+        raise PortraitError(
+            "initial",
+            f"{file.name} does not fit ({str(error)[:300]})",
+            "Give a router file that was made for the same checkpoint.",
+        ) from None
+
+
 def _second_stage(faceid: Path | None, sites: list[Site]) -> tuple[IDEmbedding, nn.ModuleDict, nn.ModuleDict]:
     """The first stage's ID embedding and identity attention, frozen, and the layers that stage 2 trains."""
     if faceid is None:
@@ -391,7 +483,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--checkpoint", type=Path, required=True, help="the base model, a single SD1.5 file")
     parser.add_argument("--name", required=True, help="NAME in uniportrait-faceid_NAME.safetensors")
     parser.add_argument("--faceid", type=Path, help="stage 2: the faceid file of stage 1")
-    parser.add_argument("--initial", type=Path, help="stage 1: a faceid file to begin with; a greater rank is reduced")
+    parser.add_argument("--initial", type=Path, help="a file of the same stage to begin with; stage 2 takes its router")
     parser.add_argument("--backbone", help="file name of the recognition network, for the adapter's metadata")
     parser.add_argument("--vision", help="file name of the image encoder, for the adapter's metadata")
     parser.add_argument("--rank", type=int, default=128, help="of the LoRA, default 128")
@@ -413,7 +505,10 @@ def configure(parser: argparse.ArgumentParser) -> None:
         "--identity-weight",
         type=float,
         default=0.0,
-        help="stage 1: weight of the identity loss on the predicted face, which the paper has not; default 0",
+        help="weight of the identity loss on faces that are drawn, which the paper has not; default 0",
+    )
+    parser.add_argument(
+        "--detector", metavar="mtcnn|insightface|FILE", help="finds the faces that are drawn; default mtcnn"
     )
     parser.add_argument("--no-dropping", action="store_true", help="without the dropping regularisation (Table 3)")
     parser.add_argument("--route-weight", type=float, default=0.1, help="lambda of eq. 4, default 0.1")
