@@ -434,6 +434,8 @@ def test_stage_two_can_have_the_identity_loss_and_another_runs_router(
         assert with_loss[0][name] == pytest.approx(without[0][name], rel=0.02), "but for the Gumbel noise the same"
     assert apart(tmp_path / "with", tmp_path / "without") > 1e-3, "it is learned from"
     for line in with_loss:
+        whole = line["diffusion"] + 0.1 * line["route"] + 0.5 * line["unlike"]
+        assert line["loss"] == pytest.approx(whole, rel=1e-4)
         assert line["unlike"] > 0 and 0 < line["faces_found"] <= 0.5, "one face is found, of two to four people"
 
 

@@ -224,7 +224,8 @@ class UniPortraitRecipe(Recipe):
             losses |= {"loss": diffusion + self.route_weight * route, "route": route, "routed_right": right}
         if self.identity_weight:
             unlike, found = self._identity_loss(made, predicted[len(t) :])
-            losses |= {"loss": diffusion + self.identity_weight * unlike, "unlike": unlike, "faces_found": found}
+            whole = losses["loss"] + self.identity_weight * unlike
+            losses |= {"loss": whole, "unlike": unlike, "faces_found": found}
         return losses
 
     def _identity_loss(self, made: Drawn | None, predicted: Tensor) -> tuple[Tensor, Tensor]:
