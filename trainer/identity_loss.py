@@ -1,8 +1,8 @@
 """The identity loss: is the face that the model draws known again as the one it was given?
 
-As in PuLID (arXiv 2404.16022, sec. 3.2) the picture is drawn from pure noise in a few steps: x_0 of a noised photo
-shows whose it is, whatever the adapter says. As in ReFL (arXiv 2304.05977, alg. 1) gradients flow through the last of
-these steps only, which goes from a random t to x_0. UniPortrait itself trains without.
+As in PuLID (arXiv 2404.16022) the picture is drawn from pure noise in a few steps: x_0 of a noised photo shows whose it
+is, whatever the adapter says. As in ReFL (arXiv 2304.05977) gradients flow through the last of these steps only, which
+goes from a random t to x_0. UniPortrait itself trains without.
 """
 
 from __future__ import annotations
