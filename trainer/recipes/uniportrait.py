@@ -441,14 +441,14 @@ def _begin_with_router(recipe: UniPortraitRecipe, file: Path) -> None:
     Raises PortraitError for a file of other sizes.
     """
     tensors = {name: t.float() for name, t in read_tensors(file, "router").tensors.items() if "_router." in name}
-    try:
-        recipe.load_state_dict(tensors, strict=False)
-    except RuntimeError as error:
+    own = {name: tensor.shape for name, tensor in recipe.state_dict().items() if "_router." in name}
+    if {name: tensor.shape for name, tensor in tensors.items()} != own:
         raise PortraitError(
             "initial",
-            f"{file.name} does not fit ({str(error)[:300]})",
-            "Give a router file that was made for the same checkpoint.",
-        ) from None
+            f"{file.name} does not fit: its router is of another model",
+            "Give a router file that was made for the same checkpoint and --faceid.",
+        )
+    recipe.load_state_dict(tensors, strict=False)
 
 
 def _second_stage(faceid: Path | None, sites: list[Site]) -> tuple[IDEmbedding, nn.ModuleDict, nn.ModuleDict]:
