@@ -2,13 +2,15 @@
 
 As in PuLID (arXiv 2404.16022) the picture is drawn from pure noise in a few steps: x_0 of a noised photo shows whose it
 is, whatever the adapter says. As in ReFL (arXiv 2304.05977) gradients flow through the last of these steps only, which
-goes from a random t to x_0. UniPortrait itself trains without.
+goes from a random t to x_0. As in WithAnyone (arXiv 2510.14975) the face is not only drawn to its own person but, by
+InfoNCE, away from everybody else whom it could be taken for. UniPortrait itself trains without.
 """
 
 from __future__ import annotations
 
 import itertools
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -27,6 +29,30 @@ from trainer.features import global_feature
 STEPS, LATEST = 6, 400
 # The share of a batch that is drawn: it takes as long as three times as many samples of the diffusion loss.
 SHARE = 0.5
+# Of InfoNCE, and of how many people beside those of a picture.
+TEMPERATURE, OTHERS = 0.07, 1000
+
+
+@dataclass(frozen=True)
+class Others:
+    """People for faces to be told from: embeddings of length one (K, e), and the people's numbers (K)."""
+
+    embeddings: Tensor
+    who: Tensor
+
+
+@dataclass(frozen=True)
+class Likeness:
+    """Means over the faces that are found, 0 where there are none.
+
+    unlike: 1 - cosine to the person given. mistaken: InfoNCE in cosines, by how much others are as like, or more.
+    known: the share of faces that are most like their own person. found: the share of faces asked for that are found.
+    """
+
+    unlike: Tensor
+    mistaken: Tensor
+    known: Tensor
+    found: Tensor
 
 
 @torch.no_grad()
@@ -44,28 +70,29 @@ def drawn(noise: Tensor, last: Tensor, noising: Noising, predict: Callable[[Tens
 
 
 class IdentityLoss:
-    """1 - the cosine of a recognition network's embeddings, of the face as drawn and of the one given.
+    """How like the person given a face is as drawn, by a recognition network's embeddings, and how like others.
 
     Only the part of the picture that the aligned face takes is decoded; gradients flow back through recognition,
     alignment and decoder, which stay as they are. scale: the VAE's scaling factor.
     """
 
-    def __init__(self, vae: AutoencoderKL, backbone: Backbone, detector: Detector, scale: float):
+    def __init__(self, vae: AutoencoderKL, backbone: Backbone, detector: Detector, scale: float, others: Others):
         self.vae = vae.requires_grad_(False).eval()
         self.backbone = backbone.requires_grad_(False).eval()
         self.detector = detector
         self.scale = scale
+        self.others = others
 
     def to(self, device: torch.device) -> None:
         self.vae.to(device)
         self.backbone.to(device)
+        self.others = Others(self.others.embeddings.to(device), self.others.who.to(device))
 
-    def __call__(self, latent: Tensor, intrinsic: Tensor, present: Tensor) -> tuple[Tensor, Tensor]:
-        """The mean over the faces that are found (0 if there are none), and their share of those asked for.
-
+    def __call__(self, latent: Tensor, intrinsic: Tensor, present: Tensor, who: Tensor) -> Likeness:
+        """
         latent: x_0 (B, 4, h, w), scaled. intrinsic (B, N, m, d): the recognition network's local features of the faces
-        given, present (B, N) bool: which of them there are. Faces of a picture and people are paired as measuring pairs
-        them.
+        given, present (B, N) bool: which of them there are, who (B, N): their numbers. Faces of a picture and people
+        are paired as measuring pairs them.
         """
         # In full precision: SD1's decoder overflows in half of it.
         with torch.autocast(latent.device.type, enabled=False):
@@ -73,15 +100,23 @@ class IdentityLoss:
             crops = self.find(latent.detach(), present.sum(dim=1).tolist())
             rows = torch.tensor([row for row, found in enumerate(crops) for _ in found], device=latent.device)
             if not len(rows):
-                return latent.sum() * 0, latent.new_zeros(())
+                none = latent.new_zeros(())
+                return Likeness(latent.sum() * 0, none, none, none)
             places = torch.stack([crop for found in crops for crop in found]).to(latent.device)
-            made, _ = self.backbone(self.faces(latent[rows], places))
-            unlike = []
+            made = F.normalize(self.backbone(self.faces(latent[rows], places))[0])
+            unlike, mistaken, known = [], [], []
             for row in rows.unique():
-                given = global_feature(self.backbone, intrinsic[row, present[row]])
-                similar = F.cosine_similarity(made[rows == row][:, None], given[None], dim=2)
-                unlike += [1 - similar[face, person] for person, face in greedy_pairs(similar.detach()).items()]
-            return torch.stack(unlike).mean(), len(unlike) / present.sum()
+                people = who[row, present[row]]
+                given = F.normalize(global_feature(self.backbone, intrinsic[row, present[row]]))
+                similar, to_others = made[rows == row] @ given.T, made[rows == row] @ self.others.embeddings.T
+                others = ~torch.isin(self.others.who, people)
+                for person, face in greedy_pairs(similar.detach()).items():
+                    own, all_of_them = similar[face, person], torch.cat([similar[face], to_others[face, others]])
+                    unlike.append(1 - own)
+                    mistaken.append(TEMPERATURE * (all_of_them / TEMPERATURE).logsumexp(dim=0) - own)
+                    known.append((own >= all_of_them.max()).float())
+            means = [torch.stack(parts).mean() for parts in (unlike, mistaken, known)]
+            return Likeness(*means, found=len(unlike) / present.sum())
 
     @torch.no_grad()
     def find(self, latent: Tensor, most: Sequence[int]) -> list[list[Tensor]]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 
 import numpy as np
@@ -21,7 +22,8 @@ class FacesOfPictures:
     """Pictures with their people.
 
     "latent" (4, h, w), "tokens" (77); for up to N people intrinsic (N, m, d), structure (N, g, d'), present (N) bool,
-    and "regions" (N, h, w), the part of each latent position that the face's box covers.
+    who (N) a number for each person, and "regions" (N, h, w), the part of each latent position that the face's box
+    covers. A face without a label is a person of its own.
     """
 
     def __init__(
@@ -40,6 +42,11 @@ class FacesOfPictures:
             pictures.setdefault(face.sample, []).append(face)
         self.pictures = [group for group in pictures.values() if people[0] <= len(group) <= people[1]]
         self.photos = by_identity(found, least=2)
+        known = {name: number for number, name in enumerate(by_identity(found))}
+        self.numbers = {
+            (face.sample, face.face): len(known) + number if face.record.id is None else known[face.record.id]
+            for number, face in enumerate(found)
+        }
         if not self.pictures:
             raise PortraitError("data", f"no picture shows {people[0]} to {people[1]} people", "Add such pictures.")
 
@@ -63,6 +70,7 @@ class FacesOfPictures:
             structure.append(own[1])
             regions.append(region_of(face.record, (width, height), latent.shape[1:]))
         missing = self.most - len(group)
+        who = [self.numbers[face.sample, face.face] for face in group]
 
         def filled(parts: list[Tensor]) -> Tensor:
             return torch.stack([*parts, *[torch.zeros_like(parts[0])] * missing]).float()
@@ -74,7 +82,18 @@ class FacesOfPictures:
             "structure": filled(structure),
             "regions": filled(regions),
             "present": torch.arange(self.most) < len(group),
+            "who": torch.tensor([*who, *[-1] * missing]),
         }
+
+    def somebody(self, most: int) -> tuple[Tensor, Tensor]:
+        """Faces of up to `most` different people, taken evenly from all: intrinsic (K, m, d), and their numbers (K)."""
+        first: dict[int, tuple[int, int]] = {}
+        for place, number in self.numbers.items():
+            if place in self.features.faces:
+                first.setdefault(number, place)
+        taken = list(first.items())[:: math.ceil(len(first) / most)]
+        faces = torch.stack([self.features.face(*place)[0] for _, place in taken]).float()
+        return faces, torch.tensor([number for number, _ in taken])
 
     def _other(self, face: FaceAt, rng: np.random.Generator) -> FaceAt | None:
         """Another photo of the same person for the intrinsic branch, with probability OTHER_PHOTO (sec. 3.4)."""

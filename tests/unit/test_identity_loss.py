@@ -24,9 +24,11 @@ from lib_portrait.faces.features import pixels_of, recognition_view
 from lib_portrait.faces.recognition import Backbone
 from trainer.diffusion import Noising
 from trainer.faces import crop_to
-from trainer.identity_loss import LATEST, STEPS, IdentityLoss, drawn
+from trainer.features import global_feature
+from trainer.identity_loss import LATEST, STEPS, TEMPERATURE, IdentityLoss, Likeness, Others, drawn
 
 WIDTH, HEIGHT = 160, 128
+WHO = torch.tensor([[1], [2]])
 LANDMARKS = {
     "upright": template(56) + np.array((50, 30)),
     "turned": (template(70) - 35) @ np.array([[0.9, -0.43], [0.43, 0.9]]) + np.array((75, 66)),
@@ -48,7 +50,12 @@ class Enlarging(nn.Module):
         return SimpleNamespace(sample=F.interpolate(latent[:, :3], scale_factor=8, mode="nearest"))
 
 
-def loss_with(vae: Enlarging, network: Backbone, found: Sequence[Sequence[str]] = ()) -> IdentityLoss:
+NOBODY = Others(torch.zeros(0, 20), torch.zeros(0, dtype=torch.long))
+
+
+def loss_with(
+    vae: Enlarging, network: Backbone, found: Sequence[Sequence[str]] = (), others: Others = NOBODY
+) -> IdentityLoss:
     """With a detector that finds these faces in the pictures shown to it, again and again."""
     turns = itertools.cycle(found)
 
@@ -58,7 +65,7 @@ def loss_with(vae: Enlarging, network: Backbone, found: Sequence[Sequence[str]] 
         faces = [LANDMARKS[name].astype(np.float32) for name in next(turns)]
         return [Face(np.concatenate([face.min(axis=0), face.max(axis=0)]), face, 1.0) for face in faces]
 
-    return IdentityLoss(cast(AutoencoderKL, vae), network, Detector("known", "1", find), scale=2.0)
+    return IdentityLoss(cast(AutoencoderKL, vae), network, Detector("known", "1", find), 2.0, others)
 
 
 def backbone(seed: int = 0) -> Backbone:
@@ -106,15 +113,15 @@ def test_it_is_nothing_for_the_very_face_and_its_gradient_leads_there() -> None:
     loss = loss_with(Enlarging(), backbone(), [[name] for name in names])
     latent, one = smooth_latents(2), torch.ones(2, 1, dtype=torch.bool)
     own = features(loss, latent, names)[:, None]
-    same, found = loss(latent, own, one)
-    assert same == pytest.approx(0, abs=1e-5) and found == 1
+    same = loss(latent, own, one, WHO)
+    assert same.unlike == pytest.approx(0, abs=1e-5) and same.found == same.known == 1
     other = latent.flip(0).clone().requires_grad_()
-    before, _ = loss(other, own, one)
+    before = loss(other, own, one, WHO).unlike
     assert before > 1e-3
     for _ in range(20):
-        (gradient,) = torch.autograd.grad(loss(other, own, one)[0], other)
+        (gradient,) = torch.autograd.grad(loss(other, own, one, WHO).unlike, other)
         other = (other - 0.5 * gradient / gradient.norm()).detach().requires_grad_()
-    assert loss(other, own, one)[0] < 0.8 * before
+    assert loss(other, own, one, WHO).unlike < 0.8 * before
     assert not any(parameter.requires_grad for parameter in loss.backbone.parameters())
 
 
@@ -122,16 +129,17 @@ def test_the_largest_face_counts_and_a_picture_without_one_does_not() -> None:
     loss = loss_with(Enlarging(), backbone(), [["upright", "turned"], [], ["turned"]])
     latent, one = smooth_latents(3).requires_grad_(), torch.ones(3, 1, dtype=torch.bool)
     own = features(loss, latent, ["turned"] * 3).detach()[:, None]
-    unlike, found = loss(latent, own, one)
-    assert unlike.item() == pytest.approx(0, abs=1e-5) and float(found) == pytest.approx(2 / 3)
-    unlike, _ = loss(latent, own.flip(0), one)
-    (gradient,) = torch.autograd.grad(unlike, latent)
+    who = torch.tensor([[1], [2], [3]])
+    like = loss(latent, own, one, who)
+    assert like.unlike.item() == pytest.approx(0, abs=1e-5) and float(like.found) == pytest.approx(2 / 3)
+    (gradient,) = torch.autograd.grad(loss(latent, own.flip(0), one, who).unlike, latent)
     assert gradient.flatten(1).abs().sum(dim=1).ne(0).tolist() == [True, False, True]
 
     nobody = loss_with(Enlarging(), backbone(), [[], [], []])
-    unlike, found = nobody(latent, own, one)
-    (gradient,) = torch.autograd.grad(unlike, latent)
-    assert unlike == found == 0 and not gradient.any(), "a step without any face is a step still"
+    like = nobody(latent, own, one, who)
+    (gradient,) = torch.autograd.grad(like.unlike, latent)
+    assert like.unlike == like.mistaken == like.known == like.found == 0
+    assert not gradient.any(), "a step without any face is a step still"
 
 
 def test_of_several_people_each_is_held_to_the_face_most_like_them() -> None:
@@ -141,11 +149,45 @@ def test_of_several_people_each_is_held_to_the_face_most_like_them() -> None:
     somebody = features(loss, smooth_latents(4)[2:], ["in profile"] * 2)
     present = torch.tensor([[True, True, False], [False, True, True]])
     intrinsic = torch.stack([upright, turned, somebody], dim=1)
-    unlike, found = loss(latent, intrinsic, present)
-    assert unlike == pytest.approx(0, abs=1e-5) and found == 0.75, "the fourth person is in no picture"
-    unlike, _ = loss(latent[:1], torch.stack([turned, turned], dim=1)[:1], torch.ones(1, 2, dtype=torch.bool))
-    alone, _ = loss_with(Enlarging(), backbone(), [["upright"]])(latent[:1], turned[:1, None], torch.ones(1, 1).bool())
-    assert unlike == pytest.approx(float(alone) / 2, rel=1e-4), "two people are never held to one face"
+    who = torch.tensor([[1, 2, -1], [-1, 2, 3]])
+    like = loss(latent, intrinsic, present, who)
+    assert like.unlike == pytest.approx(0, abs=1e-5) and like.known == 1
+    assert like.found == 0.75, "the fourth person is in no picture"
+    twice = loss(latent[:1], torch.stack([turned, turned], dim=1)[:1], torch.ones(1, 2, dtype=torch.bool), who[:1, :2])
+    alone = loss_with(Enlarging(), backbone(), [["upright"]])(
+        latent[:1], turned[:1, None], torch.ones(1, 1).bool(), who[:1, :1]
+    )
+    assert twice.unlike == pytest.approx(float(alone.unlike) / 2, rel=1e-4), "two people are never held to one face"
+
+
+def test_a_face_is_told_from_everybody_but_the_photos_of_its_own_person() -> None:
+    """InfoNCE over the people of the picture and the others (WithAnyone, arXiv 2510.14975)."""
+    network = backbone()
+    latent = smooth_latents(1)
+    plain = loss_with(Enlarging(), network, [["upright"]])
+    own, second = (features(plain, latent, [name]) for name in ("upright", "turned"))
+    made = F.normalize(global_feature(network, own))[0]
+    torch.manual_seed(4)
+    strangers = F.normalize(torch.randn(3, 20))
+    embeddings = torch.cat([made[None], strangers])
+    one, two = torch.ones(1, 1, dtype=torch.bool), torch.ones(1, 2, dtype=torch.bool)
+
+    def told(who: Sequence[int], intrinsic: Tensor, present: Tensor, people: Sequence[int]) -> Likeness:
+        others = Others(embeddings, torch.tensor(who))
+        loss = loss_with(Enlarging(), network, [["upright"]], others)
+        return loss(latent, intrinsic, present, torch.tensor([people]))
+
+    like = told([7, 8, 9, 10], own[:, None], one, [7])
+    cosines = torch.cat([torch.ones(1), strangers @ made])
+    expected = float(-(cosines / TEMPERATURE).log_softmax(dim=0)[0] * TEMPERATURE)
+    assert float(like.mistaken) == pytest.approx(expected, abs=1e-5) and like.known == 1
+    assert float(told([6, 8, 9, 10], own[:, None], one, [7]).mistaken) > TEMPERATURE * 0.69, "a twin is somebody else"
+    assert told([6, 8, 9, 10], second[:, None], one, [7]).known == 0, "more like number 6"
+
+    beside = told([7, 8, 9, 10], torch.stack([own, second], dim=1), two, [7, 11])
+    cosines = torch.cat([cosines, F.normalize(global_feature(network, second)) @ made])
+    expected = float(-(cosines / TEMPERATURE).log_softmax(dim=0)[0] * TEMPERATURE)
+    assert float(beside.mistaken) == pytest.approx(expected, abs=1e-5), "from who else is in the picture too"
 
 
 def test_drawing_goes_to_each_rows_own_time_along_ddim() -> None:

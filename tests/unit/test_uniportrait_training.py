@@ -23,7 +23,7 @@ from lib_portrait.faces.alignment import template
 from lib_portrait.faces.detection import Detector, Face
 from lib_portrait.faces.recognition import Backbone
 from lib_portrait.methods.uniportrait import Adapter, Person, UniPortraitRule
-from lib_portrait.request import Identity, PortraitRequest
+from lib_portrait.request import PortraitRequest
 from lib_portrait.standalone import layout
 from lib_portrait.standalone.model import Model, load_tokenizer
 from lib_portrait.standalone.sampling import Sampling
@@ -31,6 +31,7 @@ from trainer.diffusion import emphasised
 from trainer.draws import Draws
 from trainer.faces import region_of
 from trainer.features import features_path, global_feature
+from trainer.identity_loss import Likeness
 from trainer.loop import Settings, train
 from trainer.recipes import uniportrait
 from trainer.shards import FaceRecord, Record, encode_png, writing
@@ -397,8 +398,8 @@ def test_the_identity_loss_is_added_and_its_drawing_leaves_the_rest_as_it_is(
     made = trained(monkeypatch, data, tmp_path / "with", *network, *weight)
     with_loss, without = losses(tmp_path / "with"), losses(tmp_path / "without")
     for line in with_loss:
-        assert line["loss"] == pytest.approx(line["diffusion"] + 0.5 * line["unlike"], rel=1e-4)
-        assert line["unlike"] > 0 and line["faces_found"] == 1
+        assert line["loss"] == pytest.approx(line["diffusion"] + 0.5 * (line["unlike"] + line["mistaken"]), rel=1e-4)
+        assert line["unlike"] > 0 and line["mistaken"] > 0 and line["faces_found"] == 1
     assert with_loss[0]["diffusion"] == pytest.approx(without[0]["diffusion"], rel=1e-4)
     assert apart(tmp_path / "with", tmp_path / "without") > 1e-3, "it is learned from"
 
@@ -406,7 +407,9 @@ def test_the_identity_loss_is_added_and_its_drawing_leaves_the_rest_as_it_is(
     batch = {name: tensor.expand(many, *tensor.shape) for name, tensor in made.data[0, (0, 0, 0)].items()}
     monkeypatch.setattr(uniportrait, "SHARE", 1.0)
     monkeypatch.setattr(made, "_predict", lambda noisy, *rest: seen.append(len(noisy)) or noisy)
-    made._frozen["identity loss"] = lambda picture, people, present: (picture.mean(), torch.tensor(len(people) / many))
+    made._frozen["identity loss"] = lambda picture, people, present, who: Likeness(
+        *[picture.mean()] * 3, found=torch.tensor(len(people) / many)
+    )
     with torch.no_grad():
         asked = made(batch, Draws(0, 0, 0, many, slice(0, many), torch.device("cpu")))["faces_found"]
     assert 0.9 < asked < 1, "faces are dropped in 5 % of the samples, which are not drawn then"
@@ -444,13 +447,14 @@ def test_stage_two_can_have_the_identity_loss_and_another_runs_router(
         assert with_loss[0][name] == pytest.approx(without[0][name], rel=0.02), "but for the Gumbel noise the same"
     assert apart(tmp_path / "with", tmp_path / "without") > 1e-3, "it is learned from"
     for line in with_loss:
-        whole = line["diffusion"] + 0.1 * line["route"] + 0.5 * line["unlike"]
+        whole = line["diffusion"] + 0.1 * line["route"] + 0.5 * (line["unlike"] + line["mistaken"])
         assert line["loss"] == pytest.approx(whole, rel=1e-4)
         assert line["unlike"] > 0 and 0 < line["faces_found"] <= 0.5, "one face is found, of two to four people"
 
 
+@pytest.mark.parametrize("beta", [0.1, 0.8])
 def test_what_is_drawn_for_the_identity_loss_is_what_inference_draws(
-    monkeypatch: pytest.MonkeyPatch, data: Path, recognition: Path, finding: None, tmp_path: Path
+    beta: float, monkeypatch: pytest.MonkeyPatch, data: Path, recognition: Path, finding: None, tmp_path: Path
 ) -> None:
     trained(monkeypatch, data, tmp_path / "one", "--backbone", "eyes.safetensors")
     faceid = tmp_path / "one" / "export" / "uniportrait-faceid_tiny.safetensors"
@@ -465,9 +469,10 @@ def test_what_is_drawn_for_the_identity_loss_is_what_inference_draws(
     monkeypatch.setattr(uniportrait, "drawn", one_step)
     batch = {name: tensor[None] for name, tensor in made.data[0, (0, 0, 0)].items()}
     adapter = Adapter.from_tensors(load_file(faceid), None)
+    monkeypatch.setattr(Draws, "rand", lambda self, *shape: torch.full((1, *shape), beta))
     embed, zero = adapter.embedding.float(), made.zero_structure.float()[None]
-    of_person = embed(batch["intrinsic"][0], batch["structure"][0], Identity(()).structure)[0]
-    of_nobody = embed(torch.zeros_like(batch["intrinsic"][0]), zero, Identity(()).structure)[0]
+    of_person = embed(batch["intrinsic"][0], batch["structure"][0], beta)[0]
+    of_nobody = embed(torch.zeros_like(batch["intrinsic"][0]), zero, beta)[0]
     person = Person({POSITIVE: of_person, NEGATIVE: of_nobody}, scale=PortraitRequest().scale)
     empty = torch.full_like(batch["tokens"], 49407)
     empty[:, 0] = 49406

@@ -33,14 +33,14 @@ from lib_portrait.errors import PortraitError
 from lib_portrait.faces.recognition import Backbone, backbone_from_state_dict
 from lib_portrait.faces.world_detector import open_detector
 from lib_portrait.methods.uniportrait import IDEmbedding
-from lib_portrait.request import Identity, PortraitRequest
+from lib_portrait.request import PortraitRequest
 from lib_portrait.routing_picture import draw_routing
 from lib_portrait.standalone.model import Model, load_model
 from lib_portrait.standalone.sampling import Sampling
 from trainer.diffusion import SCHEDULE, Noising, add_face_weight, emphasised
 from trainer.draws import Draws
 from trainer.features import global_feature
-from trainer.identity_loss import LATEST, SHARE, IdentityLoss, drawn
+from trainer.identity_loss import LATEST, OTHERS, SHARE, IdentityLoss, Likeness, Others, drawn
 from trainer.loop import Recipe, Settings
 from trainer.portraits import FacesOfPictures
 from trainer.recipes.base import END, START
@@ -57,8 +57,8 @@ TOKEN_KEPT = 0.5
 COMPONENTS = ("global", "local", "structure", "shallow")
 # The share of samples without faces (sec. 4.1), and without their caption.
 FACES_DROPPED = CAPTION_DROPPED = 0.05
-# The identity loss draws as a request with default settings does.
-GUIDANCE, SCALE, STRUCTURE = Sampling("").guidance, PortraitRequest().scale, Identity(()).structure
+# The identity loss draws with a request's default settings.
+GUIDANCE, SCALE = Sampling("").guidance, PortraitRequest().scale
 
 
 @dataclass(frozen=True)
@@ -79,11 +79,12 @@ class Rows:
 @dataclass(frozen=True)
 class Drawn:
     """Pictures before their last step, the noise predicted there without caption and face, and the faces' features
-    (B, N, m, d)."""
+    (B, N, m, d) and people's numbers (B, N)."""
 
     rows: Rows
     without: Tensor
     intrinsic: Tensor
+    who: Tensor
 
 
 class UniPortraitRecipe(Recipe):
@@ -152,7 +153,9 @@ class UniPortraitRecipe(Recipe):
         if self.identity_weight:
             backbone = _recognition(options, "the identity loss")
             detector = open_detector(options.detector or "mtcnn", [MODELS])
-            self._frozen["identity loss"] = IdentityLoss(model.vae, backbone, detector, self.data.scale)
+            faces, who = self.data.somebody(OTHERS)
+            others = Others(F.normalize(global_feature(backbone, faces)), who)
+            self._frozen["identity loss"] = IdentityLoss(model.vae, backbone, detector, self.data.scale, others)
 
     @property
     def model(self) -> Model:
@@ -223,36 +226,40 @@ class UniPortraitRecipe(Recipe):
             route, right = routing_loss(routed, batch["regions"], present, (height, width))
             losses |= {"loss": diffusion + self.route_weight * route, "route": route, "routed_right": right}
         if self.identity_weight:
-            unlike, found = self._identity_loss(made, predicted[len(t) :])
-            whole = losses["loss"] + self.identity_weight * unlike
-            losses |= {"loss": whole, "unlike": unlike, "faces_found": found}
+            like = self._likeness(made, predicted[len(t) :])
+            whole = losses["loss"] + self.identity_weight * (like.unlike + like.mistaken)
+            losses |= {"loss": whole, "unlike": like.unlike, "mistaken": like.mistaken, "known": like.known}
+            losses |= {"faces_found": like.found}
         return losses
 
-    def _identity_loss(self, made: Drawn | None, predicted: Tensor) -> tuple[Tensor, Tensor]:
+    def _likeness(self, made: Drawn | None, predicted: Tensor) -> Likeness:
         """See `IdentityLoss`; zero where nothing was drawn."""
         if made is None:
-            return predicted.new_zeros(()), predicted.new_zeros(())
+            return Likeness(*[predicted.new_zeros(())] * 4)
         guided = made.without + GUIDANCE * (predicted - made.without)
         picture = self.noising.denoised(made.rows.noisy, guided, made.rows.t)
-        return self._frozen["identity loss"](picture, made.intrinsic, made.rows.present)
+        return self._frozen["identity loss"](picture, made.intrinsic, made.rows.present, made.who)
 
     def _draw(self, batch: dict[str, Tensor], tokens: Tensor, asked: Tensor, draws: Draws) -> Drawn | None:
         """Pictures of the first people of a batch but for the last step, as a request with default settings has them.
 
+        But that the structure scale of each is any of [0, 1], as a request may give it.
+
         asked (B) bool: the rows that have a face. None if no row has.
         """
         noise = draws.randn(*batch["latent"].shape[1:])
-        last = (draws.rand() * LATEST).long()
+        last, beta = (draws.rand() * LATEST).long(), draws.rand()
         which = asked.nonzero().flatten()[: math.ceil(SHARE * len(asked))]
         if not len(which):
             return None
         noise, last, tokens = noise[which], last[which], tokens[which]
         intrinsic, structure, present = (batch[name][which] for name in ("intrinsic", "structure", "present"))
-        people = self._tokens(intrinsic, structure, STRUCTURE)
+        beta = beta[which].repeat_interleave(present.shape[1])[:, None, None]
+        people = self._tokens(intrinsic, structure, beta)
         scale = noise.new_full((len(which), 1, 1), SCALE)
         with torch.no_grad():
             zero = self.zero_structure.to(structure)
-            nobody = self._tokens(torch.zeros_like(intrinsic), zero.expand_as(structure), STRUCTURE)
+            nobody = self._tokens(torch.zeros_like(intrinsic), zero.expand_as(structure), beta)
             untold = _uncaptioned(tokens, torch.ones_like(last, dtype=torch.bool))
             alone = Condition(nobody, present, None, {}, scale)
             both = Condition(torch.cat([nobody, people]), present.repeat(2, 1), None, {}, scale.repeat(2, 1, 1))
@@ -264,7 +271,7 @@ class UniPortraitRecipe(Recipe):
 
             x = drawn(noise, last, self.noising, predict)
             without = self._predict(x, last, untold, alone).float()
-        return Drawn(Rows(x, last, tokens, people, present, scale), without, intrinsic)
+        return Drawn(Rows(x, last, tokens, people, present, scale), without, intrinsic, batch["who"][which])
 
     def _predict(self, noisy: Tensor, t: Tensor, tokens: Tensor, condition: Condition) -> Tensor:
         model = self.model
