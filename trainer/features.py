@@ -32,6 +32,7 @@ from trainer.faces import aligned
 from trainer.shards import Shards
 
 SUFFIX = ".features.safetensors"
+START, END = 49406, 49407  # CLIP's first and last token; the last one also fills up
 
 
 @dataclass(frozen=True)
@@ -165,6 +166,13 @@ def _batches(number: int, batch: int) -> Iterator[range]:
 def _tokens(tokenizer: CLIPTokenizer, text: str) -> Tensor:
     ids = tokenizer(text, padding="max_length", truncation=True, max_length=77).input_ids
     return torch.tensor(ids, dtype=torch.int32)
+
+
+def uncaptioned(tokens: Tensor) -> Tensor:
+    """Tokens of the empty caption in place of these (B, 77)."""
+    empty = torch.full_like(tokens, END)
+    empty[:, 0] = START
+    return empty
 
 
 @torch.no_grad()

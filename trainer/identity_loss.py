@@ -8,8 +8,7 @@ InfoNCE, away from everybody else whom it could be taken for. UniPortrait itself
 
 from __future__ import annotations
 
-import itertools
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -21,12 +20,11 @@ from torch import Tensor
 from lib_portrait.faces.detection import Detector, detect_faces
 from lib_portrait.faces.recognition import Backbone
 from lib_portrait.standalone.measuring import greedy_pairs
-from trainer.diffusion import Noising
 from trainer.faces import crop_to
 from trainer.features import global_feature
 
-# Drawing: the last step begins below `LATEST`, where x_0 is a face and not a blur of many.
-STEPS, LATEST = 6, 400
+# Steps of drawing before the last one, which begins where x_0 is a face already and not a blur of many.
+DRAWN_IN = 6
 # The share of a batch that is drawn: it takes as long as three times as many samples of the diffusion loss.
 SHARE = 0.5
 # Of InfoNCE, and of how many people beside those of a picture.
@@ -53,20 +51,6 @@ class Likeness:
     mistaken: Tensor
     known: Tensor
     found: Tensor
-
-
-@torch.no_grad()
-def drawn(noise: Tensor, last: Tensor, noising: Noising, predict: Callable[[Tensor, Tensor], Tensor]) -> Tensor:
-    """x_t at t = `last` (B), drawn from pure noise (B, 4, h, w) in `STEPS` steps of DDIM.
-
-    predict: the noise in x_t (B, 4, h, w), given x_t and t (B).
-    """
-    x, first = noise, len(noising.alphas_bar) - 1
-    times = [first + (last - first) * step // STEPS for step in range(STEPS + 1)]
-    for now, then in itertools.pairwise(times):
-        predicted = predict(x, now)
-        x = noising(noising.denoised(x, predicted, now), predicted, then)
-    return x
 
 
 class IdentityLoss:
@@ -115,8 +99,8 @@ class IdentityLoss:
                     unlike.append(1 - own)
                     mistaken.append(TEMPERATURE * (all_of_them / TEMPERATURE).logsumexp(dim=0) - own)
                     known.append((own >= all_of_them.max()).float())
-            means = [torch.stack(parts).mean() for parts in (unlike, mistaken, known)]
-            return Likeness(*means, found=len(unlike) / present.sum())
+            share = len(unlike) / present.sum()
+            return Likeness(torch.stack(unlike).mean(), torch.stack(mistaken).mean(), torch.stack(known).mean(), share)
 
     @torch.no_grad()
     def find(self, latent: Tensor, most: Sequence[int]) -> list[list[Tensor]]:

@@ -22,10 +22,9 @@ from lib_portrait.faces.alignment import align_face, template
 from lib_portrait.faces.detection import Detector, Face
 from lib_portrait.faces.features import pixels_of, recognition_view
 from lib_portrait.faces.recognition import Backbone
-from trainer.diffusion import Noising
 from trainer.faces import crop_to
 from trainer.features import global_feature
-from trainer.identity_loss import LATEST, STEPS, TEMPERATURE, IdentityLoss, Likeness, Others, drawn
+from trainer.identity_loss import TEMPERATURE, IdentityLoss, Likeness, Others
 
 WIDTH, HEIGHT = 160, 128
 WHO = torch.tensor([[1], [2]])
@@ -188,28 +187,3 @@ def test_a_face_is_told_from_everybody_but_the_photos_of_its_own_person() -> Non
     cosines = torch.cat([cosines, F.normalize(global_feature(network, second)) @ made])
     expected = float(-(cosines / TEMPERATURE).log_softmax(dim=0)[0] * TEMPERATURE)
     assert float(beside.mistaken) == pytest.approx(expected, abs=1e-5), "from who else is in the picture too"
-
-
-def test_drawing_goes_to_each_rows_own_time_along_ddim() -> None:
-    """Where the predicted noise is always that of one picture, every way of going there ends in the same place."""
-    torch.manual_seed(3)
-    noising, noise, picture = Noising(), torch.randn(3, 4, 8, 8), torch.randn(3, 4, 8, 8)
-    last, seen = torch.tensor([0, 250, LATEST]), []
-
-    def predict(x: Tensor, t: Tensor) -> Tensor:
-        seen.append(t)
-        abar = noising.alphas_bar[t][:, None, None, None]
-        return (x - abar.sqrt() * picture) / (1 - abar).sqrt()
-
-    first = torch.full((3,), 999)
-    made = drawn(noise, last, noising, predict)
-    assert torch.allclose(made, noising(picture, predict(noise, first), last), atol=1e-3)
-    times = torch.stack([*seen[:STEPS], last])
-    assert len(seen) == STEPS + 1 and (times[0] == 999).all() and (times.diff(dim=0) < 0).all()
-
-
-def test_the_picture_of_a_prediction_is_what_was_noised() -> None:
-    torch.manual_seed(2)
-    noising, latent, noise = Noising(), torch.randn(3, 4, 8, 8), torch.randn(3, 4, 8, 8)
-    t = torch.tensor([0, 400, 999])
-    assert torch.allclose(noising.denoised(noising(latent, noise, t), noise, t), latent, atol=1e-4)

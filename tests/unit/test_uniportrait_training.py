@@ -406,7 +406,7 @@ def test_the_identity_loss_is_added_and_its_drawing_leaves_the_rest_as_it_is(
     many, seen = 400, []
     batch = {name: tensor.expand(many, *tensor.shape) for name, tensor in made.data[0, (0, 0, 0)].items()}
     monkeypatch.setattr(uniportrait, "SHARE", 1.0)
-    monkeypatch.setattr(made, "_predict", lambda noisy, *rest: seen.append(len(noisy)) or noisy)
+    monkeypatch.setattr(made, "_predict", lambda noisy, *rest: (seen.append(len(noisy)) or noisy, {}))
     made._frozen["identity loss"] = lambda picture, people, present, who: Likeness(
         *[picture.mean()] * 3, found=torch.tensor(len(people) / many)
     )
@@ -462,11 +462,11 @@ def test_what_is_drawn_for_the_identity_loss_is_what_inference_draws(
     half_stored(made, [faceid])
     asked: list[tuple[torch.Tensor, torch.Tensor, torch.Tensor]] = []
 
-    def one_step(noise, last, noising, predict):  # type: ignore[no-untyped-def]
+    def one_step(noise, last, steps, noising, predict):  # type: ignore[no-untyped-def]
         asked.append((noise, last, predict(noise, last)))
         return noise
 
-    monkeypatch.setattr(uniportrait, "drawn", one_step)
+    monkeypatch.setattr(uniportrait, "draw", one_step)
     batch = {name: tensor[None] for name, tensor in made.data[0, (0, 0, 0)].items()}
     adapter = Adapter.from_tensors(load_file(faceid), None)
     monkeypatch.setattr(Draws, "rand", lambda self, *shape: torch.full((1, *shape), beta))
@@ -510,6 +510,9 @@ def test_the_identity_loss_is_refused_where_it_cannot_be_had(
         recipe(monkeypatch, data, "--recognition", str(tmp_path / "other.safetensors"), *weight)
     with pytest.raises(PortraitError, match="nothing here reads it"):
         recipe(monkeypatch, data, "--detector", "mtcnn")
+    for t in ("0", "1001"):
+        with pytest.raises(PortraitError, match="1 to 1000"):
+            recipe(monkeypatch, data, *network, *weight, "--last-below", t)
 
 
 def test_the_global_feature_is_the_recognition_networks_own(

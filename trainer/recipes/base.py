@@ -11,20 +11,18 @@ from collections.abc import Mapping
 from pathlib import Path
 
 import torch
-from diffusers import DDIMScheduler
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from lib_portrait.errors import PortraitError
 from trainer.architectures import world_text_encoder, world_unet, world_vae
-from trainer.diffusion import SCHEDULE, Noising, add_face_weight, emphasised
+from trainer.diffusion import Noising, add_face_weight, emphasised
+from trainer.drawing import STEPS, draw, guided
 from trainer.draws import Draws
 from trainer.faces import faces_of, region_of
-from trainer.features import Features
+from trainer.features import Features, uncaptioned
 from trainer.loop import Recipe, Settings
 from trainer.shards import FaceRecord, Shards
-
-START, END = 49406, 49407  # CLIP's first and last token; the last one also fills up
 
 
 class Latents:
@@ -98,9 +96,7 @@ class BaseRecipe(Recipe):
 
     def forward(self, batch: dict[str, Tensor], draws: Draws) -> dict[str, Tensor]:
         latent, tokens = batch["latent"], batch["tokens"]
-        empty = torch.full_like(tokens, END)
-        empty[:, 0] = START
-        tokens = torch.where(draws.rand()[:, None] < self.dropped, empty, tokens)
+        tokens = torch.where(draws.rand()[:, None] < self.dropped, uncaptioned(tokens), tokens)
         noise, t = draws.randn(*latent.shape[1:]), draws.randint(1000)
         text = self.text_encoder(tokens).last_hidden_state
         predicted = self.unet(self.noising(latent, noise, t), t, text).sample
@@ -110,17 +106,15 @@ class BaseRecipe(Recipe):
 
     @torch.no_grad()
     def pictures(self, draws: Draws) -> dict[str, Tensor]:
-        """Eight pictures of the first captions, 20 DDIM steps at guidance 4."""
+        """Eight pictures of the first captions, as a request with default settings draws them."""
         tokens = torch.stack([self.data[i, (0, 0, 0)]["tokens"] for i in range(8)]).to(draws.device)
-        empty = torch.full_like(tokens, END)
-        empty[:, 0] = START
-        text = self.text_encoder(torch.cat([tokens, empty])).last_hidden_state
-        scheduler = DDIMScheduler(**SCHEDULE, set_alpha_to_one=False, steps_offset=1)
-        scheduler.set_timesteps(20)
-        latent = draws.randn(*self.data.features.latents.shape[1:])[:8]
-        for t in scheduler.timesteps:
-            with_text, without = self.unet(torch.cat([latent, latent]), t, text).sample.chunk(2)
-            latent = scheduler.step(without + 4 * (with_text - without), t, latent).prev_sample
+        text = self.text_encoder(torch.cat([uncaptioned(tokens), tokens])).last_hidden_state
+
+        def predict(x: Tensor, t: Tensor) -> Tensor:
+            return guided(*self.unet(x.repeat(2, 1, 1, 1), t.repeat(2), text).sample.chunk(2))
+
+        noise = draws.randn(*self.data.features.latents.shape[1:])[:8]
+        latent = draw(noise, torch.zeros(8, dtype=torch.long, device=draws.device), STEPS, self.noising, predict)
         vae = world_vae()
         vae.load_state_dict(load_file(self._vae[0]))
         pictures = vae.eval().to(draws.device).decode(latent / self.scale).sample / 2 + 0.5

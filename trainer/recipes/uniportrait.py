@@ -14,38 +14,37 @@ import argparse
 import functools
 import math
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
 
 import numpy as np
 import torch
 import torch.nn.functional as F
-from diffusers import DDIMScheduler
 from PIL import Image
-from torch import Tensor, nn
+from torch import Tensor
 
 from lib_portrait.attention import POSITIVE, Injection, mark
-from lib_portrait.attention.sites import Site, find_sites, spatial_shape
+from lib_portrait.attention.sites import find_sites, spatial_shape
 from lib_portrait.checkpoints.formats import read_tensors, write_tensors
 from lib_portrait.checkpoints.hashes import file_sha256
 from lib_portrait.errors import PortraitError
 from lib_portrait.faces.recognition import Backbone, backbone_from_state_dict
 from lib_portrait.faces.world_detector import open_detector
 from lib_portrait.methods.uniportrait import IDEmbedding
-from lib_portrait.request import PortraitRequest
+from lib_portrait.request import Identity, PortraitRequest
 from lib_portrait.routing_picture import draw_routing
 from lib_portrait.standalone.model import Model, load_model
-from lib_portrait.standalone.sampling import Sampling
-from trainer.diffusion import SCHEDULE, Noising, add_face_weight, emphasised
+from trainer.diffusion import Noising, add_face_weight, emphasised
+from trainer.drawing import STEPS, Told, draw, guided
 from trainer.draws import Draws
-from trainer.features import global_feature
-from trainer.identity_loss import LATEST, OTHERS, SHARE, IdentityLoss, Likeness, Others, drawn
+from trainer.features import global_feature, uncaptioned
+from trainer.identity_loss import DRAWN_IN, OTHERS, SHARE, IdentityLoss, Likeness, Others
 from trainer.loop import Recipe, Settings
 from trainer.portraits import FacesOfPictures
-from trainer.recipes.base import END, START
 from trainer.shards import Shards
 from trainer.uniportrait_rule import Condition, SiteLayers, TrainingRule
+from trainer.uniportrait_start import begin_with_faceid, begin_with_router, leave_out, second_stage, site_layers
 
 MODELS = Path(__file__).resolve().parents[2] / "models"
 MOST_PEOPLE = 4
@@ -57,31 +56,21 @@ TOKEN_KEPT = 0.5
 COMPONENTS = ("global", "local", "structure", "shallow")
 # The share of samples without faces (sec. 4.1), and without their caption.
 FACES_DROPPED = CAPTION_DROPPED = 0.05
-# The identity loss draws with a request's default settings.
-GUIDANCE, SCALE = Sampling("").guidance, PortraitRequest().scale
-
-
-@dataclass(frozen=True)
-class Rows:
-    """What the UNet is asked: noisy (B, 4, h, w) at t (B), tokens (B, 77), and a `Condition` (people: its tokens)."""
-
-    noisy: Tensor
-    t: Tensor
-    tokens: Tensor
-    people: Tensor
-    present: Tensor
-    scale: Tensor
-
-    def and_also(self, other: Rows) -> Rows:
-        return Rows(*(torch.cat([getattr(rows, part.name) for rows in (self, other)]) for part in fields(self)))
+# The ID scale of what is drawn, that of a request that does not say, as is TensorBoard's structure scale.
+SCALE, STRUCTURE = PortraitRequest().scale, Identity(()).structure
 
 
 @dataclass(frozen=True)
 class Drawn:
-    """Pictures before their last step, the noise predicted there without caption and face, and the faces' features
-    (B, N, m, d) and people's numbers (B, N)."""
+    """Pictures before their last step, x_t (B, 4, h, w) at t (B), for the identity loss.
 
-    rows: Rows
+    told: what that step is told. without: the noise (B, 4, h, w) that is predicted there without caption and face.
+    intrinsic (B, N, m, d) and who (B, N): the faces' features and the people's numbers.
+    """
+
+    noisy: Tensor
+    t: Tensor
+    told: Told
     without: Tensor
     intrinsic: Tensor
     who: Tensor
@@ -95,11 +84,14 @@ class UniPortraitRecipe(Recipe):
         self.stage = options.stage
         self.name = f"uniportrait stage {self.stage}"
         self.route_weight, self.gamma, self.lora_rate = options.route_weight, options.gamma, options.lora_rate
-        self.face_weight, self.identity_weight = options.face_weight, options.identity_weight
+        self.face_weight = options.face_weight
+        self.identity_weight, self.last_below = options.identity_weight, options.last_below
         if self.identity_weight and options.components == "global":
             raise PortraitError("identity-weight", "it is for local features", "Give it without global.")
         if options.detector is not None and not self.identity_weight:
             raise PortraitError("detector", "nothing here reads it", "Leave it away, or give --identity-weight.")
+        if not 0 < self.last_below <= len(Noising().alphas_bar):
+            raise PortraitError("last-below", f"{self.last_below} was given", "Give a number of 1 to 1000.")
         if options.recognition is not None and not self.identity_weight and options.components != "global":
             raise PortraitError(
                 "recognition",
@@ -135,18 +127,18 @@ class UniPortraitRecipe(Recipe):
                 output=next(site.context for site in sites if site.cross),
                 depth=options.depth,
             )
-            self.faceid_adapter = _site_layers(sites, options.rank)
-            _without(self.faceid_proj, options.components, self.data.features.zero_structure)
+            self.faceid_adapter = site_layers(sites, options.rank)
+            leave_out(self.faceid_proj, options.components, self.data.features.zero_structure)
             for site in sites:
                 if site.cross:
                     cast(SiteLayers, self.faceid_adapter[str(site.index)]).add_identity_attention(site)
             embedding, identity = self.faceid_proj, self.faceid_adapter
             if options.initial is not None:
-                _begin_with(self, options.initial)
+                begin_with_faceid(self, options.initial)
         else:
-            embedding, identity, self.faceid_adapter = _second_stage(options.faceid, sites)
+            embedding, identity, self.faceid_adapter = second_stage(options.faceid, sites)
             if options.initial is not None:
-                _begin_with_router(self, options.initial)
+                begin_with_router(self, options.initial)
         self.rule = TrainingRule(self.faceid_adapter, identity)
         # Frozen things stay out of children(): they are neither trained nor saved.
         self._frozen: dict[str, Any] = {"model": model, "embedding": embedding, "identity": identity}
@@ -194,7 +186,8 @@ class UniPortraitRecipe(Recipe):
 
     def forward(self, batch: dict[str, Tensor], draws: Draws) -> dict[str, Tensor]:
         latent, present = batch["latent"], batch["present"]
-        tokens = _uncaptioned(batch["tokens"], draws.rand() < CAPTION_DROPPED)
+        tokens = batch["tokens"]
+        tokens = torch.where((draws.rand() < CAPTION_DROPPED)[:, None], uncaptioned(tokens), tokens)
         no_face = draws.rand() < FACES_DROPPED
         identities = self._embed(batch, no_face, draws)
         noise, t = draws.randn(*latent.shape[1:]), draws.randint(self.noising.alphas_bar.shape[0])
@@ -208,13 +201,13 @@ class UniPortraitRecipe(Recipe):
                 gumbel[site] = F.pad(own, (0, 0, 0, 0, 0, shape[0] - len(own)))
             return gumbel[site]
 
-        rows = Rows(self.noising(latent, noise, t), t, tokens, identities, present, latent.new_ones(len(t), 1, 1))
+        noisy, times = self.noising(latent, noise, t), t
+        told = Told(tokens, identities, present, latent.new_ones(len(t), 1, 1))
         made = self._draw(batch, tokens, ~no_face, draws) if self.identity_weight else None
         if made is not None:
             # One call of the UNet for both losses: gradient checkpointing knows of one, and DDP too.
-            rows = rows.and_also(made.rows)
-        condition = Condition(rows.people, rows.present, gumbel_noise if self.training else None, {}, rows.scale)
-        predicted = self._predict(rows.noisy, rows.t, rows.tokens, condition).float()
+            noisy, times, told = torch.cat([noisy, made.noisy]), torch.cat([t, made.t]), told.and_also(made.told)
+        predicted, logits = self._predict(noisy, times, told, gumbel_noise if self.training else None)
         squared = (predicted[: len(t)] - noise).square()
         error = emphasised(squared, batch["regions"].amax(dim=1), self.face_weight)
         weight = self.noising.weights(t, self.gamma) if self.gamma else torch.ones_like(error)
@@ -222,7 +215,7 @@ class UniPortraitRecipe(Recipe):
         losses = {"loss": diffusion, "diffusion": diffusion}
         if self.stage == 2:
             height, width = latent.shape[-2:]
-            routed = {site: logits[: len(t)] for site, logits in condition.logits.items()}
+            routed = {site: of_all[: len(t)] for site, of_all in logits.items()}
             route, right = routing_loss(routed, batch["regions"], present, (height, width))
             losses |= {"loss": diffusion + self.route_weight * route, "route": route, "routed_right": right}
         if self.identity_weight:
@@ -236,9 +229,8 @@ class UniPortraitRecipe(Recipe):
         """See `IdentityLoss`; zero where nothing was drawn."""
         if made is None:
             return Likeness(*[predicted.new_zeros(())] * 4)
-        guided = made.without + GUIDANCE * (predicted - made.without)
-        picture = self.noising.denoised(made.rows.noisy, guided, made.rows.t)
-        return self._frozen["identity loss"](picture, made.intrinsic, made.rows.present, made.who)
+        picture = self.noising.denoised(made.noisy, guided(made.without, predicted), made.t)
+        return self._frozen["identity loss"](picture, made.intrinsic, made.told.present, made.who)
 
     def _draw(self, batch: dict[str, Tensor], tokens: Tensor, asked: Tensor, draws: Draws) -> Drawn | None:
         """Pictures of the first people of a batch but for the last step, as a request with default settings has them.
@@ -248,41 +240,49 @@ class UniPortraitRecipe(Recipe):
         asked (B) bool: the rows that have a face. None if no row has.
         """
         noise = draws.randn(*batch["latent"].shape[1:])
-        last, beta = (draws.rand() * LATEST).long(), draws.rand()
+        last, beta = (draws.rand() * self.last_below).long(), draws.rand()
         which = asked.nonzero().flatten()[: math.ceil(SHARE * len(asked))]
         if not len(which):
             return None
-        noise, last, tokens = noise[which], last[which], tokens[which]
-        intrinsic, structure, present = (batch[name][which] for name in ("intrinsic", "structure", "present"))
-        beta = beta[which].repeat_interleave(present.shape[1])[:, None, None]
-        people = self._tokens(intrinsic, structure, beta)
-        scale = noise.new_full((len(which), 1, 1), SCALE)
+        people = {name: batch[name][which] for name in ("intrinsic", "structure", "present")}
+        told, untold = self._told(people, tokens[which], beta[which], SCALE)
+        noisy = draw(noise[which], last[which], DRAWN_IN, self.noising, self._guided(told, untold))
         with torch.no_grad():
-            zero = self.zero_structure.to(structure)
-            nobody = self._tokens(torch.zeros_like(intrinsic), zero.expand_as(structure), beta)
-            untold = _uncaptioned(tokens, torch.ones_like(last, dtype=torch.bool))
-            alone = Condition(nobody, present, None, {}, scale)
-            both = Condition(torch.cat([nobody, people]), present.repeat(2, 1), None, {}, scale.repeat(2, 1, 1))
-            texts = torch.cat([untold, tokens])
+            without, _ = self._predict(noisy, last[which], untold)
+        return Drawn(noisy, last[which], told, without, people["intrinsic"], batch["who"][which])
 
-            def predict(x: Tensor, t: Tensor) -> Tensor:
-                without, told = self._predict(x.repeat(2, 1, 1, 1), t.repeat(2), texts, both).float().chunk(2)
-                return without + GUIDANCE * (told - without)
+    def _told(self, people: Mapping[str, Tensor], tokens: Tensor, beta: Tensor, scale: float) -> tuple[Told, Told]:
+        """What a request tells the UNet, and what its guidance is held against: no caption, and no face in the places.
 
-            x = drawn(noise, last, self.noising, predict)
-            without = self._predict(x, last, untold, alone).float()
-        return Drawn(Rows(x, last, tokens, people, present, scale), without, intrinsic, batch["who"][which])
+        people: intrinsic, structure and present, as `FacesOfPictures` has them. beta (B): their structure scale.
+        """
+        intrinsic, structure, present = (people[name] for name in ("intrinsic", "structure", "present"))
+        of_each = beta.repeat_interleave(present.shape[1])[:, None, None]
+        scales = intrinsic.new_full((len(present), 1, 1), scale)
+        with torch.no_grad():
+            nobody = self.zero_structure.to(structure).expand_as(structure)
+            nobody = self._tokens(torch.zeros_like(intrinsic), nobody, of_each)
+        told = Told(tokens, self._tokens(intrinsic, structure, of_each), present, scales)
+        return told, Told(uncaptioned(tokens), nobody, present, scales)
 
-    def _predict(self, noisy: Tensor, t: Tensor, tokens: Tensor, condition: Condition) -> Tensor:
+    def _guided(self, told: Told, untold: Told) -> Callable[[Tensor, Tensor], Tensor]:
+        """The noise that is predicted with guidance, in one call of the UNet."""
+        both = untold.and_also(told)
+        return lambda x, t: guided(*self._predict(x.repeat(2, 1, 1, 1), t.repeat(2), both)[0].chunk(2))
+
+    def _predict(
+        self, noisy: Tensor, t: Tensor, told: Told, noise: Callable[[int, torch.Size], Tensor] | None = None
+    ) -> tuple[Tensor, dict[int, Tensor]]:
+        """The noise in `noisy` (B, 4, h, w), and each site's routing. noise: see `Condition`."""
         model = self.model
         with torch.no_grad():
-            text = model.text_encoder(tokens).last_hidden_state
-        self.rule.condition = condition
+            text = model.text_encoder(told.tokens).last_hidden_state
+        self.rule.condition = condition = Condition(told.people, told.present, noise, {}, told.scale)
         dtype = next(model.unet.parameters()).dtype
         predicted = model.unet(noisy.to(dtype), t, mark(text, POSITIVE)).sample
         # Gradient checkpointing runs the layers again during the backward pass, and the rule must act there too.
         self._injection.call.kinds = [POSITIVE] * len(noisy)
-        return predicted
+        return predicted.float(), condition.logits
 
     def _embed(self, batch: dict[str, Tensor], no_face: Tensor, draws: Draws) -> Tensor:
         """F_id of all people, (B, N, T, D), with the dropping regularisation of sec. 3.4 where this trains.
@@ -316,29 +316,20 @@ class UniPortraitRecipe(Recipe):
 
     @torch.no_grad()
     def pictures(self, draws: Draws) -> dict[str, Tensor]:
-        """Four pictures of the first samples' people and captions, 20 DDIM steps at guidance 4; with several people the
-        routing map of each under it."""
+        """Four pictures of the first samples' people and captions, as a request with default settings draws them; with
+        several people the routing map of each under it."""
         model, device = self.model, draws.device
         first = [self.data[i, (0, 0, 0)] for i in range(min(4, len(self.data)))]
         batch = {name: torch.stack([sample[name] for sample in first]).to(device) for name in first[0]}
-        intrinsic, structure = batch["intrinsic"], batch["structure"]
-        rows = len(intrinsic)
-        positive = self._tokens(intrinsic, structure, 1.0)
-        nobody = self._tokens(torch.zeros_like(intrinsic), self.zero_structure.to(structure).expand_as(structure), 1.0)
-        scheduler = DDIMScheduler(**SCHEDULE, set_alpha_to_one=False, steps_offset=1)
-        scheduler.set_timesteps(20)
-        latent = draws.randn(*batch["latent"].shape[1:])[:rows]
-        uncaptioned = _uncaptioned(batch["tokens"], torch.ones(rows, dtype=torch.bool, device=device))
-        condition = Condition(positive, batch["present"], None, {})
-        for t in scheduler.timesteps:
-            steps = t.expand(rows).to(device)
-            with_face = self._predict(latent, steps, batch["tokens"], condition)
-            without = self._predict(latent, steps, uncaptioned, Condition(nobody, batch["present"], None, {}))
-            latent = scheduler.step(without + 4 * (with_face - without), t, latent).prev_sample
+        rows = len(first)
+        told, untold = self._told(batch, batch["tokens"], torch.full((rows,), STRUCTURE, device=device), SCALE)
+        noise, end = draws.randn(*batch["latent"].shape[1:])[:rows], torch.zeros(rows, dtype=torch.long, device=device)
+        latent = draw(noise, end, STEPS, self.noising, self._guided(told, untold))
+        _, logits = self._predict(latent, end, told)
         decoded = model.vae.to(device).decode(latent / self.data.scale).sample.float() / 2 + 0.5
         rows_of = [torch.cat(list(decoded.clamp(0, 1)), dim=2)]
-        if condition.logits:
-            finest = max(condition.logits.values(), key=lambda logits: logits.shape[1])
+        if logits:
+            finest = max(logits.values(), key=lambda site: site.shape[1])
             maps = finest.softmax(dim=-1).transpose(1, 2).unflatten(-1, tuple(latent.shape[-2:])).cpu()
             made = [Image.fromarray(p.permute(1, 2, 0).mul(255).byte().cpu().numpy()) for p in decoded.clamp(0, 1)]
             counts = batch["present"].sum(dim=1).tolist()
@@ -379,23 +370,6 @@ def routing_loss(
     return torch.stack(losses).mean(), torch.stack(rights).mean().detach()
 
 
-def _without(embedding: IDEmbedding, components: str, zero_structure: Tensor) -> None:
-    """Takes what is not among the components out of an ID embedding: weights of zero that stay so.
-
-    So the published layout holds the variants of Table 3 too, and inference needs to know nothing of them.
-    """
-    if components in ("global", "local"):
-        for layer in embedding.layers:
-            branch = cast(nn.ModuleList, layer)[1].requires_grad_(False)
-            nn.init.zeros_(cast(nn.Linear, branch.to_out).weight)
-    if components == "structure":
-        # The features of no face hold zeros in place of the recognition network's.
-        shallow = (zero_structure == 0).all(dim=0)
-        first = cast(nn.Linear, embedding.proj_clip[0]).weight
-        first.data[:, shallow] = 0
-        first.register_hook(lambda gradient: gradient * ~shallow.to(gradient.device))
-
-
 def _global_feature(options: argparse.Namespace) -> Callable[[Tensor], Tensor] | None:
     """For `--components global`: the recognition network's last feature, made of the local ones before it."""
     if options.components != "global":
@@ -407,83 +381,6 @@ def _recognition(options: argparse.Namespace, what: str) -> Backbone:
     if options.recognition is None:
         raise PortraitError("recognition", f"{what} needs the recognition network", "Give --recognition.")
     return backbone_from_state_dict(read_tensors(options.recognition, "backbone").tensors).float().eval()
-
-
-def _uncaptioned(tokens: Tensor, which: Tensor) -> Tensor:
-    empty = torch.full_like(tokens, END)
-    empty[:, 0] = START
-    return torch.where(which[:, None], empty, tokens)
-
-
-def _site_layers(sites: list[Site], rank: int) -> nn.ModuleDict:
-    return nn.ModuleDict({str(site.index): SiteLayers(site, rank) for site in sites})
-
-
-def _begin_with(recipe: UniPortraitRecipe, faceid: Path) -> None:
-    """Gives stage 1 the weights of another run's file, or of a published one.
-
-    A LoRA of greater rank than the recipe's is replaced by the nearest of that rank (its largest singular values).
-    Raises PortraitError for a file of other sizes.
-    """
-    tensors = {name: tensor.float() for name, tensor in read_tensors(faceid, "faceid").tensors.items()}
-    for name, own in recipe.named_parameters():
-        if name.endswith("_lora.down.weight") and len(tensors.get(name, ())) > len(own):
-            other = name.replace(".down.", ".up.")
-            left, strength, right = torch.linalg.svd(tensors[other] @ tensors[name], full_matrices=False)
-            share = strength[: len(own)].sqrt()
-            tensors |= {other: left[:, : len(own)] * share, name: share[:, None] * right[: len(own)]}
-    try:
-        recipe.load_state_dict(tensors)
-    except RuntimeError as error:
-        raise PortraitError(
-            "initial",
-            f"{faceid.name} does not fit ({str(error)[:300]})",
-            "Give its --tokens, --width and --depth, no greater --rank, and the checkpoint it was trained on.",
-        ) from None
-
-
-def _begin_with_router(recipe: UniPortraitRecipe, file: Path) -> None:
-    """Gives stage 2 the router of another run's file, or of a published one; the LoRA begins as stage 1's.
-
-    Raises PortraitError for a file of other sizes.
-    """
-    tensors = {name: t.float() for name, t in read_tensors(file, "router").tensors.items() if "_router." in name}
-    own = {name: tensor.shape for name, tensor in recipe.state_dict().items() if "_router." in name}
-    if {name: tensor.shape for name, tensor in tensors.items()} != own:
-        raise PortraitError(
-            "initial",
-            f"{file.name} does not fit: its router is of another model",
-            "Give a router file that was made for the same checkpoint and --faceid.",
-        )
-    recipe.load_state_dict(tensors, strict=False)
-
-
-def _second_stage(faceid: Path | None, sites: list[Site]) -> tuple[IDEmbedding, nn.ModuleDict, nn.ModuleDict]:
-    """The first stage's ID embedding and identity attention, frozen, and the layers that stage 2 trains."""
-    if faceid is None:
-        raise PortraitError("faceid", "stage 2 builds on stage 1", "Give --faceid uniportrait-faceid_NAME.safetensors.")
-    tensors = read_tensors(faceid, "faceid").tensors
-    under = {
-        prefix: {k[len(prefix) :]: v.float() for k, v in tensors.items() if k.startswith(prefix)}
-        for prefix in ("faceid_proj.", "faceid_adapter.")
-    }
-    embedding = IDEmbedding.from_tensors(under["faceid_proj."], "faceid")
-    rank = next(v.shape[0] for k, v in under["faceid_adapter."].items() if k.endswith("to_q_lora.down.weight"))
-    identity, trained = _site_layers(sites, rank), _site_layers(sites, rank)
-    for site in sites:
-        if site.cross:
-            cast(SiteLayers, identity[str(site.index)]).add_identity_attention(site)
-    try:
-        identity.load_state_dict(under["faceid_adapter."])
-    except RuntimeError as error:
-        raise PortraitError(
-            "faceid", f"{faceid.name} was made for another model ({error})", "Give the checkpoint it was trained on."
-        ) from None
-    trained.load_state_dict({k: v for k, v in under["faceid_adapter."].items() if "_lora." in k})
-    for site in sites:
-        if site.cross:
-            cast(SiteLayers, trained[str(site.index)]).add_router(site, embedding.latents.shape[1])
-    return embedding, identity.requires_grad_(False).eval(), trained
 
 
 def configure(parser: argparse.ArgumentParser) -> None:
@@ -514,6 +411,13 @@ def configure(parser: argparse.ArgumentParser) -> None:
         type=float,
         default=0.0,
         help="weight of the identity loss on faces that are drawn, which the paper has not; default 0",
+    )
+    parser.add_argument(
+        "--last-below",
+        type=int,
+        default=400,
+        metavar="T",
+        help="the identity loss draws to any t below before the last step, through which gradients flow; default 400",
     )
     parser.add_argument(
         "--detector", metavar="mtcnn|insightface|FILE", help="finds the faces that are drawn; default mtcnn"

@@ -20,10 +20,9 @@ from torch import Tensor, nn
 from lib_portrait.faces.features import clip_view, pixels_of
 from trainer.architectures import CONTEXT, world_text_encoder, world_vision
 from trainer.draws import Draws
-from trainer.features import Features
+from trainer.features import END, Features
 from trainer.loop import Recipe, Settings
 from trainer.losses import contrastive
-from trainer.recipes.base import END
 from trainer.shards import Shards
 
 # The smallest part of a picture's side that a crop may show, and the share of samples that are cropped at all.

@@ -1,0 +1,55 @@
+"""Pictures drawn by a network while it is trained, as a request has them: DDIM with classifier-free guidance.
+
+`lib_portrait.standalone.sampling` draws with what is finished; here every row has its own last t, and what is asked of
+the network belongs to a recipe.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable
+from dataclasses import dataclass, fields
+
+import torch
+from torch import Tensor
+
+from lib_portrait.standalone.sampling import Sampling
+from trainer.diffusion import Noising
+
+# Of a request that does not say, and the steps of the pictures for TensorBoard.
+GUIDANCE, STEPS = Sampling("").guidance, Sampling("").steps
+
+
+@dataclass(frozen=True)
+class Told:
+    """What a UNet with people is told: captions (B, 77), ID tokens (B, N, T, D), which of them there are (B, N) bool,
+    ID scales (B, 1, 1)."""
+
+    tokens: Tensor
+    people: Tensor
+    present: Tensor
+    scale: Tensor
+
+    def and_also(self, other: Told) -> Told:
+        return Told(*(torch.cat([getattr(told, part.name) for told in (self, other)]) for part in fields(self)))
+
+
+def guided(without: Tensor, told: Tensor, *, guidance: float = GUIDANCE) -> Tensor:
+    """The noise that classifier-free guidance (arXiv 2207.12598) predicts from that without caption and that with."""
+    return without + guidance * (told - without)
+
+
+@torch.no_grad()
+def draw(
+    noise: Tensor, last: Tensor, steps: int, noising: Noising, predict: Callable[[Tensor, Tensor], Tensor]
+) -> Tensor:
+    """x_t (B, 4, h, w) at t = `last` (B), drawn from pure noise (B, 4, h, w) in so many steps of DDIM.
+
+    At t = 0 that is a picture. predict: the noise in x_t (B, 4, h, w), given x_t and t (B).
+    """
+    x, first = noise, len(noising.alphas_bar) - 1
+    times = [first + (last - first) * step // steps for step in range(steps + 1)]
+    for now, then in itertools.pairwise(times):
+        predicted = predict(x, now)
+        x = noising(noising.denoised(x, predicted, now), predicted, then)
+    return x
