@@ -10,8 +10,11 @@ import argparse
 import shutil
 from pathlib import Path
 
+import torch
 from safetensors.torch import load_file
 
+from lib_portrait.checkpoints.formats import read_tensors, write_tensors
+from lib_portrait.errors import PortraitError
 from lib_portrait.standalone.model import make_model, save_model
 from trainer.architectures import world_text_encoder, world_unet, world_vae
 from trainer.recipes.base import latent_scale
@@ -33,6 +36,24 @@ def checkpoint(vae: Path, base: Path, target: Path) -> None:
         network.load_state_dict(own)
     networks["vae"].register_to_config(scaling_factor=latent_scale(vae))
     save_model(make_model(**networks), target)
+
+
+def between(first: Path, second: Path, share: float, target: Path) -> None:
+    """The weights of an adapter file on the way from one to another that was trained on from it, at `share` of it.
+
+    WiSE-FT (arXiv 2109.01903): what such a run has given up comes back sooner than what it has learned is lost. The
+    metadata are the second's. Raises PortraitError for files of other layers, and a share that is not in [0, 1].
+    """
+    if not 0 <= share <= 1:
+        raise PortraitError("between", f"a share of {share} was given", "Give one of 0 to 1.")
+    begin, end = read_tensors(first, "faceid"), read_tensors(second, "faceid")
+    sizes = [{name: tensor.shape for name, tensor in one.tensors.items()} for one in (begin, end)]
+    if sizes[0] != sizes[1]:
+        raise PortraitError("between", f"{first} and {second} hold other layers", "Give two files of one lineage.")
+    tensors = {
+        name: torch.lerp(begin.tensors[name].float(), t.float(), share).half() for name, t in end.tensors.items()
+    }
+    write_tensors(target, tensors, {**end.metadata, "between": f"{share:g} of the way from another run"})
 
 
 def photos(folder: Path, people: int) -> None:
@@ -65,6 +86,12 @@ def main() -> None:
     parser.add_argument("--vae", type=Path, help="vae.safetensors")
     parser.add_argument("--base", type=Path, help="base.safetensors")
     parser.add_argument("--photos", type=int, default=0, help="of how many held-out people to draw photos")
+    parser.add_argument(
+        "--between",
+        nargs=3,
+        metavar=("FACEID", "FACEID", "SHARE"),
+        help="an adapter between two, the second trained on from the first, at that share of the way",
+    )
     parser.add_argument("files", type=Path, nargs="*", help="files to take as they are: adapters, face networks")
     options = parser.parse_args()
     options.output.mkdir(parents=True, exist_ok=True)
@@ -72,6 +99,9 @@ def main() -> None:
         checkpoint(options.vae, options.base, options.output / "world.safetensors")
     if options.photos:
         photos(options.output / "faces", options.photos)
+    if options.between:
+        first, second = map(Path, options.between[:2])
+        between(first, second, float(options.between[2]), options.output / second.name)
     for file in options.files:
         shutil.copyfile(file, options.output / file.name)
 

@@ -5,6 +5,7 @@ What comes out is what ships, only untrained: the same files, which generation r
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
 
 import pytest
@@ -16,7 +17,8 @@ pytest.importorskip("skia", reason="the world is drawn with skia", exc_type=Impo
 
 from lib_portrait import commands
 from lib_portrait.attention.sites import find_sites
-from lib_portrait.checkpoints.formats import read_header, read_tensors
+from lib_portrait.checkpoints.formats import read_header, read_tensors, write_tensors
+from lib_portrait.errors import PortraitError
 from lib_portrait.faces.recognition import backbone_from_state_dict
 from lib_portrait.faces.vision import vision_from_state_dict
 from lib_portrait.methods.uniportrait import Adapter
@@ -131,3 +133,26 @@ def test_both_stages_fit_the_base_model(runs: Path) -> None:
 def test_photos_of_held_out_people_lie_beside_the_weights(tmp_path: Path) -> None:
     release.photos(tmp_path, 1)
     assert sorted(path.name for path in tmp_path.iterdir()) == [f"man-0009-{k}.png" for k in range(release.PHOTOS)]
+
+
+def test_an_adapter_can_be_taken_between_two(runs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """WiSE-FT: the weights themselves are averaged, and the file says so."""
+    first = next((runs / "stage-1" / "export").iterdir())
+    stored = read_tensors(first, "faceid")
+    second = tmp_path / "second.safetensors"
+    write_tensors(second, {name: tensor + 1 for name, tensor in stored.tensors.items()}, stored.metadata)
+    arguments = ["release", "--output", str(tmp_path / "made"), "--between", str(first), str(second)]
+    monkeypatch.setattr(sys, "argv", [*arguments, "0.25"])
+    release.main()
+    made = read_tensors(tmp_path / "made" / "second.safetensors", "faceid")
+    for name, tensor in stored.tensors.items():
+        torch.testing.assert_close(made.tensors[name].float(), tensor.float() + 0.25, rtol=2e-3, atol=2e-3)
+    assert made.metadata["between"].startswith("0.25") and made.metadata["recipe"] == stored.metadata["recipe"]
+
+    monkeypatch.setattr(sys, "argv", [*arguments, "1.5"])
+    with pytest.raises(PortraitError, match="0 to 1"):
+        release.main()
+    lacking = dict(list(stored.tensors.items())[1:])
+    write_tensors(second, lacking, stored.metadata)
+    with pytest.raises(PortraitError, match="other layers"):
+        release.between(first, second, 0.5, tmp_path / "none.safetensors")
