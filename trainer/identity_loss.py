@@ -23,8 +23,8 @@ from lib_portrait.standalone.measuring import greedy_pairs
 from trainer.faces import crop_to
 from trainer.features import global_feature
 
-# Steps of drawing before the last one, which begins where x_0 is a face already and not a blur of many.
-DRAWN_IN = 6
+# Steps of drawing before the last one, which begins below `LAST_BELOW`, where x_0 is a face and not a blur of many.
+DRAWN_IN, LAST_BELOW = 6, 400
 # The share of a batch that is drawn: it takes as long as three times as many samples of the diffusion loss.
 SHARE = 0.5
 # Of InfoNCE, and of how many people beside those of a picture.

@@ -508,8 +508,9 @@ def test_the_identity_loss_is_refused_where_it_cannot_be_had(
     save_file(recognition_network(8).state_dict(), tmp_path / "other.safetensors")
     with pytest.raises(PortraitError, match="another network than other.safetensors"):
         recipe(monkeypatch, data, "--recognition", str(tmp_path / "other.safetensors"), *weight)
-    with pytest.raises(PortraitError, match="nothing here reads it"):
-        recipe(monkeypatch, data, "--detector", "mtcnn")
+    for unread in (("--detector", "mtcnn"), ("--last-below", "500")):
+        with pytest.raises(PortraitError, match="nothing here reads it"):
+            recipe(monkeypatch, data, *unread)
     for t in ("0", "1001"):
         with pytest.raises(PortraitError, match="1 to 1000"):
             recipe(monkeypatch, data, *network, *weight, "--last-below", t)

@@ -39,7 +39,7 @@ from trainer.diffusion import Noising, add_face_weight, emphasised
 from trainer.drawing import STEPS, Told, draw, guided
 from trainer.draws import Draws
 from trainer.features import global_feature, uncaptioned
-from trainer.identity_loss import DRAWN_IN, OTHERS, SHARE, IdentityLoss, Likeness, Others
+from trainer.identity_loss import DRAWN_IN, LAST_BELOW, OTHERS, SHARE, IdentityLoss, Likeness, Others
 from trainer.loop import Recipe, Settings
 from trainer.portraits import FacesOfPictures
 from trainer.shards import Shards
@@ -85,13 +85,15 @@ class UniPortraitRecipe(Recipe):
         self.name = f"uniportrait stage {self.stage}"
         self.route_weight, self.gamma, self.lora_rate = options.route_weight, options.gamma, options.lora_rate
         self.face_weight = options.face_weight
-        self.identity_weight, self.last_below = options.identity_weight, options.last_below
+        self.identity_weight = options.identity_weight
+        self.last_below = LAST_BELOW if options.last_below is None else options.last_below
         if self.identity_weight and options.components == "global":
             raise PortraitError("identity-weight", "it is for local features", "Give it without global.")
-        if options.detector is not None and not self.identity_weight:
-            raise PortraitError("detector", "nothing here reads it", "Leave it away, or give --identity-weight.")
+        for name in ("detector", "last_below"):
+            if getattr(options, name) is not None and not self.identity_weight:
+                raise PortraitError(name, "nothing here reads it", "Leave it away, or give --identity-weight.")
         if not 0 < self.last_below <= len(Noising().alphas_bar):
-            raise PortraitError("last-below", f"{self.last_below} was given", "Give a number of 1 to 1000.")
+            raise PortraitError("last_below", f"{self.last_below} was given", "Give a number of 1 to 1000.")
         if options.recognition is not None and not self.identity_weight and options.components != "global":
             raise PortraitError(
                 "recognition",
@@ -415,9 +417,9 @@ def configure(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--last-below",
         type=int,
-        default=400,
         metavar="T",
-        help="the identity loss draws to any t below before the last step, through which gradients flow; default 400",
+        help="the last step of what the identity loss draws, through which gradients flow, begins at any t below this; "
+        f"default {LAST_BELOW}",
     )
     parser.add_argument(
         "--detector", metavar="mtcnn|insightface|FILE", help="finds the faces that are drawn; default mtcnn"
