@@ -73,7 +73,8 @@ class IdentityLoss:
         self.others = Others(self.others.embeddings.to(device), self.others.who.to(device))
 
     def __call__(self, latent: Tensor, intrinsic: Tensor, present: Tensor, who: Tensor) -> Likeness:
-        """
+        """The likeness of the faces in drawn pictures; gradients lead to `latent`.
+
         latent: x_0 (B, 4, h, w), scaled. intrinsic (B, N, m, d): the recognition network's local features of the faces
         given, present (B, N) bool: which of them there are, who (B, N): their numbers. Faces of a picture and people
         are paired as measuring pairs them.

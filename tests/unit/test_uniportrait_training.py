@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -27,14 +28,16 @@ from lib_portrait.request import PortraitRequest
 from lib_portrait.standalone import layout
 from lib_portrait.standalone.model import Model, load_tokenizer
 from lib_portrait.standalone.sampling import Sampling
+from trainer import portraits
 from trainer.diffusion import emphasised
 from trainer.draws import Draws
-from trainer.faces import region_of
+from trainer.faces import faces_of, region_of
 from trainer.features import features_path, global_feature
 from trainer.identity_loss import Likeness
 from trainer.loop import Settings, train
+from trainer.portraits import FacesOfPictures
 from trainer.recipes import uniportrait
-from trainer.shards import FaceRecord, Record, encode_png, writing
+from trainer.shards import FaceRecord, Record, Shards, encode_png, writing
 from trainer.uniportrait_rule import Condition, LowRankLayers
 
 CONTEXT, TOKENS, GRID, SHALLOW = 32, 4, 16, 24
@@ -493,6 +496,30 @@ def test_what_is_drawn_for_the_identity_loss_is_what_inference_draws(
         bare = model.unet(noise, last, told).sample
     assert (with_face - bare).abs().max() > 1e-3
     assert (without + guidance * (with_face - without) - predicted).abs().max() < 1e-4
+
+
+def test_people_have_numbers_by_which_others_are_told_from_them(monkeypatch: pytest.MonkeyPatch, data: Path) -> None:
+    """Everybody is among the others once, by a face of theirs; without labels every face is a person of its own."""
+    people = FacesOfPictures(Shards.under(data), 1.0, (1, 4))
+    name_of: dict[int, str] = {}
+    for place, group in enumerate(people.pictures):
+        who = people[place, (0, 0, 0)]["who"].tolist()
+        assert who[len(group) :] == [-1] * (4 - len(group))
+        for face, number in zip(group, who, strict=False):
+            assert name_of.setdefault(number, str(face.record.id)) == face.record.id
+    assert len(name_of) == len(set(name_of.values())) == 3
+    faces, numbers = people.somebody(1000)
+    assert sorted(numbers.tolist()) == sorted(name_of)
+    for own, number in zip(faces, numbers.tolist(), strict=True):
+        theirs = [place for place in people.features.faces if f"name {sum(place) % 3}" == name_of[number]]
+        assert any(torch.equal(own, people.features.face(*place)[0].float()) for place in theirs)
+    assert len(people.somebody(2)[1]) == 2
+
+    found, unreadable = faces_of(Shards.under(data))
+    nobody_knows = [replace(face, record=replace(face.record, id=None)) for face in found]
+    monkeypatch.setattr(portraits, "faces_of", lambda shards: (nobody_knows, unreadable))
+    _, numbers = FacesOfPictures(Shards.under(data), 1.0, (1, 4)).somebody(1000)
+    assert len(set(numbers.tolist())) == len(found)
 
 
 def test_the_identity_loss_is_refused_where_it_cannot_be_had(
