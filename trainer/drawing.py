@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Callable
-from dataclasses import dataclass, fields
 
 import torch
 from torch import Tensor
@@ -18,20 +17,6 @@ from trainer.diffusion import Noising
 
 # Of a request that does not say, and the steps of the pictures for TensorBoard.
 GUIDANCE, STEPS = Sampling("").guidance, Sampling("").steps
-
-
-@dataclass(frozen=True)
-class Told:
-    """What a UNet with people is told: captions (B, 77), ID tokens (B, N, T, D), which of them there are (B, N) bool,
-    ID scales (B, 1, 1)."""
-
-    tokens: Tensor
-    people: Tensor
-    present: Tensor
-    scale: Tensor
-
-    def and_also(self, other: Told) -> Told:
-        return Told(*(torch.cat([getattr(told, part.name) for told in (self, other)]) for part in fields(self)))
 
 
 def guided(without: Tensor, told: Tensor, *, guidance: float = GUIDANCE) -> Tensor:

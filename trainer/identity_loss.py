@@ -22,6 +22,7 @@ from lib_portrait.faces.recognition import Backbone
 from lib_portrait.standalone.measuring import greedy_pairs
 from trainer.faces import crop_to
 from trainer.features import global_feature
+from trainer.losses import mistaken_for_others
 
 # Steps of drawing before the last one, which begins below `LAST_BELOW`, where x_0 is a face and not a blur of many.
 DRAWN_IN, LAST_BELOW = 6, 400
@@ -98,7 +99,7 @@ class IdentityLoss:
                 for person, face in greedy_pairs(similar.detach()).items():
                     own, all_of_them = similar[face, person], torch.cat([similar[face], to_others[face, others]])
                     unlike.append(1 - own)
-                    mistaken.append(TEMPERATURE * (all_of_them / TEMPERATURE).logsumexp(dim=0) - own)
+                    mistaken.append(mistaken_for_others(own, all_of_them, TEMPERATURE))
                     known.append((own >= all_of_them.max()).float())
             share = len(unlike) / present.sum()
             return Likeness(torch.stack(unlike).mean(), torch.stack(mistaken).mean(), torch.stack(known).mean(), share)

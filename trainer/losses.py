@@ -47,3 +47,11 @@ def contrastive(pictures: Tensor, texts: Tensor, scale: Tensor) -> tuple[Tensor,
     target = torch.arange(len(logits), device=logits.device)
     loss = (F.cross_entropy(logits, target) + F.cross_entropy(logits.T, target)) / 2
     return loss, (logits.argmax(dim=1) == target).float().mean()
+
+
+def mistaken_for_others(own: Tensor, cosines: Tensor, temperature: float) -> Tensor:
+    """InfoNCE (arXiv 1807.03748) in cosines: -tau log softmax at `own` of all `cosines` (K), which it is one of.
+
+    0 where nobody else comes near, tau log 2 where one other is as like, and with many of them more.
+    """
+    return temperature * (cosines / temperature).logsumexp(dim=0) - own

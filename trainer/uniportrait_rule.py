@@ -6,7 +6,7 @@ The layers have the names of the published files; the rule is that of inference,
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import cast
 
 import torch
@@ -93,6 +93,20 @@ class Condition:
     noise: Callable[[int, torch.Size], Tensor] | None
     logits: dict[int, Tensor]
     scale: float | Tensor = 1.0
+
+
+@dataclass(frozen=True)
+class Told:
+    """What a UNet with people is told: captions (B, 77), ID tokens (B, N, T, D), which of them there are (B, N) bool,
+    ID scales (B, 1, 1)."""
+
+    tokens: Tensor
+    people: Tensor
+    present: Tensor
+    scale: Tensor
+
+    def and_also(self, other: Told) -> Told:
+        return Told(*(torch.cat([getattr(told, part.name) for told in (self, other)]) for part in fields(self)))
 
 
 class TrainingRule:

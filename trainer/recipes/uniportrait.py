@@ -36,14 +36,14 @@ from lib_portrait.request import Identity, PortraitRequest
 from lib_portrait.routing_picture import draw_routing
 from lib_portrait.standalone.model import Model, load_model
 from trainer.diffusion import Noising, add_face_weight, emphasised
-from trainer.drawing import STEPS, Told, draw, guided
+from trainer.drawing import STEPS, draw, guided
 from trainer.draws import Draws
 from trainer.features import global_feature, uncaptioned
 from trainer.identity_loss import DRAWN_IN, LAST_BELOW, OTHERS, SHARE, IdentityLoss, Likeness, Others
 from trainer.loop import Recipe, Settings
 from trainer.portraits import FacesOfPictures
 from trainer.shards import Shards
-from trainer.uniportrait_rule import Condition, SiteLayers, TrainingRule
+from trainer.uniportrait_rule import Condition, SiteLayers, Told, TrainingRule
 from trainer.uniportrait_start import begin_with_faceid, begin_with_router, leave_out, second_stage, site_layers
 
 MODELS = Path(__file__).resolve().parents[2] / "models"
