@@ -522,6 +522,14 @@ def test_people_have_numbers_by_which_others_are_told_from_them(monkeypatch: pyt
     assert len(set(numbers.tolist())) == len(found)
 
 
+@pytest.mark.parametrize("unread", [("--route-weight", "0"), ("--lora-rate", "0.1"), ("--faceid", "a.safetensors")])
+def test_stage_one_refuses_what_only_stage_two_reads(
+    monkeypatch: pytest.MonkeyPatch, data: Path, unread: tuple[str, str]
+) -> None:
+    with pytest.raises(PortraitError, match="nothing here reads it.*--stage 2"):
+        recipe(monkeypatch, data, *unread)
+
+
 def test_the_identity_loss_is_refused_where_it_cannot_be_had(
     monkeypatch: pytest.MonkeyPatch, data: Path, recognition: Path, tmp_path: Path
 ) -> None:
@@ -536,7 +544,7 @@ def test_the_identity_loss_is_refused_where_it_cannot_be_had(
     with pytest.raises(PortraitError, match="another network than other.safetensors"):
         recipe(monkeypatch, data, "--recognition", str(tmp_path / "other.safetensors"), *weight)
     for unread in (("--detector", "mtcnn"), ("--last-below", "500")):
-        with pytest.raises(PortraitError, match="nothing here reads it"):
+        with pytest.raises(PortraitError, match="nothing here reads it.*--identity-weight"):
             recipe(monkeypatch, data, *unread)
     for t in ("0", "1001"):
         with pytest.raises(PortraitError, match="1 to 1000"):

@@ -56,6 +56,8 @@ TOKEN_KEPT = 0.5
 COMPONENTS = ("global", "local", "structure", "shallow")
 # The share of samples without faces (sec. 4.1), and without their caption.
 FACES_DROPPED = CAPTION_DROPPED = 0.05
+# Lambda of eq. 4, and the LoRA's share of the rate in stage 2 (sec. 3.4).
+ROUTE_WEIGHT = LORA_RATE = 0.1
 # The ID scale of what is drawn, that of a request that does not say, as is TensorBoard's structure scale.
 SCALE, STRUCTURE = PortraitRequest().scale, Identity(()).structure
 
@@ -83,23 +85,16 @@ class UniPortraitRecipe(Recipe):
         super().__init__()
         self.stage = options.stage
         self.name = f"uniportrait stage {self.stage}"
-        self.route_weight, self.gamma, self.lora_rate = options.route_weight, options.gamma, options.lora_rate
-        self.face_weight = options.face_weight
+        _refuse_unread(options)
+        self.route_weight = ROUTE_WEIGHT if options.route_weight is None else options.route_weight
+        self.lora_rate = LORA_RATE if options.lora_rate is None else options.lora_rate
+        self.gamma, self.face_weight = options.gamma, options.face_weight
         self.identity_weight = options.identity_weight
         self.last_below = LAST_BELOW if options.last_below is None else options.last_below
         if self.identity_weight and options.components == "global":
             raise PortraitError("identity-weight", "it is for local features", "Give it without global.")
-        for name in ("detector", "last_below"):
-            if getattr(options, name) is not None and not self.identity_weight:
-                raise PortraitError(name, "nothing here reads it", "Leave it away, or give --identity-weight.")
         if not 0 < self.last_below <= len(Noising().alphas_bar):
             raise PortraitError("last_below", f"{self.last_below} was given", "Give a number of 1 to 1000.")
-        if options.recognition is not None and not self.identity_weight and options.components != "global":
-            raise PortraitError(
-                "recognition",
-                "nothing here reads it",
-                "Leave it away, or give --identity-weight or --components global.",
-            )
         self.dropping = not options.no_dropping
         self.adapter_name, self.companions = options.name, {"backbone": options.backbone, "vision": options.vision}
         model = load_model(options.checkpoint)
@@ -372,6 +367,22 @@ def routing_loss(
     return torch.stack(losses).mean(), torch.stack(rights).mean().detach()
 
 
+def _refuse_unread(options: argparse.Namespace) -> None:
+    """Raises PortraitError for an option that was given and that nothing would read."""
+    drawn, second = bool(options.identity_weight), options.stage == 2
+    readers = {
+        "detector": (drawn, "--identity-weight"),
+        "last_below": (drawn, "--identity-weight"),
+        "recognition": (drawn or options.components == "global", "--identity-weight or --components global"),
+        "route_weight": (second, "--stage 2"),
+        "lora_rate": (second, "--stage 2"),
+        "faceid": (second, "--stage 2"),
+    }
+    for name, (read, by) in readers.items():
+        if getattr(options, name) is not None and not read:
+            raise PortraitError(name, "nothing here reads it", f"Leave it away, or give {by}.")
+
+
 def _global_feature(options: argparse.Namespace) -> Callable[[Tensor], Tensor] | None:
     """For `--components global`: the recognition network's last feature, made of the local ones before it."""
     if options.components != "global":
@@ -393,10 +404,10 @@ def configure(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--initial", type=Path, help="a file of the same stage to begin with; stage 2 takes its router")
     parser.add_argument("--backbone", help="file name of the recognition network, for the adapter's metadata")
     parser.add_argument("--vision", help="file name of the image encoder, for the adapter's metadata")
-    parser.add_argument("--rank", type=int, default=128, help="of the LoRA, default 128")
-    parser.add_argument("--tokens", type=int, default=16, help="ID tokens, default 16")
-    parser.add_argument("--width", type=int, default=768, help="of the ID embedding, default 768")
-    parser.add_argument("--depth", type=int, default=6, help="layers of the ID embedding, default 6")
+    parser.add_argument("--rank", type=int, default=128, help="stage 1: of the LoRA, default 128")
+    parser.add_argument("--tokens", type=int, default=16, help="stage 1: ID tokens, default 16")
+    parser.add_argument("--width", type=int, default=768, help="stage 1: of the ID embedding, default 768")
+    parser.add_argument("--depth", type=int, default=6, help="stage 1: layers of the ID embedding, default 6")
     parser.add_argument(
         "--components",
         choices=COMPONENTS,
@@ -425,8 +436,8 @@ def configure(parser: argparse.ArgumentParser) -> None:
         "--detector", metavar="mtcnn|insightface|FILE", help="finds the faces that are drawn; default mtcnn"
     )
     parser.add_argument("--no-dropping", action="store_true", help="without the dropping regularisation (Table 3)")
-    parser.add_argument("--route-weight", type=float, default=0.1, help="lambda of eq. 4, default 0.1")
-    parser.add_argument("--lora-rate", type=float, default=0.1, help="stage 2: the LoRA's share of the rate")
+    parser.add_argument("--route-weight", type=float, help=f"stage 2: lambda of eq. 4, default {ROUTE_WEIGHT}")
+    parser.add_argument("--lora-rate", type=float, help=f"stage 2: the LoRA's share of the rate, default {LORA_RATE}")
     parser.add_argument("--gamma", type=float, default=0.0, help="Min-SNR's gamma; 0 for eq. 1 as it stands")
     add_face_weight(parser)
 
