@@ -19,6 +19,7 @@ from lib_portrait.standalone.model import make_model, save_model
 from trainer.architectures import world_text_encoder, world_unet, world_vae
 from trainer.recipes.base import latent_scale
 from trainer.shards import encode_png
+from trainer.uniportrait_start import of_rank
 from trainer.world import Scene, identity, render, sample_scene
 from trainer.world.people import HELD_OUT_EVERY
 
@@ -54,6 +55,19 @@ def between(first: Path, second: Path, share: float, target: Path) -> None:
         name: torch.lerp(begin.tensors[name].float(), t.float(), share).half() for name, t in end.tensors.items()
     }
     write_tensors(target, tensors, {**end.metadata, "between": f"{share:g} of the way from another run"})
+
+
+def reduced(file: Path, rank: int, target: Path) -> None:
+    """An adapter file with LoRAs of that rank, the nearest to its own.
+
+    Raises PortraitError for a file that has none of a greater rank.
+    """
+    stored = read_tensors(file)
+    tensors = of_rank(stored.tensors, rank)
+    if all(tensor is tensors[name] for name, tensor in stored.tensors.items()):
+        raise PortraitError("rank", f"{file.name} has no LoRA of a rank above {rank}", "Take the file as it is.")
+    half = {name: tensor.half().contiguous() for name, tensor in tensors.items()}
+    write_tensors(target, half, {**stored.metadata, "reduced": f"LoRA reduced to rank {rank}"})
 
 
 def photos(folder: Path, people: int) -> None:
@@ -92,6 +106,9 @@ def main() -> None:
         metavar=("FACEID", "FACEID", "SHARE"),
         help="an adapter between two, the second trained on from the first, at that share of the way",
     )
+    parser.add_argument(
+        "--rank", nargs="+", metavar=("R", "ADAPTER"), help="adapter files whose LoRA is to be brought down to rank R"
+    )
     parser.add_argument("files", type=Path, nargs="*", help="files to take as they are: adapters, face networks")
     options = parser.parse_args()
     options.output.mkdir(parents=True, exist_ok=True)
@@ -102,6 +119,9 @@ def main() -> None:
     if options.between:
         first, second = map(Path, options.between[:2])
         between(first, second, float(options.between[2]), options.output / second.name)
+    if options.rank:
+        for file in map(Path, options.rank[1:]):
+            reduced(file, int(options.rank[0]), options.output / file.name)
     for file in options.files:
         shutil.copyfile(file, options.output / file.name)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import cast
 
@@ -20,19 +21,29 @@ def site_layers(sites: list[Site], rank: int) -> nn.ModuleDict:
     return nn.ModuleDict({str(site.index): SiteLayers(site, rank) for site in sites})
 
 
+def of_rank(tensors: Mapping[str, Tensor], rank: int) -> dict[str, Tensor]:
+    """An adapter's tensors with every LoRA of greater rank replaced by the nearest of that rank.
+
+    That is, in up @ down: its largest singular values are kept (Eckart and Young).
+    """
+    reduced = dict(tensors)
+    for name, down in tensors.items():
+        if name.endswith("_lora.down.weight") and len(down) > rank:
+            other = name.replace(".down.", ".up.")
+            left, strength, right = torch.linalg.svd(tensors[other].float() @ down.float(), full_matrices=False)
+            share = strength[:rank].sqrt()
+            reduced |= {other: left[:, :rank] * share, name: share[:, None] * right[:rank]}
+    return reduced
+
+
 def begin_with_faceid(recipe: nn.Module, faceid: Path) -> None:
     """Gives stage 1 the weights of another run's file, or of a published one.
 
-    A LoRA of greater rank than the recipe's is replaced by the nearest of that rank (its largest singular values).
-    Raises PortraitError for a file of other sizes.
+    A LoRA of greater rank than the recipe's is replaced by the nearest of that rank. Raises PortraitError for a file of
+    other sizes.
     """
-    tensors = {name: tensor.float() for name, tensor in read_tensors(faceid, "faceid").tensors.items()}
-    for name, own in recipe.named_parameters():
-        if name.endswith("_lora.down.weight") and len(tensors.get(name, ())) > len(own):
-            other = name.replace(".down.", ".up.")
-            left, strength, right = torch.linalg.svd(tensors[other] @ tensors[name], full_matrices=False)
-            share = strength[: len(own)].sqrt()
-            tensors |= {other: left[:, : len(own)] * share, name: share[:, None] * right[: len(own)]}
+    rank = next(len(own) for name, own in recipe.named_parameters() if name.endswith("_lora.down.weight"))
+    tensors = of_rank({name: t.float() for name, t in read_tensors(faceid, "faceid").tensors.items()}, rank)
     try:
         recipe.load_state_dict(tensors)
     except RuntimeError as error:

@@ -156,3 +156,28 @@ def test_an_adapter_can_be_taken_between_two(runs: Path, tmp_path: Path, monkeyp
     write_tensors(second, lacking, stored.metadata)
     with pytest.raises(PortraitError, match="other layers"):
         release.between(first, second, 0.5, tmp_path / "none.safetensors")
+
+
+def test_an_adapter_can_be_brought_down_to_a_rank(runs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Both files, whose LoRA is of rank 4: the nearest of rank 2 in up @ down, all else as it was."""
+    files = [next((runs / f"stage-{stage}" / "export").iterdir()) for stage in (1, 2)]
+    arguments = ["release", "--output", str(tmp_path / "made"), "--rank"]
+    monkeypatch.setattr(sys, "argv", [*arguments, "2", *map(str, files)])
+    release.main()
+    for file in files:
+        before, after = read_tensors(file), read_tensors(tmp_path / "made" / file.name)
+        assert before.tensors.keys() == after.tensors.keys()
+        for name, tensor in before.tensors.items():
+            if "_lora." not in name:
+                assert torch.equal(after.tensors[name], tensor)
+            elif name.endswith(".up.weight"):
+                down = name.replace(".up.", ".down.")
+                assert (after.tensors[name].shape[1], len(after.tensors[down])) == (2, 2)
+                whole, made = (one.tensors[name].float() @ one.tensors[down].float() for one in (before, after))
+                lost, least = torch.linalg.matrix_norm(made - whole), torch.linalg.svdvals(whole)[2:4].norm()
+                assert float(lost) == pytest.approx(float(least), rel=0.02, abs=1e-5)
+        assert after.metadata["recipe"] == before.metadata["recipe"] and "rank 2" in after.metadata["reduced"]
+
+    monkeypatch.setattr(sys, "argv", [*arguments, "4", str(files[0])])
+    with pytest.raises(PortraitError, match="no LoRA of a rank above 4"):
+        release.main()
