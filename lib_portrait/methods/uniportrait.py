@@ -320,8 +320,9 @@ class Person:
 class RoutingMaps:
     """Collects where each person went: per site and step, and averaged over both.
 
-    A map gives every position's share for each of N people: the router's softmax (eq. 3), or the regions where these
-    override it.
+    A map tells for every position which of N people it was given to: the one that the router chose (eq. 2), or those
+    whose region it lies in. The choice and not the router's softmax: it is what the picture was made with, and in the
+    mean over sites and steps it still tells people apart where each softmax decides by little.
     """
 
     def __init__(self, keep_all: bool = False):
@@ -570,20 +571,16 @@ class UniPortraitRule:
         active = state.active
         free = [a for a, i in enumerate(active) if regions is None or self.people[i].region is None]
         weights = hidden.new_zeros(hidden.shape[0], hidden.shape[1], len(active))
-        shares = weights
         if free:
             logits = self._route(state, kind, hidden, free)
             weights[..., free] = F.one_hot(logits.argmax(dim=-1), len(free)).to(weights.dtype)
-            if self.routing is not None:
-                shares = torch.zeros_like(weights)
-                shares[..., free] = logits.float().softmax(dim=-1).to(weights.dtype)
         if regions is not None:
             total = regions.sum(dim=-1, keepdim=True)
             inside, covered = regions / total.clamp(min=1e-3), total.clamp(max=1)
             if free:
-                inside, weights, shares = inside * covered, weights * (1 - covered), shares * (1 - covered)
-            weights, shares = weights + inside, shares + inside
-        self._record(site, call, state, kind, shares)
+                inside, weights = inside * covered, weights * (1 - covered)
+            weights = weights + inside
+        self._record(site, call, state, kind, weights)
         weights = weights * hidden.new_tensor([self.people[i].scale for i in active])
         groups = [[active.index(i) for i in group] for group in state.groups[kind]]
         return torch.stack([weights[..., group].sum(dim=-1) for group in groups], dim=-1)

@@ -168,6 +168,8 @@ def test_routing_maps_are_given_per_site_and_step_and_averaged(unet, adapter) ->
         (2, 3, 4, 6),
         (2, 3, 2, 3),
     }
+    # What was chosen (eq. 2), not how surely: a position is somebody's in whole.
+    assert all(((each == 0) | (each == 1)).all() for each in maps.maps.values())
     mean = maps.mean()
     assert mean is not None
     assert mean.shape == (2, 3, 16, 24)
