@@ -47,7 +47,7 @@ def between(first: Path, second: Path, share: float, target: Path) -> None:
     """
     if not 0 <= share <= 1:
         raise PortraitError("between", f"a share of {share} was given", "Give one of 0 to 1.")
-    begin, end = read_tensors(first, "faceid"), read_tensors(second, "faceid")
+    begin, end = read_tensors(first), read_tensors(second)
     sizes = [{name: tensor.shape for name, tensor in one.tensors.items()} for one in (begin, end)]
     if sizes[0] != sizes[1]:
         raise PortraitError("between", f"{first} and {second} hold other layers", "Give two files of one lineage.")
@@ -103,7 +103,7 @@ def main() -> None:
     parser.add_argument(
         "--between",
         nargs=3,
-        metavar=("FACEID", "FACEID", "SHARE"),
+        metavar=("ADAPTER", "ADAPTER", "SHARE"),
         help="an adapter between two, the second trained on from the first, at that share of the way",
     )
     parser.add_argument(
