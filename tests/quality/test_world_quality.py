@@ -89,3 +89,7 @@ def test_two_people_in_one_picture_are_both_themselves(pairs: Table) -> None:
     assert lowest is not None
     assert lowest.value > 0.05
     assert mean(pairs, "world", "top-5") > mean(pairs, BASE, "top-5")
+
+
+def test_the_world_is_small_enough_to_travel_with_the_code() -> None:
+    assert sum(file.stat().st_size for file in WORLD.rglob("*") if file.is_file()) <= 60e6
