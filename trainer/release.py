@@ -58,16 +58,18 @@ def between(first: Path, second: Path, share: float, target: Path) -> None:
 
 
 def reduced(file: Path, rank: int, target: Path) -> None:
-    """An adapter file with LoRAs of that rank, the nearest to its own.
+    """An adapter file with LoRAs of that rank, the nearest to its own, in the precision that it has.
 
-    Raises PortraitError for a file that has none of a greater rank.
+    Raises PortraitError for a file that has none of a greater rank, and for a rank below 1.
     """
+    if rank < 1:
+        raise PortraitError("rank", f"{rank} was given", "Give a whole number of 1 or more.")
     stored = read_tensors(file)
     tensors = of_rank(stored.tensors, rank)
     if all(tensor is tensors[name] for name, tensor in stored.tensors.items()):
         raise PortraitError("rank", f"{file.name} has no LoRA of a rank above {rank}", "Take the file as it is.")
-    half = {name: tensor.half().contiguous() for name, tensor in tensors.items()}
-    write_tensors(target, half, {**stored.metadata, "reduced": f"LoRA reduced to rank {rank}"})
+    stated = {name: tensors[name].to(tensor.dtype).contiguous() for name, tensor in stored.tensors.items()}
+    write_tensors(target, stated, {**stored.metadata, "reduced": f"LoRA reduced to rank {rank}"})
 
 
 def photos(folder: Path, people: int) -> None:
@@ -106,9 +108,7 @@ def main() -> None:
         metavar=("ADAPTER", "ADAPTER", "SHARE"),
         help="an adapter between two, the second trained on from the first, at that share of the way",
     )
-    parser.add_argument(
-        "--rank", nargs="+", metavar=("R", "ADAPTER"), help="adapter files whose LoRA is to be brought down to rank R"
-    )
+    parser.add_argument("--rank", type=int, help="the files are adapters whose LoRA is to be brought down to this rank")
     parser.add_argument("files", type=Path, nargs="*", help="files to take as they are: adapters, face networks")
     options = parser.parse_args()
     options.output.mkdir(parents=True, exist_ok=True)
@@ -119,11 +119,11 @@ def main() -> None:
     if options.between:
         first, second = map(Path, options.between[:2])
         between(first, second, float(options.between[2]), options.output / second.name)
-    if options.rank:
-        for file in map(Path, options.rank[1:]):
-            reduced(file, int(options.rank[0]), options.output / file.name)
     for file in options.files:
-        shutil.copyfile(file, options.output / file.name)
+        if options.rank is None:
+            shutil.copyfile(file, options.output / file.name)
+        else:
+            reduced(file, options.rank, options.output / file.name)
 
 
 if __name__ == "__main__":

@@ -181,6 +181,7 @@ def test_an_adapter_can_be_brought_down_to_a_rank(runs: Path, tmp_path: Path, mo
                 assert float(lost) == pytest.approx(float(least), rel=0.02, abs=1e-5)
         assert after.metadata["recipe"] == before.metadata["recipe"] and "rank 2" in after.metadata["reduced"]
 
-    monkeypatch.setattr(sys, "argv", [*arguments, "4", str(files[0])])
-    with pytest.raises(PortraitError, match="no LoRA of a rank above 4"):
-        release.main()
+    for rank, problem in (("4", "no LoRA of a rank above 4"), ("0", "1 or more")):
+        monkeypatch.setattr(sys, "argv", [*arguments, rank, str(files[0])])
+        with pytest.raises(PortraitError, match=problem):
+            release.main()
