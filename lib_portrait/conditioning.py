@@ -15,7 +15,7 @@ from torch import Tensor
 from lib_portrait.attention import NEGATIVE, POSITIVE
 from lib_portrait.checkpoints.formats import read_tensors
 from lib_portrait.checkpoints.store import Kit, Store
-from lib_portrait.errors import PortraitError
+from lib_portrait.errors import Notice, PortraitError
 from lib_portrait.faces.features import FaceEncoder, FaceFeatures
 from lib_portrait.faces.recognition import Backbone, backbone_from_state_dict
 from lib_portrait.faces.service import FaceService
@@ -31,11 +31,15 @@ ASPECT_TOLERANCE = 0.04
 
 @dataclass(frozen=True)
 class Conditioning:
-    """A request made ready: the adapter, and one `Person` for each identity in the request's order."""
+    """A request made ready: the adapter, and one `Person` for each identity in the request's order.
+
+    notices: what the user should know of it.
+    """
 
     request: PortraitRequest
     adapter: Adapter
     people: tuple[Person, ...]
+    notices: tuple[Notice, ...] = ()
 
     def rule(self, routing: RoutingMaps | None = None) -> UniPortraitRule:
         """The request's rule for one UNet (`attention.Injection`)."""
@@ -76,9 +80,11 @@ class Conditioner:
             self._region(identity.region, f"identities[{i}].region", size)
             for i, identity in enumerate(request.identities)
         ]
+        notices: list[Notice] = []
         for i, identity in enumerate(request.identities):
             for field, photo in _photos(identity, f"identities[{i}]"):
                 self.faces.crop(photo, field)
+                notices += self.faces.notices(photo, field)
         adapter = self._load_adapter(kit)
         encoder = self._encoder(kit, device, dtype)
         zero = self.faces.zero(encoder)
@@ -95,7 +101,7 @@ class Conditioner:
             # Between requests the accelerator's memory belongs to the host.
             for network in self._networks[1]:
                 network.to("cpu")
-        return Conditioning(request, adapter, tuple(people))
+        return Conditioning(request, adapter, tuple(people), tuple(notices))
 
     def _identity_tokens(self, adapter: Adapter, encoder: FaceEncoder, identity: Identity, path: str) -> Tensor:
         """F_id of one identity, people mixed into it included: (T, D)."""

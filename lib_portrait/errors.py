@@ -1,6 +1,22 @@
-"""The one exception a user is meant to read."""
+"""What users are meant to read: the one exception of a request that cannot be honoured, and notices on one that was."""
 
 from __future__ import annotations
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Notice:
+    """What a user should know of a request that is honoured all the same.
+
+    `field` is where in the request it lies, as in `PortraitError`; `text` says it in a clause without a full stop.
+    """
+
+    field: str
+    text: str
+
+    def __str__(self) -> str:
+        return f"{self.field}: {self.text}."
 
 
 class PortraitError(Exception):

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import numpy as np
 
-from lib_portrait.errors import PortraitError
+from lib_portrait.errors import Notice, PortraitError
 from lib_portrait.faces.alignment import align_face, fit_aligned, template
 from lib_portrait.faces.cache import FeatureCache, PhotoCache, Recent
 from lib_portrait.faces.detection import Detector, Face, detect_faces, get_detector
@@ -20,10 +20,14 @@ from lib_portrait.request import LARGEST, Limits, Photo
 
 @dataclass(frozen=True)
 class FoundFace:
-    """A face of a photo: where it is, and its aligned crop (224, 224, 3) uint8 RGB."""
+    """A face of a photo: where it is, and its aligned crop (224, 224, 3) uint8 RGB.
+
+    notices: what a user should know of it, each a clause without a full stop.
+    """
 
     face: Face
     crop: np.ndarray
+    notices: tuple[str, ...] = ()
 
 
 class FaceService:
@@ -79,16 +83,24 @@ class FaceService:
 
         Raises PortraitError as `find` does, and when there are fewer faces than `face` counts.
         """
+        return self.chosen(photo, field).crop
+
+    def notices(self, photo: Photo, field: str) -> list[Notice]:
+        """What a user should know of the face that the photo's `face` chooses. Raises PortraitError as `crop` does."""
+        return [Notice(field, text) for text in self.chosen(photo, field).notices]
+
+    def chosen(self, photo: Photo, field: str) -> FoundFace:
+        """The face that the photo's `face` chooses. Raises PortraitError as `crop` does."""
         found = self.find(photo, field)
         if photo.aligned or photo.face is None:
-            return max(found, key=lambda one: one.face.area).crop
+            return max(found, key=lambda one: one.face.area)
         if photo.face >= len(found):
             raise PortraitError(
                 f"{field}.face",
                 f"face {photo.face} was asked for, but {len(found)} {'was' if len(found) == 1 else 'were'} found",
                 f'Give an index from 0 to {len(found) - 1}, counted from the left, or "{LARGEST}".',
             )
-        return found[photo.face].crop
+        return found[photo.face]
 
     def features(self, photo: Photo, field: str, encoder: FaceEncoder) -> FaceFeatures:
         """The features of the face that the photo's `face` chooses, cached. Raises as `crop` and `encode` do."""

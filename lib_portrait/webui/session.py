@@ -20,7 +20,7 @@ from modules import devices, errors, shared
 
 from lib_portrait.attention import NEGATIVE, POSITIVE, Injection, find_sites, mark
 from lib_portrait.checkpoints.store import AUTOMATIC, EMBEDDED
-from lib_portrait.errors import PortraitError
+from lib_portrait.errors import Notice, PortraitError
 from lib_portrait.request import PortraitRequest, parse_request, to_infotext
 from lib_portrait.webui import axes, panel, services, world
 from lib_portrait.webui import values as layout
@@ -30,6 +30,7 @@ if TYPE_CHECKING:
     from lib_portrait.methods.uniportrait import UniPortraitRule
 
 INFOTEXT_KEY = "Portrait"
+NOTICES_KEY = "Portrait notices"
 _ATTRIBUTE = "portrait_session"
 
 
@@ -75,6 +76,11 @@ class Session:
         conditioning.adapter.check_fits(find_sites(unet))
         self._conditioning = conditioning
         self._rule = conditioning.rule()
+
+    def notices(self) -> list[Notice]:
+        """What the user should know of the request, fields as the panel names them where it comes from there."""
+        found = self._conditioning.notices if self._conditioning is not None else ()
+        return [Notice(layout.said_of_tab(notice.field, self.tabs), notice.text) for notice in found]
 
     # ---- around the host's p.sample
 
@@ -243,6 +249,12 @@ def prepare(p: Any) -> None:
         session.prepare(p)
         assert session.request is not None
         p.extra_generation_params[INFOTEXT_KEY] = to_infotext(session.request)
+        notices = [str(notice) for notice in session.notices()]
+        if notices:
+            # The parameters reach the API's answer and the picture's file; the comments stand below the gallery.
+            p.extra_generation_params[NOTICES_KEY] = " ".join(notices)
+            for notice in notices:
+                p.comment(f"Portrait: {notice}")
     except Exception as error:
         session.fail(_known(error, session.tabs))
 
@@ -274,7 +286,8 @@ def forget(p: Any, keep_infotext: bool = False) -> None:
     """Takes everything of ours off a processing object: scripts process one several times, or copy it."""
     p.__dict__.pop(_ATTRIBUTE, None)
     if not keep_infotext:
-        p.extra_generation_params.pop(INFOTEXT_KEY, None)
+        for key in (INFOTEXT_KEY, NOTICES_KEY):
+            p.extra_generation_params.pop(key, None)
     for name in ("init", "sample"):
         guard = p.__dict__.get(name)
         if isinstance(guard, _Guard):
