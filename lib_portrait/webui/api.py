@@ -58,6 +58,8 @@ def add_routes(app: Any, api_auth: str | None = None) -> None:
     def route(path: str, method: str, answer: Callable[[Any], Awaitable[Any]], summary: str) -> None:
         async def endpoint(request: Request) -> JSONResponse:
             try:
+                if method != "GET":
+                    require_json(request)
                 return JSONResponse(await answer(request))
             except PortraitError as error:
                 return JSONResponse(error_json(error), status_code=error.status_code)
@@ -179,7 +181,7 @@ def detect_faces(body: Any, faces: Any, limits: Limits) -> dict[str, Any]:
     crops = form.get("crops", False)
     if not isinstance(crops, bool):
         raise PortraitError("crops", "it is neither true nor false", "Give true or false.")
-    photo = _photo({key: form[key] for key in ("image", "aligned") if key in form}, limits)
+    photo = faces.named(_photo({key: form[key] for key in ("image", "aligned") if key in form}, limits), "image")
     found = faces.find(photo, "image")
     largest = max(range(len(found)), key=lambda index: found[index].face.area, default=None)
     listed = []
@@ -234,6 +236,22 @@ def png_base64(picture: Any) -> str:
     out = io.BytesIO()
     Image.fromarray(picture).save(out, "PNG")
     return base64.b64encode(out.getvalue()).decode("ascii")
+
+
+def require_json(request: Any) -> None:
+    """Raises PortraitError (415) unless a Starlette request says that its body is JSON.
+
+    Pages of other sites can have a browser send what a plain form could, or a body of no stated type, here without
+    asking; for JSON the browser asks first (CORS), and the host allows only the origins of its --cors-allow-origins.
+    """
+    given = request.headers.get("content-type", "")
+    if given.partition(";")[0].strip().lower() != "application/json":
+        raise PortraitError(
+            "Content-Type",
+            f"{given[:60]!r} is not what is accepted here",
+            "Send the request with the header Content-Type: application/json.",
+            415,
+        )
 
 
 async def read_json(request: Any, limit: int) -> Any:

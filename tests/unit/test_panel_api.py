@@ -32,6 +32,10 @@ def encoded(data):
 class Faces:
     """Finds two faces in everything."""
 
+    def named(self, photo, field):
+        assert field == "image"
+        return Photo(64 * "a") if photo.sha256 == 12 * "a" else photo
+
     def find(self, photo, field):
         assert field == "image"
         self.photo = photo
@@ -50,8 +54,9 @@ class Faces:
 
 
 class Request:
-    def __init__(self, *chunks):
+    def __init__(self, *chunks, **headers):
         self.chunks = chunks
+        self.headers = {name.replace("_", "-"): value for name, value in headers.items()}
 
     async def stream(self):
         for chunk in self.chunks:
@@ -74,6 +79,12 @@ def test_crops_are_sent_when_asked_for():
     answer = api.detect_faces({"image": encoded(picture()), "aligned": True, "crops": True}, Faces(), LIMITS)
     crop = Image.open(io.BytesIO(base64.b64decode(answer["faces"][1]["crop"])))
     assert crop.size == (224, 224) and crop.getpixel((0, 0)) == (20, 20, 20)
+
+
+def test_a_photo_named_by_its_first_digits_is_answered_with_the_whole_hash():
+    faces = Faces()
+    assert api.detect_faces({"image": f"sha256:{12 * 'a'}"}, faces, LIMITS)["sha256"] == 64 * "a"
+    assert faces.photo == Photo(64 * "a")
 
 
 @pytest.mark.parametrize(
@@ -142,6 +153,29 @@ def test_a_body_that_is_no_json_is_refused(body):
 
 def test_a_body_in_pieces():
     assert asyncio.run(api.read_json(Request(b'{"image"', b": 3}"), 100)) == {"image": 3}
+
+
+@pytest.mark.parametrize(
+    "headers",
+    [
+        {},
+        {"content_type": ""},
+        {"content_type": "text/plain"},
+        {"content_type": "text/plain; application/json"},
+        {"content_type": "application/x-www-form-urlencoded"},
+        {"content_type": "multipart/form-data; boundary=application/json"},
+        {"content_type": "application/jsonx"},
+    ],
+)
+def test_what_a_page_of_another_site_may_send_unasked_is_refused(headers):
+    with pytest.raises(PortraitError, match="Content-Type: application/json") as caught:
+        api.require_json(Request(b"{}", **headers))
+    assert caught.value.status_code == 415
+
+
+@pytest.mark.parametrize("given", ["application/json", "Application/JSON", "application/json; charset=utf-8"])
+def test_a_request_that_says_it_is_json_is_taken(given):
+    api.require_json(Request(b"{}", content_type=given))
 
 
 def test_credentials_are_the_hosts():
