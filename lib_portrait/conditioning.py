@@ -33,10 +33,11 @@ ASPECT_TOLERANCE = 0.04
 class Conditioning:
     """A request made ready: the adapter, and one `Person` for each identity in the request's order.
 
-    notices: what the user should know of it.
+    kit: the files it is made with. notices: what the user should know of it.
     """
 
     request: PortraitRequest
+    kit: Kit
     adapter: Adapter
     people: tuple[Person, ...]
     notices: tuple[Notice, ...] = ()
@@ -101,7 +102,7 @@ class Conditioner:
             # Between requests the accelerator's memory belongs to the host.
             for network in self._networks[1]:
                 network.to("cpu")
-        return Conditioning(request, adapter, tuple(people), tuple(notices))
+        return Conditioning(request, kit, adapter, tuple(people), tuple(notices))
 
     def _identity_tokens(self, adapter: Adapter, encoder: FaceEncoder, identity: Identity, path: str) -> Tensor:
         """F_id of one identity, people mixed into it included: (T, D)."""

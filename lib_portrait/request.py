@@ -13,15 +13,18 @@ import hashlib
 import json
 import math
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
+from urllib.parse import quote, unquote
 
 from lib_portrait.errors import PortraitError
 
 METHODS = ("uniportrait",)
 AUTOMATIC = "automatic"
 HASH_PREFIX = "sha256:"
+# How much of a photo's hash names it: 48 bits tell the photos of one cache apart, and nobody guesses them.
+HASH_DIGITS = 12
 LARGEST = "largest"
 
 
@@ -45,7 +48,7 @@ def number(default: float, low: float, high: float, doc: str) -> Any:
 class Photo:
     """One photograph: its bytes, or only the hash of bytes kept in the photo cache.
 
-    sha256: 64 hex digits of the file's bytes.
+    sha256: of the file's bytes, 64 hex digits; without data the first HASH_DIGITS of them or more.
     data: the file's bytes, or None where the request referred to a cached photo by hash.
     face: index of the wanted face, counted from the left from 0, or None for the largest.
     aligned: the photo is already a face crop in the ArcFace template, and is used as it is.
@@ -222,8 +225,10 @@ def _photo(value: Any, path: str, limits: Limits) -> Photo:
         raise PortraitError(path, f"{_shown(value)} is no image", "Give base64 of an image file, or sha256:<hash>.")
     if value.startswith(HASH_PREFIX):
         digest = value[len(HASH_PREFIX) :].lower()
-        if not re.fullmatch(r"[0-9a-f]{64}", digest):
-            raise PortraitError(path, "the hash is malformed", "sha256: is followed by 64 hexadecimal digits.")
+        if not re.fullmatch(rf"[0-9a-f]{{{HASH_DIGITS},64}}", digest):
+            raise PortraitError(
+                path, "the hash is malformed", f"sha256: is followed by {HASH_DIGITS} to 64 hexadecimal digits."
+            )
         return Photo(digest, None, face, aligned)
     return Photo.of(_base64(value, path, limits), face, aligned)
 
@@ -305,6 +310,23 @@ def _shown(value: Any) -> str:
     return text if len(text) <= 60 else text[:57] + "..."
 
 
+def with_photos(request: PortraitRequest, change: Callable[[Photo], Photo]) -> PortraitRequest:
+    """The request with each photo and mask replaced by what `change` makes of it."""
+
+    def changed(value: Any) -> Any:
+        if isinstance(value, Photo):
+            return change(value)
+        if isinstance(value, tuple):
+            return tuple(changed(item) for item in value)
+        if dataclasses.is_dataclass(value) and not isinstance(value, type):
+            return dataclasses.replace(
+                value, **{item.name: changed(getattr(value, item.name)) for item in dataclasses.fields(value)}
+            )
+        return value
+
+    return changed(request)
+
+
 # ------------------------------------------------------------------------------------------------- JSON and infotext
 
 
@@ -336,20 +358,155 @@ def to_json(request: PortraitRequest) -> dict[str, Any]:
     return plain(request)
 
 
-def to_infotext(request: PortraitRequest) -> str:
-    """The request as one line for a picture's generation parameters; `from_infotext` reads it back."""
-    return json.dumps(to_json(request), sort_keys=True)
+def to_infotext(request: PortraitRequest, adapter: str | None = None) -> str:
+    """An enabled request as one line for a picture's generation parameters; `from_infotext` reads it back.
+
+    adapter: the name of the one that was used, for a request that leaves the choice open. It is what is read back, for
+    that one draws the picture again.
+
+    Parts are divided by " | ": what concerns all people, then one part a person. Within a part "; " divides what
+    differs from the defaults, under the request's names, boxes as fractions; photos are the first digits of their
+    hashes, with "#2" for the second face from the left. There is no comma, colon or line break, so that the host adds
+    no quotation marks and escapes (modules/infotext_utils.py: quote).
+    """
+    name = adapter if adapter is not None and request.checkpoint == AUTOMATIC else request.checkpoint
+    clauses = [request.method]
+    if name != AUTOMATIC:
+        escaped = re.sub(r'[%;|,()"]|^\s|\s$', lambda found: quote(found[0], safe=""), name)
+        clauses.append(f"adapter {escaped}{_CHOSEN if request.checkpoint == AUTOMATIC else ''}")
+    clauses += _numbers_as_text(request)
+    if request.show_routing:
+        clauses.append("show_routing")
+    return " | ".join(["; ".join(clauses), *(_identity_as_text(identity) for identity in request.identities)])
+
+
+_CHOSEN = " (automatic)"
+
+
+def _identity_as_text(identity: Identity) -> str:
+    clauses = [_photos_as_text(identity.photos), *_numbers_as_text(identity)]
+    if identity.region is not None and identity.region.box is not None:
+        clauses.append(" ".join(["box", *map(_number_as_text, identity.region.box)]))
+    if identity.region is not None and identity.region.mask is not None:
+        clauses.append(f"mask {_photos_as_text([identity.region.mask])}")
+    clauses += [f"mix {_number_as_text(mix.weight)} of {_photos_as_text(mix.photos)}" for mix in identity.mix]
+    return "; ".join(clauses)
+
+
+def _photos_as_text(photos: Sequence[Photo]) -> str:
+    return " ".join(
+        photo.sha256[:HASH_DIGITS]
+        + ("" if photo.face is None else f"#{photo.face + 1}")
+        + ("#aligned" if photo.aligned else "")
+        for photo in photos
+    )
+
+
+def _numbers_as_text(value: PortraitRequest | Identity) -> list[str]:
+    return [
+        f"{item.name} {_number_as_text(getattr(value, item.name))}"
+        for item in dataclasses.fields(value)
+        if "low" in item.metadata and getattr(value, item.name) != item.default
+    ]
+
+
+def _number_as_text(value: float) -> str:
+    return repr(value).removesuffix(".0")
 
 
 def from_infotext(text: str, limits: Limits | None = None) -> PortraitRequest:
-    """The request an infotext value holds. Raises PortraitError on anything `to_infotext` would not have written."""
+    """The request an infotext value holds: a line of `to_infotext`, or the JSON that earlier versions wrote.
+
+    Photos come without their bytes, by as much of their hashes as there is. Raises PortraitError on anything else.
+    """
+    if not text.lstrip().startswith("{"):
+        return parse_request(_request_from_text(text), limits)
     try:
         value = json.loads(text)
     except (json.JSONDecodeError, RecursionError):
-        raise PortraitError(
-            "Portrait", "the infotext is not JSON", "Paste the generation parameters unchanged."
-        ) from None
+        raise PortraitError("Portrait", "the infotext is not JSON", _UNCHANGED) from None
     return parse_request(value, limits)
+
+
+_UNCHANGED = "Paste the generation parameters unchanged."
+
+
+def _request_from_text(text: str) -> dict[str, Any]:
+    """The request's JSON form from a line of `to_infotext`; what is said in it is left to `parse_request`."""
+    common, *people = text.split("|")
+    method, clauses = _clauses(common)
+    request: dict[str, Any] = {"method": method, "identities": [_identity_from_text(person) for person in people]}
+    for name, value in clauses:
+        if name in request:
+            raise _not_understood(f"{name} {value}")
+        if name == "adapter" and "checkpoint" not in request:
+            request["checkpoint"] = unquote(value.removesuffix(_CHOSEN))
+        elif name == "show_routing" and not value:
+            request[name] = True
+        else:
+            request[name] = _number_from_text(PortraitRequest, name, value)
+    return request
+
+
+def _identity_from_text(text: str) -> dict[str, Any]:
+    photos, clauses = _clauses(text)
+    region: dict[str, Any] = {}
+    mixes: list[dict[str, Any]] = []
+    identity: dict[str, Any] = {"photos": _photos_from_text(photos), "mix": mixes}
+    for name, value in clauses:
+        if name == "mix":
+            weight, _, mixed = value.partition(" of ")
+            mixes.append({"photos": _photos_from_text(mixed), "weight": _number(weight)})
+        elif name in identity or name in region:
+            raise _not_understood(f"{name} {value}")
+        elif name == "box":
+            region["box"] = [_number(part) for part in value.split()]
+        elif name == "mask" and len(masks := _photos_from_text(value)) == 1:
+            region["mask"] = masks[0]
+        else:
+            identity[name] = _number_from_text(Identity, name, value)
+    return {**identity, "region": region or None}
+
+
+def _clauses(part: str) -> tuple[str, list[tuple[str, str]]]:
+    """What a part begins with, and its other clauses, each a name and what is said of it."""
+    first, *others = (clause.strip() for clause in part.split(";"))
+    divided = (clause.partition(" ") for clause in others)
+    return first, [(name, value) for name, _, value in divided]
+
+
+def _photos_from_text(text: str) -> list[dict[str, Any]]:
+    photos = []
+    for token in text.split():
+        found = re.fullmatch(rf"([0-9a-f]{{{HASH_DIGITS},64}})(?:#([0-9]{{1,4}}))?(#aligned)?", token)
+        if found is None:
+            raise _not_understood(token)
+        digits, face, aligned = found.groups()
+        photos.append(
+            {
+                "image": HASH_PREFIX + digits,
+                "face": LARGEST if face is None else int(face) - 1,
+                "aligned": aligned is not None,
+            }
+        )
+    return photos
+
+
+def _number_from_text(form: type, name: str, text: str) -> float:
+    if not any(item.name == name and "low" in item.metadata for item in dataclasses.fields(form)):
+        raise _not_understood(f"{name} {text}")
+    return _number(text)
+
+
+def _number(text: str) -> float:
+    try:
+        return float(text)
+    except ValueError:
+        raise _not_understood(text) from None
+
+
+def _not_understood(text: str) -> PortraitError:
+    return PortraitError("Portrait", f"{_shown(text.strip())} in the infotext is not understood", _UNCHANGED)
 
 
 def json_schema(limits: Limits | None = None) -> dict[str, Any]:
@@ -377,7 +534,7 @@ def json_schema(limits: Limits | None = None) -> dict[str, Any]:
     image = {
         "type": "string",
         "description": f"base64 of an image file (up to {limits.photo_bytes // 2**20} MiB), a data URL, or "
-        "sha256:<hex> of a photo that was sent before",
+        f"sha256:<{HASH_DIGITS} to 64 hex digits> of a photo that was sent before",
     }
     face = {
         "oneOf": [{"const": LARGEST}, {"type": "integer", "minimum": 0, "maximum": 999}],

@@ -110,6 +110,10 @@ class Folder:
             return False
         return True
 
+    def names(self) -> list[str]:
+        """The names of all files that are this cache's."""
+        return [file.name.removesuffix(self._suffix) for _, _, file in self._files()]
+
     def discard(self, name: str) -> None:
         if _HASH.fullmatch(name):
             self._remove(self._file(name))
@@ -177,6 +181,10 @@ class PhotoCache:
             self._folder.discard(name)
             return None
         return data
+
+    def beginning(self, digits: str) -> list[str]:
+        """The sha256 of every photo kept whose sha256 begins with these digits."""
+        return [name for name in self._folder.names() if name.startswith(digits)]
 
     def touch(self, name: str) -> bool:
         """Marks the photo as used now. False where it is not kept."""

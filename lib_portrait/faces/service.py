@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -68,6 +68,7 @@ class FaceService:
 
         Raises PortraitError naming `field`: what `decode_image` refuses, a hash of no kept photo, no face.
         """
+        photo = self.named(photo, field)
         with self._lock:
             key = FeatureCache.key(photo.sha256, photo.aligned, self._how(photo))
             found = self._found.get(key)
@@ -104,6 +105,7 @@ class FaceService:
 
     def features(self, photo: Photo, field: str, encoder: FaceEncoder) -> FaceFeatures:
         """The features of the face that the photo's `face` chooses, cached. Raises as `crop` and `encode` do."""
+        photo = self.named(photo, field)
         with self._lock:
             key = FeatureCache.key("face", photo.sha256, photo.face, photo.aligned, self._how(photo), encoder.key)
             features = self._features.get(key)
@@ -126,7 +128,23 @@ class FaceService:
 
     def mask(self, photo: Photo, field: str) -> np.ndarray:
         """The photo as a region's mask (H, W) float32 in [0, 1]. Raises PortraitError as `decode_mask` does."""
-        return decode_mask(self._bytes(photo, field), field, self.limits)
+        return decode_mask(self._bytes(self.named(photo, field), field), field, self.limits)
+
+    def named(self, photo: Photo, field: str) -> Photo:
+        """The photo by its whole hash, where it is kept and only the hash's first digits were given.
+
+        Raises PortraitError naming `field` where several photos are kept that these digits begin.
+        """
+        if len(photo.sha256) == 64:
+            return photo
+        found = self.photos.beginning(photo.sha256)
+        if len(found) > 1:
+            raise PortraitError(
+                field,
+                f"sha256:{photo.sha256} begins the hashes of {len(found)} photos kept here",
+                "Give more digits of the hash (up to 64), or the photo itself.",
+            )
+        return replace(photo, sha256=found[0]) if found else photo
 
     def drop(self) -> None:
         """Forgets everything, in memory and on disk: photos, faces, features, the loaded detector."""

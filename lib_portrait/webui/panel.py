@@ -75,10 +75,10 @@ def build(script: Any, is_img2img: bool) -> list[Any]:
         # The host saves defaults by label, and identities have the same labels; a photo is no default at all.
         control.do_not_save_to_config = True
     names = paste.positions(identities)
-    readers = [paste.reader(position, identities) for position in range(len(controls))]
+    readers = [paste.reader(position, identities, services.named) for position in range(len(controls))]
     script.infotext_fields = [
         *zip(controls, readers, strict=True),
-        (pasted, lambda params: paste.message_update(params, identities)),
+        (pasted, lambda params: paste.message_update(params, identities, services.named)),
     ]
     script.paste_field_names = [read for name, read in zip(names, readers, strict=True) if paste.sendable(name)]
     return controls

@@ -13,7 +13,7 @@ from html import escape
 from typing import Any
 
 from lib_portrait.errors import PortraitError
-from lib_portrait.request import Limits, from_infotext
+from lib_portrait.request import Limits, Photo, from_infotext, with_photos
 from lib_portrait.webui.values import GLOBAL_FIELDS, IDENTITY_FIELDS, values_from_request
 
 INFOTEXT_KEY = "Portrait"
@@ -24,10 +24,12 @@ LONGEST = 400_000
 UNCHANGED = {"__type__": "generic_update"}
 
 Reader = Callable[[Mapping[str, Any]], Any]
+# From a photo named by the first digits of its hash to the same one by its whole hash.
+Named = Callable[[Photo], Photo]
 
 
 @functools.lru_cache(maxsize=4)
-def panel_values(text: str, identities: int) -> tuple[tuple[Any, ...] | None, str]:
+def panel_values(text: str, identities: int, named: Named) -> tuple[tuple[Any, ...] | None, str]:
     """The panel's values for an infotext's "Portrait" value, or None where it is unusable; and a message, or "".
 
     The message says why nothing, or not everything, could be restored.
@@ -39,30 +41,31 @@ def panel_values(text: str, identities: int) -> tuple[tuple[Any, ...] | None, st
         request = from_infotext(text, dataclasses.replace(Limits(), identities=1000, photos=1000))
     except PortraitError as error:
         return None, f"Portrait was not restored. {error.detail}"
-    values, lost = values_from_request(request, identities)
+    # The panel tells by whole hashes which photos it has already.
+    values, lost = values_from_request(with_photos(request, named), identities)
     return tuple(values), " ".join(lost)
 
 
-def _read(params: Mapping[str, Any], identities: int) -> tuple[tuple[Any, ...] | None, str] | None:
+def _read(params: Mapping[str, Any], identities: int, named: Named) -> tuple[tuple[Any, ...] | None, str] | None:
     text = params.get(INFOTEXT_KEY)
-    return panel_values(text, identities) if isinstance(text, str) and text else None
+    return panel_values(text, identities, named) if isinstance(text, str) and text else None
 
 
-def field_update(params: Mapping[str, Any], position: int, identities: int) -> dict[str, Any] | None:
+def field_update(params: Mapping[str, Any], position: int, identities: int, named: Named) -> dict[str, Any] | None:
     """The update of the control at a position of the panel's values; None leaves it as it is.
 
     A picture made without Portrait, or with a request that cannot be read, switches Portrait off and changes nothing
     else, so that the other settings of the panel are not lost.
     """
-    read = _read(params, identities)
+    read = _read(params, identities, named)
     if read is None or read[0] is None:
         return _update(False) if position == 0 else None
     return _update(read[0][position])
 
 
-def message_update(params: Mapping[str, Any], identities: int) -> dict[str, Any]:
+def message_update(params: Mapping[str, Any], identities: int, named: Named) -> dict[str, Any]:
     """The update of the panel's message after pasting."""
-    read = _read(params, identities)
+    read = _read(params, identities, named)
     return _update(message_html(read[1]) if read is not None and read[1] else "")
 
 
@@ -77,9 +80,9 @@ def _update(value: Any) -> dict[str, Any]:
 
 
 @functools.cache
-def reader(position: int, identities: int) -> Reader:
+def reader(position: int, identities: int, named: Named) -> Reader:
     """The host's paste function for a control. The same object each time: "send to" buttons find fields by it."""
-    return lambda params: field_update(params, position, identities)
+    return lambda params: field_update(params, position, identities, named)
 
 
 def sendable(name: str) -> bool:

@@ -6,6 +6,7 @@ import threading
 from typing import TYPE_CHECKING, Any
 
 from lib_portrait.checkpoints.store import Store
+from lib_portrait.errors import PortraitError
 from lib_portrait.request import Limits, Photo
 from lib_portrait.webui import settings
 
@@ -64,6 +65,14 @@ def conditioner() -> Conditioner:
 def remember(data: bytes) -> str:
     """Keeps a photo's bytes for later requests that name it by hash; gives the hash."""
     return faces().photos.put(data) if data else Photo.of(data).sha256
+
+
+def named(photo: Photo) -> Photo:
+    """The photo by its whole hash where it is kept; else as it is, for whoever uses it to say so."""
+    try:
+        return faces().named(photo, "photo")
+    except PortraitError:
+        return photo
 
 
 def drop_caches() -> None:

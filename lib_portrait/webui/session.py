@@ -77,6 +77,11 @@ class Session:
         self._conditioning = conditioning
         self._rule = conditioning.rule()
 
+    def infotext(self) -> str:
+        """The request as the pictures' parameters hold it, with the adapter that was used."""
+        assert self.request is not None and self._conditioning is not None
+        return to_infotext(self.request, self._conditioning.kit.name)
+
     def notices(self) -> list[Notice]:
         """What the user should know of the request, fields as the panel names them where it comes from there."""
         found = self._conditioning.notices if self._conditioning is not None else ()
@@ -247,8 +252,7 @@ def prepare(p: Any) -> None:
         return
     try:
         session.prepare(p)
-        assert session.request is not None
-        p.extra_generation_params[INFOTEXT_KEY] = to_infotext(session.request)
+        p.extra_generation_params[INFOTEXT_KEY] = session.infotext()
         notices = [str(notice) for notice in session.notices()]
         if notices:
             # The parameters reach the API's answer and the picture's file; the comments stand below the gallery.

@@ -186,6 +186,23 @@ def test_a_photo_can_be_named_by_its_hash_once_it_was_sent(service, looked):
     assert len(FaceService([], service.photos._folder._path.parent).find(reference, "photo")) == 3
 
 
+def test_the_first_digits_of_a_hash_name_a_photo_where_they_name_one_alone(service, looked):
+    photo = photo_of()
+    reference = Photo(photo.sha256[:12])
+    with pytest.raises(PortraitError, match=f"^photo: the photo sha256:{photo.sha256[:12]}... is not kept"):
+        service.find(reference, "photo")
+    assert service.named(reference, "photo") == reference
+    service.find(photo, "photo")
+    assert len(service.find(reference, "photo")) == 3
+    assert service.named(reference, "photo") == Photo(photo.sha256)
+    features = service.features(photo, "photo", Encoder())
+    assert torch.equal(service.features(reference, "photo", Encoder()).intrinsic, features.intrinsic)
+    service.photos._folder.write(photo.sha256[:12] + 52 * "0", b"another")
+    with pytest.raises(PortraitError, match="^photo: sha256:.* begins the hashes of 2 photos kept here. Give more"):
+        service.find(reference, "photo")
+    assert len(service.find(Photo(photo.sha256), "photo")) == 3
+
+
 def test_a_photo_whose_features_are_cached_is_still_kept(service):
     photo, encoder = photo_of(), Encoder()
     service.features(photo, "photo", encoder)
