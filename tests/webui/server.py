@@ -97,10 +97,12 @@ class Client:
         self.scratch = scratch
         self.at_start: dict[str, Any] = {}
 
-    def call(self, path: str, data: Any = None, timeout: float = REQUEST_SECONDS) -> Answer:
-        """GET, or POST of `data` as JSON. Error statuses are answers, too."""
+    def call(
+        self, path: str, data: Any = None, timeout: float = REQUEST_SECONDS, kind: str = "application/json"
+    ) -> Answer:
+        """GET, or POST of `data` as JSON, said to be of another `kind` if so wished. Error statuses are answers, too."""
         body = None if data is None else json.dumps(data).encode()
-        request = urllib.request.Request(self.base + path, body, {"Content-Type": "application/json"})
+        request = urllib.request.Request(self.base + path, body, {"Content-Type": kind})
         try:
             with urllib.request.urlopen(request, timeout=timeout) as response:
                 status, text = response.status, response.read()

@@ -141,6 +141,22 @@ def test_and_a_good_one_is_not(server: Client, people: dict[str, str]) -> None:
     assert server.generate(ask({"photos": [people["ada"]]})).status == 200
 
 
+def test_a_page_of_another_site_changes_nothing(server: Client, people: dict[str, str]) -> None:
+    """A browser sends these for any page without asking; for JSON it asks, and the host allows no foreign origin."""
+    kept = server.call("/portrait/photos", {"image": people["ada"]}).body
+    paths = server.call("/openapi.json").body["paths"]
+    routes = [path for path, methods in paths.items() if path.startswith("/portrait/") and "post" in methods]
+    assert {"/portrait/drop-caches", "/portrait/photos", "/portrait/detect"} <= set(routes)
+    for route in routes:
+        for kind in ("text/plain", "application/x-www-form-urlencoded", "multipart/form-data; boundary=x", ""):
+            answer = server.call(route, {"image": people["ben"]}, kind=kind)
+            assert answer.status == 415, (route, kind)
+            assert "Content-Type: application/json" in answer.detail
+    assert server.call("/portrait/detect", kept).status == 200, "the photo is still kept"
+    assert server.call("/portrait/drop-caches", {}).body == {"dropped": True}
+    assert server.call("/portrait/detect", kept).status == 422
+
+
 # --------------------------------------------------------------------------------------------------- bad weight files
 
 

@@ -12,6 +12,7 @@ import pytest
 import torch
 from PIL import Image, ImageDraw
 
+from lib_portrait.request import HASH_DIGITS, Photo, parse_request, to_json
 from tests.webui.oracle import NOBODY, Oracle, assert_nobody_is_seen, assert_people_are_seen
 from tests.webui.server import Client, Recording
 from tests.webui.world import KIT
@@ -316,18 +317,38 @@ def test_the_routing_map_is_appended(server: Client, people: dict[str, str]) -> 
     assert pixels(shown)[: len(plain.images)] == pixels(plain)
 
 
-def test_the_infotext_brings_the_request_back(server: Client, people: dict[str, str]) -> None:
-    portrait = two(people, scale=0.9)
+def test_people_from_photos_are_seen_as_drawn_ones_are(
+    server: Client, oracle: Oracle, photographed: dict[str, str]
+) -> None:
+    for portrait in (one(photographed), two(photographed)):
+        assert_people_are_seen(server.record(portrait), oracle, portrait)
+
+
+@pytest.mark.parametrize("written", ["today", "by earlier versions"])
+def test_the_infotext_brings_the_picture_back(server: Client, people: dict[str, str], written: str) -> None:
+    portrait = two(people, scale=0.9, lora_scale=1 / 3)
+    portrait["identities"][0] |= {"structure": 0.25, "mix": [{"photos": [people["cleo"]], "weight": 0.2}]}
     portrait["identities"][1]["region"] = {"box": [0.5, 0, 1, 1]}
     first = server.record(portrait, sites=())
     infotext = first.answer.info["infotexts"][0]
-    assert "Portrait: " in infotext
-    assert people["ada"][:60] not in infotext
+    ada, ben, cleo = (Photo.of(base64.b64decode(people[name])).sha256[:HASH_DIGITS] for name in ("ada", "ben", "cleo"))
+    line = (
+        f"uniportrait; adapter {KIT}; scale 0.9; lora_scale 0.3333333333333333"
+        f" | {ada}; structure 0.25; mix 0.2 of {cleo} | {ben}; box 0.5 0 1 1"
+    )
+    assert f"Portrait: {line}" in infotext
     again = server.call("/sdapi/v1/png-info", {"image": first.answer.images[0]}).body["parameters"]
-    assert again["Portrait"]
+    assert again["Portrait"] == line
 
-    back = json.loads(again["Portrait"])
-    assert back["scale"] == 0.9
-    assert back["identities"][0]["photos"][0].startswith("sha256:")
-    second = server.record(back, sites=())
+    if written == "by earlier versions":
+        request = parse_request(portrait)
+        infotext = infotext.replace(line, json.dumps(json.dumps(to_json(request), sort_keys=True)))
+        assert Photo.of(base64.b64decode(people["ada"])).sha256 in infotext
+    second = server.record(sites=(), infotext=infotext)
     assert torch.equal(first.latents(), second.latents())
+    assert f"Portrait: {line}" in second.answer.info["infotexts"][0]
+
+
+def test_the_infotext_names_the_adapter_that_automatic_chose(server: Client, people: dict[str, str]) -> None:
+    answer = server.generate({"identities": [{"photos": [people["ada"]]}]})
+    assert f"Portrait: uniportrait; adapter {KIT} (automatic) | " in answer.info["infotexts"][0]

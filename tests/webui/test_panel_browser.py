@@ -15,7 +15,7 @@ import pytest
 from PIL import Image
 
 from lib_portrait.request import Photo
-from tests.portraits import portrait
+from tests.portraits import DRAWN, portrait
 from tests.webui.browser import Page
 from tests.webui.server import Client
 
@@ -29,7 +29,7 @@ def reference(path: Path) -> str:
 def test_two_people_from_photos_to_picture_and_back(
     driver: Any, server: Client, screenshots: Path, tmp_path: Path
 ) -> None:
-    ada, ben = portrait("synthetic-0100.png"), portrait("newton.jpg")
+    ada, ben = (portrait(name) for name in DRAWN[:2])
     page = Page(driver, server.base, screenshots)
     page.show(page.panel)
     page.save("1-panel")
@@ -109,7 +109,7 @@ def test_the_people_of_a_group_photo_become_identities(
     driver: Any, server: Client, screenshots: Path, tmp_path: Path
 ) -> None:
     group = Image.new("RGB", (1024, 512))
-    for place, name in enumerate(("synthetic-0100.png", "synthetic-0293.png")):
+    for place, name in enumerate(DRAWN[:2]):
         group.paste(Image.open(portrait(name)).convert("RGB").resize((512, 512)), (512 * place, 0))
     file = tmp_path / "group.png"
     group.save(file)
