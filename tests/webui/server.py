@@ -100,7 +100,7 @@ class Client:
     def call(
         self, path: str, data: Any = None, timeout: float = REQUEST_SECONDS, kind: str = "application/json"
     ) -> Answer:
-        """GET, or POST of `data` as JSON, said to be of another `kind` if so wished. Error statuses are answers, too."""
+        """GET, or POST of `data` as JSON; `kind` is what it is said to be. Error statuses are answers, too."""
         body = None if data is None else json.dumps(data).encode()
         request = urllib.request.Request(self.base + path, body, {"Content-Type": kind})
         try:
