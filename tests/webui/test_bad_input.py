@@ -16,7 +16,7 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
-from tests.webui.server import Client
+from tests.webui.server import ROOT, Client
 from tests.webui.world import KIT, World
 
 pytestmark = pytest.mark.webui
@@ -47,6 +47,7 @@ def ask(*identities: Any, **changes: Any) -> dict[str, Any]:
     return {"checkpoint": KIT, "identities": list(identities), **changes}
 
 
+README = (ROOT / "README.md").read_text(encoding="utf-8")
 TALL = text(image("L", (64, 128), colour=255))
 
 # Each case: what it is, the request made from a good photo, the field that is named, and a word of the message.
@@ -71,6 +72,8 @@ CASES: list[Case] = [
     ("aligned but oblong", lambda ada: ask({"photos": [{"image": text(image(size=(300, 100))), "aligned": True}]}),
      "photos[0]", "square"),
     ("unknown hash", lambda ada: ask({"photos": ["sha256:" + "0" * 64]}), "photos[0]", "not kept"),
+    ("the first digits of an unknown hash", lambda ada: ask({"photos": ["sha256:" + "0" * 12]}), "photos[0]", "not kept"),
+    ("too few digits of a hash", lambda ada: ask({"photos": ["sha256:" + "0" * 11]}), "photos[0]", "hash"),
     ("malformed hash", lambda ada: ask({"photos": ["sha256:../../x"]}), "photos[0]", "hash"),
     ("photo is a number", lambda ada: ask({"photos": [7]}), "photos[0]", "no image"),
     ("photos is a string", lambda ada: ask({"photos": ada}), "identities[0].photos", "no list"),
@@ -120,9 +123,11 @@ def refused(answer: Any, field: str, word: str) -> None:
     assert answer.detail.count(". ") >= 1, "the message names a remedy"
 
 
-def test_there_are_enough_cases() -> None:
-    assert len(CASES) + len(FILES) >= 40
+def test_the_readme_counts_these_cases() -> None:
+    """All of both lists, and the SDXL model."""
     assert len({name for name, *_ in CASES}) == len(CASES)
+    number = len(CASES) + len(FILES) + 1
+    assert f"| Requests and weight files that must be refused, through the API | {number} of {number} |" in README
 
 
 @pytest.mark.parametrize(("name", "make", "field", "word"), CASES, ids=[case[0] for case in CASES])
