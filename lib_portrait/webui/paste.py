@@ -17,7 +17,7 @@ from lib_portrait.request import Limits, Photo, from_infotext, with_photos
 from lib_portrait.webui.values import GLOBAL_FIELDS, IDENTITY_FIELDS, values_from_request
 
 INFOTEXT_KEY = "Portrait"
-# An infotext of sixteen people with thirty-two photos each has some 50,000 characters.
+# What earlier versions wrote of sixteen people with thirty-two photos each has some 50,000 characters.
 LONGEST = 400_000
 
 # What `gr.update()` makes.
