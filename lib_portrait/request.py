@@ -366,8 +366,8 @@ def to_infotext(request: PortraitRequest, adapter: str | None = None) -> str:
 
     Parts are divided by " | ": what concerns all people, then one part a person. Within a part "; " divides what
     differs from the defaults, under the request's names, boxes as fractions; photos are the first digits of their
-    hashes, with "#2" for the second face from the left. There is no comma, colon or line break, so that the host adds
-    no quotation marks and escapes (modules/infotext_utils.py: quote).
+    hashes, with "#1" for the second face from the left and "#aligned" as on the command line. There is no comma, colon
+    or line break, so that the host adds no quotation marks and escapes (modules/infotext_utils.py: quote).
     """
     name = adapter if adapter is not None and request.checkpoint == AUTOMATIC else request.checkpoint
     clauses = [request.method]
@@ -396,7 +396,7 @@ def _identity_as_text(identity: Identity) -> str:
 def _photos_as_text(photos: Sequence[Photo]) -> str:
     return " ".join(
         photo.sha256[:HASH_DIGITS]
-        + ("" if photo.face is None else f"#{photo.face + 1}")
+        + ("" if photo.face is None else f"#{photo.face}")
         + ("#aligned" if photo.aligned else "")
         for photo in photos
     )
@@ -485,7 +485,7 @@ def _photos_from_text(text: str) -> list[dict[str, Any]]:
         photos.append(
             {
                 "image": HASH_PREFIX + digits,
-                "face": LARGEST if face is None else int(face) - 1,
+                "face": LARGEST if face is None else int(face),
                 "aligned": aligned is not None,
             }
         )

@@ -203,7 +203,7 @@ def test_infotext_reads_well() -> None:
         "mine",
     ) == (
         "uniportrait; adapter mine; scale 1; lora_scale 0.8; show_routing"
-        " | aaaaaaaaaaaa aaaaaaaaaaaa#2; structure 0.3; box 0 0 0.5 1"
+        " | aaaaaaaaaaaa aaaaaaaaaaaa#1; structure 0.3; box 0 0 0.5 1"
         " | bbbbbbbbbbbb; scale 0.9; start 0.1; end 0.75; mask cccccccccccc"
         " | cccccccccccc; mix 0.25 of aaaaaaaaaaaa bbbbbbbbbbbb; mix 0.5 of bbbbbbbbbbbb#aligned"
     )
@@ -247,8 +247,8 @@ A = "a" * 12
         (f"uniportrait | {A}; mix 0.5 of", "not understood"),
         (f"uniportrait | {A[1:]}", "not understood"),
         (f"uniportrait | {A.upper()}", "not understood"),
-        (f"uniportrait | {A}#0", "is no face"),
-        (f"uniportrait | {A}#aligned#2", "not understood"),
+        (f"uniportrait | {A}#1000", "is no face"),
+        (f"uniportrait | {A}#aligned#1", "not understood"),
         ("uniportrait | ../../etc/passwd", "not understood"),
         ('{"identities": ', "not JSON"),
     ],
