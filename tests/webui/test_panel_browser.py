@@ -175,6 +175,7 @@ def test_send_to_img2img_takes_the_people_along(driver: Any, server: Client, scr
 @pytest.mark.parametrize(
     ("value", "shown"),
     [
+        (f"uniportrait | {12 * '0'}", "is not kept here"),
         ('{"identities":[{"photos":["sha256:%s"]}]}' % (64 * "0"), "is not kept here"),
         ('{"identities":[{"photos":["../../secret"]}]}', "Portrait was not restored"),
         ("<img src=x onerror=alert(1)>,", "Portrait was not restored"),
