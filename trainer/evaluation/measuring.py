@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 
 from lib_portrait.errors import PortraitError
 from lib_portrait.faces.detection import Detector
-from lib_portrait.standalone.measuring import greedy_pairs
+from lib_portrait.standalone.measuring import greedy_pairs, recognised_people
 from trainer.evaluation.artist import Pool
 from trainer.evaluation.attributes import AttributeNetwork, agreement
 from trainer.evaluation.instruments import Clip, Recogniser, embedding_of, faces_of
@@ -53,7 +53,8 @@ class Seen:
     faces: how many were found. similarity: of each person's face to their reference, None where no face was left for
     them. ranks: place of that person among the people of the gallery, from 1. between: similarity of the two people's
     faces to each other. clip_t: cosine of picture and prompt. shown: whether each attribute that the prompt states is
-    there. features (d) for FID, None where there is no face to take them from.
+    there. features (d) for FID, None where there is no face to take them from. recognised: whether each person has a
+    face that is most similar to them among the picture's people.
     """
 
     faces: int
@@ -63,6 +64,7 @@ class Seen:
     clip_t: float | None
     shown: dict[str, bool]
     features: Floats | None = field(repr=False, compare=False)
+    recognised: tuple[bool, ...] = ()
 
     @property
     def lowest(self) -> float:
@@ -72,6 +74,14 @@ class Seen:
     @property
     def multisim(self) -> float | None:
         return multisim(self.similarity, self.between) if len(self.similarity) == 2 else None
+
+    @property
+    def shows_everybody(self) -> bool:
+        """Whether each person has a face of their own that is more similar to them than to the picture's others.
+
+        For two faces of nobody in particular that is true of about every second picture.
+        """
+        return all(self.recognised)
 
     def within(self, places: int) -> float:
         """Share of the people who are among the first of the gallery by their face; who has none is not."""
@@ -165,11 +175,13 @@ def _seen(
     faces = faces_of(image, instruments.detector)
     similarity: list[float | None] = [None] * len(people)
     ranks: list[int | None] = [None] * len(people)
+    recognised = (False,) * len(people)
     between, embeddings = None, None
     if faces:
         embeddings = instruments.recogniser.embed(image, faces)
         similar = embeddings @ gallery.embeddings[list(people)].T
         pairs = greedy_pairs(torch.from_numpy(similar))
+        recognised = recognised_people(torch.from_numpy(similar), pairs)
         for place, face in pairs.items():
             similarity[place] = float(similar[face, place])
             ranks[place] = rank(embeddings[face], gallery.embeddings, people[place])
@@ -178,4 +190,4 @@ def _seen(
     if instruments.fid == FACE:
         largest = max(range(len(faces)), key=lambda number: faces[number].area, default=None)
         features = None if largest is None or embeddings is None else embeddings[largest]
-    return Seen(len(faces), tuple(similarity), tuple(ranks), between, clip_t, shown, features)
+    return Seen(len(faces), tuple(similarity), tuple(ranks), between, clip_t, shown, features, recognised)

@@ -43,7 +43,8 @@ def columns(plan: Plan, first: int) -> list[Column]:
     ]
     if plan.protocol == "multi":
         pair = Column("MultiSim", lambda seen: seen.multisim, percent=False)
-        return [Column("lowest similarity", lambda seen: seen.lowest), pair, *told]
+        both = Column("both shown", lambda seen: float(seen.shows_everybody))
+        return [Column("lowest similarity", lambda seen: seen.lowest), pair, both, *told]
     return [Column("similarity", lambda seen: seen.lowest), *told]
 
 
