@@ -69,6 +69,8 @@ def test_faces_are_matched_greedily_each_once(picture: Path) -> None:
     assert seen.lowest == pytest.approx(0)
     assert seen.between == pytest.approx(0.48)
     assert seen.multisim == pytest.approx((0.8 + 0) / 2 + 1 - 0.48)
+    # The second person has to take a face that is more like the first.
+    assert seen.recognised == (True, False) and not seen.shows_everybody
     # The right face is most like the third person, then like the first.
     assert seen.ranks == (1, 3)
     assert (seen.within(1), seen.within(3), seen.found) == (0.5, 1.0, 1.0)
@@ -107,6 +109,26 @@ def test_fid_compares_pictures_or_the_largest_faces(picture: Path) -> None:
     assert seen.features is not None and seen.features.tolist() == [0, 1, 0]
     (seen,) = measure([picture], [shot((0,))], GALLERY, instruments([], FACE), True)
     assert seen.features is None
+
+
+def test_a_picture_shows_both_when_each_has_a_face_that_is_more_like_them(picture: Path) -> None:
+    """Whoever else of the gallery the faces are like."""
+    found = {
+        (True, True): [[0.5, 0.4, 0.9], [0.0, 0.1, 0.9]],
+        (True, False): [[1, 0, 0]],
+        (False, False): [],
+    }
+    for recognised, faces in found.items():
+        (seen,) = measure([picture], [shot((0, 1))], GALLERY, instruments(faces), True)
+        assert (seen.recognised, seen.shows_everybody) == (recognised, all(recognised))
+
+
+def test_pairs_have_a_column_for_pictures_that_show_both(picture: Path) -> None:
+    plan = Plan("multi", "Two people", [shot((0, 1)), shot((0, 2)), shot((1, 2))], [Row("adapter", "adapter")])
+    seen = [Seen(2, (0.5, 0.5), (1, 1), 0.0, 0.2, {}, None, (True, both)) for both in (True, False, True)]
+    text = markdown(tabulate(plan, {"adapter": seen}, [], 100, []))
+    names, values = ([cell.strip() for cell in line.split("|")] for line in text.splitlines()[2:6:2])
+    assert values[names.index("both shown %")] == "66.7 ± 66.7"
 
 
 # -------------------------------------------------------------------------------------------------------------- tables
