@@ -38,12 +38,7 @@ class Companion:
             return
         there = _found(self.role, self.name, folders)
         if there is None or _content(there) != _content(self.path):
-            source, target = self.path.resolve(), folder / (Path(self.name).stem + self.path.suffix)
-            # A second name of the same file where the file system allows it: image encoders have gigabytes.
-            try:
-                os.link(source, target)
-            except OSError:
-                shutil.copyfile(source, target)
+            _put(self.path.resolve(), folder / (Path(self.name).stem + self.path.suffix))
 
 
 def named(role: str, text: str, hashes: Mapping[str, str], folders: Sequence[Path] = FOLDERS) -> Companion:
@@ -86,6 +81,23 @@ def _found(role: str, name: str, folders: Sequence[Path]) -> Path | None:
         return Store(Folders(folders)).find(role, name)
     except PortraitError:
         return None
+
+
+def _put(source: Path, target: Path) -> None:
+    """A second name of the same file where that is possible, for image encoders have gigabytes; otherwise a copy.
+
+    Not of a file that fewer people may read than a new one: exports are for others, too.
+    """
+    target.touch()
+    rights = target.stat().st_mode
+    if source.stat().st_mode & rights == rights:
+        target.unlink()
+        try:
+            os.link(source, target)
+            return
+        except OSError:
+            pass
+    shutil.copyfile(source, target)
 
 
 def _content(path: Path) -> tuple[int, str]:

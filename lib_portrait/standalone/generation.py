@@ -25,7 +25,7 @@ from lib_portrait.faces.world_detector import world_detector
 from lib_portrait.methods.uniportrait import RoutingMaps
 from lib_portrait.request import AUTOMATIC, Limits, PortraitRequest, to_json
 from lib_portrait.routing_picture import COLOUR_NAMES, draw_routing
-from lib_portrait.standalone.measuring import Likeness, Measurer, shows_everybody
+from lib_portrait.standalone.measuring import Likeness, Measurer, owners_of, shows_everybody
 from lib_portrait.standalone.model import WORLD, load_model
 from lib_portrait.standalone.sampling import Sampling, check, sample
 from lib_portrait.standalone.sheet import Cell, Section, draw_sheet
@@ -55,13 +55,13 @@ PLURALS = {"woman": "women", "man": "men", "person": "people"}
 class Drawn:
     """One finished picture. routing: the same in grey, coloured by whom its parts were given to.
 
-    shares: of each person in every part of it, (N, h, w), where there are several.
+    owners: whose they are, see `owners_of`, where there are several people.
     """
 
     sampling: Sampling
     picture: Image.Image
     routing: Image.Image | None = None
-    shares: torch.Tensor | None = None
+    owners: torch.Tensor | None = None
 
 
 class Studio:
@@ -115,8 +115,9 @@ class Studio:
             mean = routing.mean() if routing is not None else None
             shown = mean is not None and request is not None and request.show_routing
             maps = draw_routing(pictures, [mean]) if mean is not None and shown else [None] * len(pictures)
-            shares = list(mean) if mean is not None and mean.shape[1] > 1 else [None] * len(pictures)
-            drawn += [Drawn(*one) for one in zip(batch, pictures, maps, shares, strict=True)]
+            several = mean is not None and mean.shape[1] > 1
+            owners = [owners_of(own) for own in mean] if mean is not None and several else [None] * len(pictures)
+            drawn += [Drawn(*one) for one in zip(batch, pictures, maps, owners, strict=True)]
         return drawn
 
     def _notice(self, notices: Sequence[Notice]) -> None:
@@ -182,15 +183,15 @@ class Comparison:
     references: torch.Tensor | None = None
 
     def likeness(
-        self, picture: Image.Image, people: Sequence[int], routing: torch.Tensor | None = None
+        self, picture: Image.Image, people: Sequence[int], owners: torch.Tensor | None = None
     ) -> list[Likeness]:
         """Of each of the people whom the picture was asked to show; nothing where nothing measures.
 
-        routing: see `Measurer.likeness`.
+        owners: see `Measurer.likeness`.
         """
         if self.measurer is None or self.references is None:
             return []
-        return self.measurer.likeness(np.asarray(picture.convert("RGB")), self.references, people, routing)
+        return self.measurer.likeness(np.asarray(picture.convert("RGB")), self.references, people, owners)
 
 
 def _routed(request: PortraitRequest) -> bool:
@@ -351,7 +352,7 @@ def draw_prompts(
     drawn = studio.draw(request, samplings)
     cells: list[list[Cell]] = [[] for _ in prompts]
     for number, one in enumerate(drawn):
-        measured = comparison.likeness(one.picture, range(len(people)), one.shares) if comparison is not None else []
+        measured = comparison.likeness(one.picture, range(len(people)), one.owners) if comparison is not None else []
         results.add(one, people, measured)
         row = cells[number // count]
         row.append(Cell(one.picture, [f"seed {one.sampling.seed}", *_told(people, measured)]))
@@ -409,7 +410,7 @@ def draw_world(
     comparison = studio.comparison(everyone, studio.crops(everyone))
 
     def measured(one: Drawn, shown: Sequence[int]) -> list[str]:
-        likeness = comparison.likeness(one.picture, shown, one.shares)
+        likeness = comparison.likeness(one.picture, shown, one.owners)
         results.add(one, [people[i].name for i in shown], likeness)
         return _told([people[i].name for i in shown] if len(shown) > 1 else [""], likeness)
 

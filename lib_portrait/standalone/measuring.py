@@ -74,12 +74,12 @@ class Measurer:
         return detect_faces(picture, self.detector)
 
     def likeness(
-        self, picture: np.ndarray, references: Tensor, people: Sequence[int], routing: Tensor | None = None
+        self, picture: np.ndarray, references: Tensor, people: Sequence[int], owners: Tensor | None = None
     ) -> list[Likeness]:
         """Of each of `people` (rows of `references` (n, D)) that the picture was asked to show.
 
         Faces and people are paired greedily by similarity, each at most once (FastComposer, sec. 5.1).
-        routing: the share (len(people), h, w) of each of them in every part of the picture.
+        owners: to which of them each part of the picture was routed, see `owners_of`.
         """
         faces = self.faces(picture)
         if not faces:
@@ -99,7 +99,7 @@ class Measurer:
                     float(similar[face, person]),
                     max(others) if others else None,
                     recognised[column],
-                    None if routing is None else given_to(faces[face], picture.shape[:2], routing) == column,
+                    None if owners is None else owner(faces[face], picture.shape[:2], owners) == column,
                 )
             )
         return measured
@@ -111,16 +111,17 @@ def recognised_people(similar: Tensor, pairs: Mapping[int, int]) -> tuple[bool, 
     return tuple(column in pairs and int(similar[pairs[column]].argmax()) == column for column in people)
 
 
-def given_to(face: Face, size: tuple[int, int], routing: Tensor) -> int | None:
-    """The person with the largest share of the face's centre; None where nobody has one.
+def owners_of(routing: Tensor) -> Tensor:
+    """The person (h, w) with the largest share of each part of a picture; -1 where nobody has one. routing: (N, h, w)."""
+    return torch.where(routing.sum(dim=0) > 0, routing.argmax(dim=0), -1)
 
-    size: height and width of the picture in pixels; routing (N, h, w) covers all of it.
-    """
+
+def owner(face: Face, size: tuple[int, int], owners: Tensor) -> int:
+    """Whose the part of the picture is in which the face's centre lies; size: the picture's height and width."""
     left, top, right, bottom = face.box
-    places = zip(((top + bottom) / 2, (left + right) / 2), size, routing.shape[1:])
+    places = zip(((top + bottom) / 2, (left + right) / 2), size, owners.shape)
     row, column = (min(max(int(at / extent * cells), 0), cells - 1) for at, extent, cells in places)
-    shares = routing[:, row, column]
-    return int(shares.argmax()) if shares.any() else None
+    return int(owners[row, column])
 
 
 def greedy_pairs(similar: Tensor) -> dict[int, int]:

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+import torch
 
 pytest.importorskip("skia", reason="the world is drawn with skia", exc_type=ImportError)
 
@@ -59,6 +61,13 @@ def picture(tmp_path: Path) -> Path:
     pool = Pool(tmp_path)
     pool.put(np.zeros((32, 32, 3), np.uint8), {"number": 1})
     return pool.path({"number": 1})
+
+
+def routed(tmp_path: Path, rows: list[list[int]]) -> Path:
+    """A picture whose parts belong to these people."""
+    pool = Pool(tmp_path)
+    pool.put(np.zeros((32, 32, 3), np.uint8), {"rows": rows}, torch.tensor(rows))
+    return pool.path({"rows": rows})
 
 
 def test_faces_are_matched_greedily_each_once(picture: Path) -> None:
@@ -121,14 +130,35 @@ def test_a_picture_shows_both_when_each_has_a_face_that_is_more_like_them(pictur
     for recognised, faces in found.items():
         (seen,) = measure([picture], [shot((0, 1))], GALLERY, instruments(faces), True)
         assert (seen.recognised, seen.shows_everybody) == (recognised, all(recognised))
+        assert seen.places_everybody is None
+
+
+def test_a_picture_places_both_when_their_faces_lie_where_it_was_routed_to_them(tmp_path: Path) -> None:
+    """The faces' centres are at x = 4 and 5.5 of 32 pixels, in the second and third of sixteen columns; y at half."""
+    left, right = [[0] * 16], [[1] * 16]
+    apart = [[-1, 0, 0, 0] + [1] * 12]
+    boxes = [Face(np.array([x - 1, 10, x + 1, 22], np.float32), LANDMARKS, 1.0) for x in (4, 20)]
+    cases = [(apart, True), (left, False), (right, False), ([[-1] * 16], False), ([[1, 0, 1, 1] + [1] * 12], False)]
+    for rows, placed in cases:
+        told = replace(instruments([[1, 0, 0], [0, 1, 0]]), detector=Detector("told", "1", lambda image: boxes))
+        (seen,) = measure([routed(tmp_path, rows)], [shot((0, 1))], GALLERY, told, True)
+        assert seen.shows_everybody and seen.places_everybody == placed, rows
+    told = replace(instruments([[1, 0, 0], [0.9, 0.1, 0]]), detector=Detector("told", "1", lambda image: boxes))
+    (seen,) = measure([routed(tmp_path, apart)], [shot((0, 1))], GALLERY, told, True)
+    assert seen.placed == (True, True) and not seen.places_everybody
 
 
 def test_pairs_have_a_column_for_pictures_that_show_both(picture: Path) -> None:
     plan = Plan("multi", "Two people", [shot((0, 1)), shot((0, 2)), shot((1, 2))], [Row("adapter", "adapter")])
     seen = [Seen(2, (0.5, 0.5), (1, 1), 0.0, 0.2, {}, None, (True, both)) for both in (True, False, True)]
-    text = markdown(tabulate(plan, {"adapter": seen}, [], 100, []))
-    names, values = ([cell.strip() for cell in line.split("|")] for line in text.splitlines()[2:6:2])
-    assert values[names.index("both shown %")] == "66.7 ± 66.7"
+    places = [replace(one, placed=where) for one, where in zip(seen, ((True, True), (True, True), (True, False)))]
+    for pictures, placed in ((places, "33.3 ± 33.3"), (seen, None)):
+        text = markdown(tabulate(plan, {"adapter": pictures}, [], 100, []))
+        names, values = ([cell.strip() for cell in line.split("|")] for line in text.splitlines()[2:6:2])
+        assert values[names.index("both shown %")] == "66.7 ± 66.7"
+        # What nobody knows of any picture has no column.
+        assert ("both placed %" in names) == (placed is not None)
+        assert placed is None or values[names.index("both placed %")].startswith("33.3 ± ")
 
 
 # -------------------------------------------------------------------------------------------------------------- tables

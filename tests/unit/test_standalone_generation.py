@@ -430,20 +430,20 @@ def measuring_as(monkeypatch: pytest.MonkeyPatch, embeddings: list[list[float]])
     return measurer
 
 
-LEFT_AND_RIGHT = torch.tensor([[[1.0, 0.0]], [[0.0, 1.0]]])
+LEFT_AND_RIGHT = torch.tensor([[0, 1]])
 
 
 @pytest.mark.parametrize(
-    ("embeddings", "routing", "recognised", "placed", "everybody"),
+    ("embeddings", "owners", "recognised", "placed", "everybody"),
     [
         ([[1.0, 0.0], [0.0, 1.0]], LEFT_AND_RIGHT, (True, True), (True, True), True),
         ([[1.0, 0.0], [0.0, 1.0]], None, (True, True), (None, None), True),
         # The people stand where the other one belongs.
         ([[0.0, 1.0], [1.0, 0.0]], LEFT_AND_RIGHT, (True, True), (False, False), False),
         # All of the picture is the first one's: the second has no place in it.
-        ([[1.0, 0.0], [0.0, 1.0]], LEFT_AND_RIGHT[[0, 0]] + LEFT_AND_RIGHT[[1, 0]], (True, True), (True, False), False),
-        # Nobody's part counts for nobody.
-        ([[1.0, 0.0], [0.0, 1.0]], LEFT_AND_RIGHT * 0, (True, True), (False, False), False),
+        ([[1.0, 0.0], [0.0, 1.0]], LEFT_AND_RIGHT * 0, (True, True), (True, False), False),
+        # Nobody's part is nobody's.
+        ([[1.0, 0.0], [0.0, 1.0]], torch.tensor([[-1, 1]]), (True, True), (False, True), False),
         # Both faces are the first one's; the second has to take what is left.
         ([[1.0, 0.0], [0.8, 0.6]], LEFT_AND_RIGHT, (True, False), (True, True), False),
     ],
@@ -451,13 +451,13 @@ LEFT_AND_RIGHT = torch.tensor([[[1.0, 0.0]], [[0.0, 1.0]]])
 def test_a_picture_shows_everybody_when_each_has_a_face_of_their_own_in_their_place(
     monkeypatch: pytest.MonkeyPatch,
     embeddings: list[list[float]],
-    routing: torch.Tensor | None,
+    owners: torch.Tensor | None,
     recognised: tuple[bool, bool],
     placed: tuple[bool | None, bool | None],
     everybody: bool,
 ) -> None:
     measurer = measuring_as(monkeypatch, embeddings)
-    measured = measurer.likeness(np.full((64, 64, 3), 9, np.uint8), torch.eye(2), [0, 1], routing)
+    measured = measurer.likeness(np.full((64, 64, 3), 9, np.uint8), torch.eye(2), [0, 1], owners)
     assert tuple(one.recognised for one in measured) == recognised
     assert tuple(one.placed for one in measured) == placed
     assert measuring.shows_everybody(measured) == everybody
@@ -468,6 +468,11 @@ def test_a_picture_with_a_face_too_few_does_not_show_everybody(monkeypatch: pyte
     nobody = measurer.likeness(np.zeros((64, 64, 3), np.uint8), torch.eye(2), [0, 1], LEFT_AND_RIGHT)
     assert not measuring.shows_everybody(nobody)
     assert not measuring.shows_everybody([measuring.Likeness(0.9, None, True, True), nobody[1]])
+
+
+def test_parts_of_a_picture_are_whose_share_is_largest() -> None:
+    routing = torch.tensor([[[0.5, 0.0], [0.2, 0.0]], [[0.4, 0.9], [0.3, 0.0]]])
+    assert measuring.owners_of(routing).tolist() == [[0, 1], [1, -1]]
 
 
 def test_likeness_tells_own_and_others(monkeypatch: pytest.MonkeyPatch) -> None:

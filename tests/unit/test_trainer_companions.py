@@ -103,7 +103,7 @@ def test_both_stages_work_at_once_where_they_were_exported(somewhere: Path) -> N
 
     for export in (one / "export", two / "export"):
         for file in export.iterdir():
-            assert file.stat().st_mode & 0o044 or "own" in str(file.resolve()), f"{file} is for its maker alone"
+            assert file.stat().st_mode & 0o044 == 0o044, f"{file} is for its maker alone"
             metadata = json.dumps(read_header(file)[1])
             assert str(somewhere) not in metadata and "/" not in metadata
     told = read_header(faceid)[1]
@@ -147,8 +147,19 @@ def test_where_the_file_system_has_no_second_names_it_is_a_copy(
 
     monkeypatch.setattr(companions.os, "link", link)
     lone = file_of(tmp_path / "own", "lone.safetensors", 1.0)
+    lone.chmod(0o644)
     Companion("vision", "lone.safetensors", lone).bring(models, [])
     assert (models / "lone.safetensors").read_bytes() == lone.read_bytes()
+
+
+@pytest.mark.parametrize("rights", [0o600, 0o644])
+def test_what_is_brought_along_may_be_read_like_the_rest(tmp_path: Path, models: Path, rights: int) -> None:
+    lone = file_of(tmp_path / "own", "lone.safetensors", 1.0)
+    lone.chmod(rights)
+    Companion("vision", "lone.safetensors", lone).bring(models, [])
+    brought = models / "lone.safetensors"
+    assert brought.stat().st_mode & 0o044 == 0o044 and lone.stat().st_mode & 0o777 == rights
+    assert brought.read_bytes() == lone.read_bytes() and brought.samefile(lone) == (rights == 0o644)
 
 
 def test_a_path_that_leads_to_another_network_than_the_features_is_refused(tmp_path: Path, models: Path) -> None:

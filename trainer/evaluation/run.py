@@ -245,7 +245,10 @@ def _notes(plan: Plan, population: Population, instruments: Instruments, gallery
     obeys = " Real pictures show what the prompt says." if population.obeys else ""
     both = ""
     if plan.protocol == "multi":
-        both = " Both shown: each has a face of their own that is more like them than like the other."
+        both = (
+            " Both shown: each has a face of their own that is more like them than like the other; both placed: also "
+        )
+        both += "where the picture was routed to them."
     return [
         f"{len(people)} {population.source}{pairs}, {len(plan.shots)} pictures a row; mean ± standard error over "
         f"people. Similarity is to {held}, by {instruments.recogniser.name}; a face that is not found counts 0. "
