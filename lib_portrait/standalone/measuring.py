@@ -112,7 +112,7 @@ def recognised_people(similar: Tensor, pairs: Mapping[int, int]) -> tuple[bool, 
 
 
 def owners_of(routing: Tensor) -> Tensor:
-    """The person (h, w) with the largest share of each part of a picture; -1 where nobody has one. routing: (N, h, w)."""
+    """The person (h, w) with the largest share of each part, -1 where nobody has one, of a routing map (N, h, w)."""
     return torch.where(routing.sum(dim=0) > 0, routing.argmax(dim=0), -1)
 
 

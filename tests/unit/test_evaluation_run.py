@@ -108,12 +108,8 @@ def test_tables_lines_and_sheets_are_written_and_nothing_is_drawn_twice(
     # Of two people a picture each without and with them, of their pair too, and further ones with 2 and 4 photos.
     assert sum(drawn) == 2 * 2 + 2 * 1 + 2 * 2
     assert [line.row.name for line in single.lines] == ["text only", "world", "real pictures"]
-    assert [column.name for column in multi.columns][:4] == [
-        "lowest similarity",
-        "MultiSim",
-        "both shown",
-        "both placed",
-    ]
+    shown = [column.name for column in multi.columns]
+    assert shown[:4] == ["lowest similarity", "MultiSim", "both shown", "both placed"]
     text_only, injected, real = multi.lines
     assert injected.numbers["both placed"] is not None
     assert text_only.numbers["both placed"] is real.numbers["both placed"] is None

@@ -43,10 +43,8 @@ def columns(plan: Plan, first: int) -> list[Column]:
     ]
     if plan.protocol == "multi":
         pair = Column("MultiSim", lambda seen: seen.multisim, percent=False)
-        both = Column("both shown", lambda seen: float(seen.shows_everybody))
-        placed = Column(
-            "both placed", lambda seen: None if seen.places_everybody is None else float(seen.places_everybody)
-        )
+        both = Column("both shown", lambda seen: seen.shows_everybody)
+        placed = Column("both placed", lambda seen: seen.places_everybody)
         return [Column("lowest similarity", lambda seen: seen.lowest), pair, both, placed, *told]
     return [Column("similarity", lambda seen: seen.lowest), *told]
 

@@ -246,9 +246,9 @@ def _notes(plan: Plan, population: Population, instruments: Instruments, gallery
     both = ""
     if plan.protocol == "multi":
         both = (
-            " Both shown: each has a face of their own that is more like them than like the other; both placed: also "
+            " Both shown: each has a face of their own, more like them than like the other; "
+            "both placed: and where the picture was routed to them."
         )
-        both += "where the picture was routed to them."
     return [
         f"{len(people)} {population.source}{pairs}, {len(plan.shots)} pictures a row; mean ± standard error over "
         f"people. Similarity is to {held}, by {instruments.recogniser.name}; a face that is not found counts 0. "
