@@ -194,7 +194,8 @@ def _there(text: str) -> list[str]:
     """The photos that a text without commas between them stands for, as far as they are there."""
     found = picture_files(text)
     file, mark, which = text.rpartition("#")
-    return found or ([f"{name}#{which}" for name in picture_files(file)] if mark else [])
+    # Beyond a comma begins another photo.
+    return found or ([f"{name}#{which}" for name in picture_files(file)] if mark and "," not in which else [])
 
 
 def photos_of(texts: Sequence[str], option: str) -> list[dict[str, Any]]:

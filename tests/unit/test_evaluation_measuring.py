@@ -122,12 +122,13 @@ def test_fid_compares_pictures_or_the_largest_faces(picture: Path) -> None:
 
 def test_a_picture_shows_both_when_each_has_a_face_that_is_more_like_them(picture: Path) -> None:
     """Whoever else of the gallery the faces are like."""
-    found = {
-        (True, True): [[0.5, 0.4, 0.9], [0.0, 0.1, 0.9]],
-        (True, False): [[1, 0, 0]],
-        (False, False): [],
-    }
-    for recognised, faces in found.items():
+    found = [
+        ((True, True), [[0.5, 0.4, 0.9], [0.0, 0.1, 0.9]]),
+        ((True, False), [[0.8, 0.6, 0], [0.6, 0.5, 0.6]]),
+        ((True, False), [[1, 0, 0]]),
+        ((False, False), []),
+    ]
+    for recognised, faces in found:
         (seen,) = measure([picture], [shot((0, 1))], GALLERY, instruments(faces), True)
         assert (seen.recognised, seen.shows_everybody) == (recognised, all(recognised))
         assert seen.places_everybody is None

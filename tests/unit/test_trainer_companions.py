@@ -148,7 +148,7 @@ def test_where_the_file_system_has_no_second_names_it_is_a_copy(
     monkeypatch.setattr(companions.os, "link", link)
     lone = file_of(tmp_path / "own", "lone.safetensors", 1.0)
     lone.chmod(0o644)
-    Companion("vision", "lone.safetensors", lone).bring(models, [])
+    Companion("vision", "lone.safetensors", lone).bring(models, [tmp_path / "none"])
     assert (models / "lone.safetensors").read_bytes() == lone.read_bytes()
 
 
@@ -156,7 +156,7 @@ def test_where_the_file_system_has_no_second_names_it_is_a_copy(
 def test_what_is_brought_along_may_be_read_like_the_rest(tmp_path: Path, models: Path, rights: int) -> None:
     lone = file_of(tmp_path / "own", "lone.safetensors", 1.0)
     lone.chmod(rights)
-    Companion("vision", "lone.safetensors", lone).bring(models, [])
+    Companion("vision", "lone.safetensors", lone).bring(models, [tmp_path / "none"])
     brought = models / "lone.safetensors"
     assert brought.stat().st_mode & 0o044 == 0o044 and lone.stat().st_mode & 0o777 == rights
     assert brought.read_bytes() == lone.read_bytes() and brought.samefile(lone) == (rights == 0o644)
