@@ -20,7 +20,7 @@ from trainer.evaluation.instruments import Clip, Recogniser
 from trainer.evaluation.measuring import FACE, Gallery, Instruments, Seen, measure
 from trainer.evaluation.plans import Plan, Row, Shot
 from trainer.evaluation.prompts import MULTI, SINGLE
-from trainer.evaluation.report import as_json, as_lines, markdown, tabulate
+from trainer.evaluation.report import as_json, as_lines, markdown, tabulate, verdict
 
 LANDMARKS = np.array([[10, 12], [22, 12], [16, 18], [11, 24], [21, 24]], np.float32)
 # Three people in three directions.
@@ -147,6 +147,17 @@ def test_a_picture_places_both_when_their_faces_lie_where_it_was_routed_to_them(
     told = replace(instruments([[1, 0, 0], [0.9, 0.1, 0]]), detector=Detector("told", "1", lambda image: boxes))
     (seen,) = measure([routed(tmp_path, apart)], [shot((0, 1))], GALLERY, told, True)
     assert seen.placed == (True, True) and not seen.places_everybody
+
+
+def test_the_sheet_tells_which_pictures_show_both() -> None:
+    def told(recognised: tuple[bool, ...], placed: tuple[bool, ...] | None) -> list[str]:
+        return verdict(Seen(2, (0.5,) * len(recognised), (1, 1), 0.0, 0.2, {}, None, recognised, placed))
+
+    assert told((True, True), (True, True)) == ["both placed"]
+    assert told((True, True), (True, False)) == ["misplaced"]
+    assert told((True, True), None) == ["both shown"]
+    assert told((True, False), (True, True)) == ["not both shown"]
+    assert told((True,), None) == []
 
 
 def test_pairs_have_a_column_for_pictures_that_show_both(picture: Path) -> None:
