@@ -275,7 +275,7 @@ def _base64(path: Path, option: str) -> str:
     try:
         return base64.b64encode(path.read_bytes()).decode()
     except OSError as error:
-        if path.is_dir() or glob.has_magic(str(path)):
+        if option in ("--face", "--mix") and (path.is_dir() or glob.has_magic(str(path))):
             known = ", ".join(sorted(SUFFIXES))
             raise PortraitError(option, f"{path} holds no pictures", f"Their names end in {known}.", 404) from None
         reason = error.strerror or type(error).__name__

@@ -209,7 +209,7 @@ def as_lines(plan: Plan, seen: Mapping[str, Sequence[Seen]], paths: Mapping[str,
 
 
 def verdict(seen: Seen) -> list[str]:
-    """Whether a picture of several people shows them all, and where they were routed, in a line; none for one person."""
+    """Whether a picture of a pair shows both, and where they were routed, in a line; none for one person."""
     if len(seen.similarity) < 2:
         return []
     if not seen.shows_everybody:
