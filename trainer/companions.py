@@ -13,6 +13,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from lib_portrait.checkpoints import registry
 from lib_portrait.checkpoints.formats import SAFETENSORS_SUFFIX, read_header
 from lib_portrait.checkpoints.hashes import file_sha256
 from lib_portrait.checkpoints.store import Folders, Store, bare_name
@@ -62,10 +63,22 @@ def named(role: str, text: str, hashes: Mapping[str, str], folders: Sequence[Pat
     there = _found(role, name, folders)
     if there is None or hashes.get(role, "") not in ("", file_sha256(there)):
         problem = "is in none of the model folders" if there is None else "there is another file than the features'"
-        told = f"{role}: {name} {problem}; --{role} PATH puts the right one into the export, else put it into {MODELS}"
-        print(told, file=sys.stderr, flush=True)
+        _say(f"{role}: {name} {problem}; --{role} PATH puts the right one into the export, else put it into {MODELS}")
         return Companion(role, name, None)
     return Companion(role, name, there)
+
+
+def unnamed(role: str, hashes: Mapping[str, str], folders: Sequence[Path] = FOLDERS) -> None:
+    """Tells when an adapter that names no network, and so gets the published one, learns from features of another."""
+    wanted = hashes.get(role)
+    if not wanted or wanted == registry.by_role(role).sha256:
+        return
+    published = Store(Folders(folders)).published(role)
+    if published is None or file_sha256(published) != wanted:
+        _say(
+            f"{role}: the features come from another file than the published network, which an adapter gets that names "
+            f"none; --{role} FILE names theirs"
+        )
 
 
 def beside(faceid: Path, adapter: str) -> list[Companion]:
@@ -74,6 +87,10 @@ def beside(faceid: Path, adapter: str) -> list[Companion]:
     first = Companion("faceid", f"uniportrait-faceid_{adapter}{faceid.suffix}", faceid)
     names = {role: told[role] for role in ROLES if role in told}
     return [first, *(Companion(role, name, _found(role, name, [faceid.parent])) for role, name in names.items())]
+
+
+def _say(text: str) -> None:
+    print(text, file=sys.stderr, flush=True)
 
 
 def _found(role: str, name: str, folders: Sequence[Path]) -> Path | None:

@@ -18,6 +18,7 @@ pytest.importorskip("accelerate", reason="the trainer's requirements are not ins
 from accelerate.state import AcceleratorState, GradientState
 
 from lib_portrait import commands
+from lib_portrait.checkpoints import registry
 from lib_portrait.checkpoints.formats import read_header, write_tensors
 from lib_portrait.checkpoints.hashes import file_sha256
 from lib_portrait.errors import PortraitError
@@ -28,7 +29,7 @@ from lib_portrait.standalone import model as model_module
 from lib_portrait.standalone.model import save_model
 from tests.small_networks import small_model, small_text_folder, tiny_backbone, tiny_vision
 from trainer import companions
-from trainer.companions import Companion, beside, named
+from trainer.companions import Companion, beside, named, unnamed
 from trainer.shards import FaceRecord, Record, encode_png, writing
 
 POINTS = np.array([[0.35, 0.4], [0.65, 0.4], [0.5, 0.6], [0.38, 0.75], [0.62, 0.75]], np.float32)
@@ -182,6 +183,20 @@ def test_a_bare_name_that_leads_nowhere_or_elsewhere_is_told(
     assert "another file than the features'" in capsys.readouterr().err
     assert named("vision", "there.safetensors", {}, [models]).path == models / "there.safetensors"
     assert not capsys.readouterr().err
+
+
+def test_features_of_an_unnamed_network_that_is_not_the_published_one_are_told(
+    models: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    published = registry.by_role("vision")
+    there = file_of(models, published.filename, 1.0)
+    for hashes in ({}, {"vision": file_sha256(there)}, {"vision": published.sha256 or ""}):
+        unnamed("vision", hashes, [models])
+    assert not capsys.readouterr().err
+    unnamed("vision", {"vision": "0" * 64}, [models])
+    there.unlink()
+    unnamed("vision", {"vision": "0" * 64}, [models])
+    assert capsys.readouterr().err.count("--vision FILE names theirs") == 2
 
 
 def test_a_router_goes_with_the_faceid_of_its_first_stage_under_its_own_name(tmp_path: Path, models: Path) -> None:

@@ -112,6 +112,9 @@ class UniPortraitRecipe(Recipe):
         self.companions = [companions.named(role, text, hashes) for role, text in given.items() if text]
         if self.stage == 2 and options.faceid is not None:
             self.companions = companions.beside(options.faceid, self.adapter_name)
+        elif self.stage == 1:
+            for role in (role for role, text in given.items() if not text):
+                companions.unnamed(role, hashes)
         known = hashes.get("backbone")
         if options.recognition is not None and file_sha256(options.recognition) != known:
             raise PortraitError(
