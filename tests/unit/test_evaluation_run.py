@@ -139,10 +139,10 @@ def test_a_broken_run_goes_on_where_it_stopped(
 ) -> None:
     put = artist.Pool.put
 
-    def breaks(pool: artist.Pool, image: Any, facts: Any) -> None:
+    def breaks(pool: artist.Pool, image: Any, facts: Any, owners: Any = None) -> None:
         if pool.drawn == 3:
             raise KeyboardInterrupt
-        put(pool, image, facts)
+        put(pool, image, facts, owners)
 
     with monkeypatch.context() as patch:
         patch.setattr(artist.Pool, "put", breaks)
