@@ -30,7 +30,10 @@ REQUIREMENTS = {
 
 
 def main(arguments: list[str]) -> int:
-    """Run one command; the exit status is 0 for success, 1 for failure, 2 for a command line that makes no sense."""
+    """Run one command; the exit status is 0 for success, 1 for failure, 2 for a command line that makes no sense.
+
+    Without a command it tells which there are, which is a success.
+    """
     from lib_portrait import commands
 
     # Help and mistakes are answered at once, without an environment.

@@ -6,6 +6,7 @@ that is there whole is kept: a command that was broken off goes on with the firs
 
 from __future__ import annotations
 
+import codecs
 import functools
 import hashlib
 import json
@@ -27,6 +28,7 @@ from tqdm import tqdm
 from lib_portrait.errors import PortraitError
 from lib_portrait.faces.detection import Detector, Face, detect_faces, get_detector
 from lib_portrait.faces.images import decode_image
+from lib_portrait.picture_files import SUFFIXES, is_picture
 from lib_portrait.request import Limits
 from trainer.shards import FaceRecord, Record, Shards, ShardWriter, encode_png, writing
 from trainer.world import identity, render, sample_scene
@@ -218,7 +220,6 @@ class Skipped:
 
 
 QUALITY: dict[str, int | None] = {"jpg": cv2.IMWRITE_JPEG_QUALITY, "webp": cv2.IMWRITE_WEBP_QUALITY, "png": None}
-SUFFIXES = {".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".avif", ".heif", ".heic"}
 WORDS = {"woman": "woman", "women": "woman", "man": "man", "men": "man"}
 # A face counts when at least this share of its box, and all its landmarks, lie in the picture.
 WHOLE = 0.75
@@ -233,7 +234,7 @@ def find_photos(folder: Path) -> list[str]:
     """The picture files below a folder, at any depth, as sorted names relative to it, with / between their parts."""
     found = []
     for place, _, names in os.walk(folder):
-        found += [(Path(place) / name) for name in names if Path(name).suffix.lower() in SUFFIXES]
+        found += [(Path(place) / name) for name in names if is_picture(name)]
     return sorted(path.relative_to(folder).as_posix() for path in found)
 
 
@@ -304,10 +305,20 @@ def _caption_beside(photo: Path) -> str | None:
     file = _caption_file(photo)
     if not file.is_file():
         return None
-    text = " ".join(file.read_text(encoding="utf-8").split())
+    text = " ".join(_decoded(file).split())
     if not text:
         raise ValueError(f"{file.name} is empty")
     return text
+
+
+def _decoded(file: Path) -> str:
+    """The text of a file in UTF-8, or in UTF-16 as its mark tells; without the mark. Raises OSError, ValueError."""
+    data = file.read_bytes()
+    coding = "utf-16" if data.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)) else "utf-8-sig"
+    try:
+        return data.decode(coding)
+    except UnicodeDecodeError:
+        raise ValueError(f"{file.name} is no text in UTF-8; save it as that") from None
 
 
 def _caption_file(photo: Path) -> Path:
@@ -454,7 +465,7 @@ def make_photos(
                 path.unlink()
             journal.add(end, samples, skipped)
     listed = "".join(f"{one.reason}: {one.photo!r} {one.detail}".rstrip() + "\n" for one in journal.skipped)
-    (output / f"{name}-skipped.txt").write_text(listed)
+    (output / f"{name}-skipped.txt").write_text(listed, encoding="utf-8", errors="backslashreplace")
     return journal.samples, journal.skipped
 
 

@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import functools
 import math
-import os
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,11 +19,11 @@ import numpy as np
 import torch
 from diffusers import AutoencoderKL
 from safetensors import safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 from tqdm import tqdm
 from transformers import CLIPTokenizer
 
+from lib_portrait.checkpoints.formats import write_tensors
 from lib_portrait.errors import PortraitError
 from lib_portrait.faces.features import FaceEncoder
 from lib_portrait.faces.recognition import Backbone
@@ -85,9 +84,7 @@ def precompute(paths: Sequence[Path], frozen: Frozen, batch: int = 32, seed: int
         usable = tensors["latents"].flatten(1).isfinite().all(dim=1)
         if frozen.faces is not None:
             tensors |= _of_faces(shards, usable.nonzero().flatten().tolist(), frozen.faces, batch, seed)
-        part = target.with_suffix(".part")
-        save_file(tensors, part, metadata=frozen.hashes)
-        os.replace(part, target)
+        write_tensors(target, tensors, frozen.hashes)
         counts["shards"] += 1
         counts["pictures"] += len(shards)
         counts["faces"] += len(tensors.get("face", ()))
@@ -97,7 +94,8 @@ def precompute(paths: Sequence[Path], frozen: Frozen, batch: int = 32, seed: int
 
 def _hashes(path: Path) -> dict[str, str]:
     with safe_open(path, "pt") as file:
-        return dict(file.metadata() or {})
+        # "format" is what the file's writer says of itself.
+        return {name: text for name, text in (file.metadata() or {}).items() if name != "format"}
 
 
 def _of_pictures(shards: Shards, frozen: Frozen, batch: int) -> dict[str, Tensor]:

@@ -24,6 +24,7 @@ from typing import Any, Protocol
 import torch
 from accelerate import Accelerator, DistributedType
 from diffusers.training_utils import EMAModel
+from safetensors import safe_open
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 from torch.utils.data import default_collate as collate_tensors
@@ -185,22 +186,10 @@ def rate_at(step: int, settings: Settings) -> float:
 def train(recipe: Recipe, settings: Settings) -> int:
     """Train until `settings.steps`, going on from the newest checkpoint of the run. Returns the step reached.
 
-    Raises PortraitError when the folder holds a run with other settings, or the loss is no longer a number.
+    Raises PortraitError when the folder holds a run with other settings, the device cannot compute in the precision
+    asked for, or losses, gradients or weights are no longer finite numbers: these are neither saved nor exported.
     """
-    accelerator = Accelerator(
-        # Without this, processes that were started together on a machine without a GPU would not find each other.
-        cpu=not torch.accelerator.is_available(),
-        mixed_precision=settings.precision,
-        gradient_accumulation_steps=settings.accumulate,
-        log_with="tensorboard",
-        project_dir=str(settings.output / "tensorboard"),
-    )
-    if accelerator.distributed_type in SHARDED:
-        raise PortraitError(
-            "accelerate",
-            f"{accelerator.distributed_type.value} cuts weights into pieces, which averaging and export do not know",
-            "Launch with --multi_gpu: what is trained here fits a GPU whole.",
-        )
+    accelerator = _accelerator(settings)
     if settings.ema and any(isinstance(module, nn.modules.batchnorm._BatchNorm) for module in recipe.modules()):
         raise PortraitError(
             "ema",
@@ -229,6 +218,7 @@ def train(recipe: Recipe, settings: Settings) -> int:
     if ema is not None:
         ema.to(accelerator.device)
     log = _Log(accelerator, settings, first)
+    watch = _Watch(accelerator, settings)
 
     sampler = ResumableSampler(
         len(data.samples),
@@ -269,6 +259,7 @@ def train(recipe: Recipe, settings: Settings) -> int:
                     if accelerator.sync_gradients:
                         norm = accelerator.clip_grad_norm_(weights, settings.clip)
                         losses["gradient"] = torch.as_tensor(norm)
+                    watch.see(step + 1, losses)
                     for optimizer in optimizers:
                         optimizer.step()
                         optimizer.zero_grad(set_to_none=True)
@@ -281,6 +272,8 @@ def train(recipe: Recipe, settings: Settings) -> int:
             ends = _any(accelerator, over or bool(stopped)) if step % settings.log_every == 0 else False
             saved = step % settings.save_every == 0 or step == settings.steps or ends
             shown = settings.sample_every > 0 and step % settings.sample_every == 0
+            if saved or shown or step % settings.log_every == 0:
+                watch.refuse_unsound(step, recipe if saved else None)
             if (saved or shown) and accelerator.is_main_process:
                 recipe.eval()
                 with _averaged(ema, weights):
@@ -304,16 +297,72 @@ def train(recipe: Recipe, settings: Settings) -> int:
 
 
 def export(recipe: Recipe, settings: Settings, facts: Mapping[str, str]) -> None:
-    """The recipe's export, in place of the last one only when it is whole."""
+    """The recipe's export, in place of the last one only when it is whole.
+
+    Raises PortraitError when a number in it is not finite; the last one then stays.
+    """
     folder, part, old = (settings.output / name for name in ("export", "export.part", "export.old"))
     shutil.rmtree(part, ignore_errors=True)
     part.mkdir(parents=True)
     recipe.export(part, {"trainer": "portrait", "recipe": recipe.name, **facts})
+    unsound = _unsound_tensors(part)
+    if unsound:
+        shutil.rmtree(part)
+        raise PortraitError(
+            "export",
+            f"{len(unsound)} tensors hold infinities or NaN as they would be written, the first {unsound[0]}",
+            f"Begin anew with a lower --rate than {settings.rate:g}, in another --output.",
+        )
     shutil.rmtree(old, ignore_errors=True)
     if folder.exists():
         folder.rename(old)
     part.rename(folder)
     shutil.rmtree(old, ignore_errors=True)
+
+
+def _unsound_tensors(folder: Path) -> list[str]:
+    """The tensors of a folder's files that hold a number that is not finite.
+
+    They are read from the files: what was finite in training may be too large for the precision that is written.
+    """
+    unsound = []
+    for path in sorted(folder.rglob("*.safetensors")):
+        with safe_open(path, "pt") as file:
+            unsound += [name for name in file.keys() if not file.get_tensor(name).isfinite().all()]  # noqa: SIM118
+    return unsound
+
+
+def _accelerator(settings: Settings) -> Accelerator:
+    """Raises PortraitError for a precision that the device does not have, and for a launch that cuts weights up."""
+    unknown = PortraitError(
+        "precision",
+        f"{settings.precision} was given, which this device does not compute in",
+        f"Give {'no' if settings.precision == 'bf16' else 'bf16 or no'}.",
+    )
+    try:
+        accelerator = Accelerator(
+            # Without this, processes that were started together on a machine without a GPU would not find each other.
+            cpu=not torch.accelerator.is_available(),
+            mixed_precision=settings.precision,
+            gradient_accumulation_steps=settings.accumulate,
+            log_with="tensorboard",
+            project_dir=str(settings.output / "tensorboard"),
+        )
+    except ValueError as error:
+        # Which accelerators have which precision is Accelerate's to know; its other complaints are about other things.
+        if "mixed precision" not in str(error):
+            raise
+        raise unknown from error
+    if accelerator.distributed_type in SHARDED:
+        raise PortraitError(
+            "accelerate",
+            f"{accelerator.distributed_type.value} cuts weights into pieces, which averaging and export do not know",
+            "Launch with --multi_gpu: what is trained here fits a GPU whole.",
+        )
+    if settings.precision != "no" and not accelerator.native_amp:
+        # On the CPU Accelerate leaves fp16 out without a word, and the frozen networks alone would be in it.
+        raise unknown
+    return accelerator
 
 
 def _facts(settings: Settings, recipe: Recipe, total: int, samples: int) -> dict[str, Any]:
@@ -359,7 +408,11 @@ def _resume(accelerator: Accelerator, settings: Settings) -> int:
     if not found:
         return 0
     accelerator.load_state(str(found[-1]))
-    return int(found[-1].name.removeprefix("step-"))
+    return _step_of_checkpoint(found[-1])
+
+
+def _step_of_checkpoint(folder: Path) -> int:
+    return int(folder.name.removeprefix("step-"))
 
 
 def _save(accelerator: Accelerator, settings: Settings, step: int) -> None:
@@ -418,6 +471,43 @@ def _stop_signals() -> Iterator[list[int]]:
             signal.signal(number, handler)
 
 
+class _Watch:
+    """Notes the first step whose loss or gradient was not finite, where they are: a GPU does not wait for it."""
+
+    NEVER = 2**62
+
+    def __init__(self, accelerator: Accelerator, settings: Settings):
+        self.accelerator, self.settings = accelerator, settings
+        self.first = torch.tensor(self.NEVER, device=accelerator.device)
+
+    def see(self, step: int, losses: Mapping[str, Tensor]) -> None:
+        # Gradients that float16 cannot hold are what its scaling of the loss is for: those steps are left out.
+        names = ("loss",) if self.accelerator.scaler is not None else ("loss", "gradient")
+        for name in names:
+            if name in losses:
+                finite = losses[name].detach().isfinite().to(self.first.device)
+                self.first = torch.where(finite, self.first, self.first.clamp(max=step))
+
+    def refuse_unsound(self, step: int, recipe: Recipe | None) -> None:
+        """Raises PortraitError, in every process, when a step up to `step` was unsound, or a recipe's weights are."""
+        first = int(self.accelerator.gather(self.first).min())
+        if first < self.NEVER:
+            self._refuse("loss", f"it, or its gradient, is not a finite number since step {first}")
+        if recipe is not None:
+            floats = [tensor for tensor in recipe.state_dict().values() if tensor.is_floating_point()]
+            unsound = sum((~tensor.isfinite().all()).int() for tensor in floats)
+            if _any(self.accelerator, bool(unsound)):
+                self._refuse("weights", f"{int(unsound)} of {len(floats)} tensors are not finite after step {step}")
+
+    def _refuse(self, field: str, problem: str) -> None:
+        remedy = f"Begin anew with a lower --rate than {self.settings.rate:g}, in another --output"
+        saved = _checkpoints(self.settings)
+        if saved and self.settings.precision != "no":
+            remedy += f", or go on from step {_step_of_checkpoint(saved[-1])} with --precision no"
+        kept = f"; the state of step {_step_of_checkpoint(saved[-1])} and its export are kept" if saved else ""
+        raise PortraitError(field, problem + kept, remedy + ".")
+
+
 class _Log:
     """Means of the losses since the last line: into losses.jsonl, TensorBoard and the progress bar."""
 
@@ -473,12 +563,6 @@ class _Log:
                 file.write(json.dumps({"step": step, **values}) + "\n")
             self.bar.set_postfix({name: f"{value:.4g}" for name, value in values.items()}, refresh=False)
         self.accelerator.log(values, step=step)
-        if not math.isfinite(values["loss"]):
-            raise PortraitError(
-                "loss",
-                f"it is {values['loss']} at step {step}",
-                "Begin anew with a lower --rate, or go on with --precision no.",
-            )
 
     def pictures(self, step: int, recipe: Recipe, draws: Draws) -> None:
         with torch.no_grad():

@@ -380,7 +380,11 @@ def write_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[s
         )
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
+        # safetensors makes files that nobody but their owner can read: this one gets the rights of any new file.
+        part.touch()
+        rights = part.stat().st_mode
         save()
+        part.chmod(rights)
         part.replace(path)
     except Exception as error:  # safetensors and torch each have their own exception for a full disk
         raise PortraitError(

@@ -25,7 +25,8 @@ def file_sha256(path: Path, cache_dir: Path | None = None) -> str:
     """
     real = path.resolve(strict=True)
     stat = real.stat()
-    key = f"{real}|{stat.st_size}|{stat.st_mtime_ns}"
+    # Not the path itself: an evaluation's results, which people hand on, hold such a file.
+    key = hashlib.blake2b(os.fsencode(f"{real}|{stat.st_size}|{stat.st_mtime_ns}"), digest_size=16).hexdigest()
     with _lock:
         digest = _memory.get(key)
         if digest is None and cache_dir is not None:

@@ -27,19 +27,23 @@ COMMANDS = {
 def parse(arguments: list[str]) -> argparse.Namespace:
     """The command line as a namespace: `run` is the command's function, `requirements` what it needs installed.
 
-    Prints and raises SystemExit for --help (0) and for a command line that makes no sense (2).
+    Prints and raises SystemExit for --help and for no words at all (0), and for a command line that makes no sense (2).
     """
     parser = argparse.ArgumentParser(
-        prog="portrait.py", description="Portrait: real people in generated pictures.", allow_abbrev=False
+        prog="portrait.py",
+        description="Portrait: real people in generated pictures.",
+        epilog="portrait.py COMMAND --help tells more.",
+        allow_abbrev=False,
     )
-    names = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
+    names = parser.add_subparsers(title="commands", dest="command", metavar="COMMAND", required=True)
     for name, module in COMMANDS.items():
         summary = (module.__doc__ or "").splitlines()[0]
         command = names.add_parser(name, help=summary, description=module.__doc__, allow_abbrev=False)
         command.formatter_class = argparse.RawDescriptionHelpFormatter
         command.set_defaults(run=module.run, requirements=module.REQUIREMENTS, others=None)
         module.configure(command)
-    options, others = parser.parse_known_args(arguments)
+    # Who gives no word at all asks what there is.
+    options, others = parser.parse_known_args(arguments or ["--help"])
     if options.others is not None:
         options.others = others
     elif others:

@@ -5,8 +5,9 @@ portrait.py generate --checkpoint model.safetensors --prompt "a man in a spacesu
 portrait.py generate --checkpoint model.safetensors --prompt "two women in a café" \\
     --face eve.jpg --region 0,0,0.5,1 --face ada.jpg --structure 0.3 --show-routing
 
---face takes a photo, or several of one person with commas between them. photo.jpg#1 is the second face from the left
-of that photo, photo.jpg#aligned an aligned crop. The options of a person stand behind that person's --face.
+--face takes a photo of a person, or several with spaces or commas between them; a folder, or a pattern such as
+"bob/*.jpg", stands for its pictures. photo.jpg#1 is the second face from the left of that photo (otherwise the largest
+is taken), photo.jpg#aligned an aligned crop. The options of a person stand behind that person's --face.
 """
 
 from __future__ import annotations
@@ -15,13 +16,16 @@ import argparse
 import base64
 import contextlib
 import dataclasses
+import glob
 import json
+import os
 import re
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from lib_portrait.errors import PortraitError
+from lib_portrait.errors import Notice, PortraitError
+from lib_portrait.picture_files import SUFFIXES, picture_files
 from lib_portrait.request import METHODS, Identity, Limits, PortraitRequest, parse_request
 
 REQUIREMENTS = "standalone"
@@ -35,7 +39,9 @@ SAMPLERS = ("ddim", "euler", "dpm++2m")
 
 def configure(parser: argparse.ArgumentParser) -> None:
     people = parser.add_argument_group("people")
-    people.add_argument("--face", dest="faces", action=_Face, metavar="PHOTO[,PHOTO]", help="a person; repeatable")
+    people.add_argument(
+        "--face", dest="faces", action=_Face, nargs="+", metavar="PHOTO", help="photos of a person; repeatable"
+    )
     people.add_argument("--region", action=_OfFace, metavar="BOX|MASK", help="left,top,right,bottom (0 to 1) or a file")
     people.add_argument("--mix", action=_OfFace, metavar="PHOTO[,PHOTO]=WEIGHT", help="blends a person in; repeatable")
     for name, spec in _numbers(Identity).items():
@@ -95,8 +101,13 @@ def run(options: argparse.Namespace) -> int:
     asked |= {"width": width, "height": height}
     settings = {name: value for name, value in asked.items() if value is not None}
     folders = [*options.models, ROOT / "models", generation.WORLD]
+
+    def tell(notice: Notice) -> None:
+        field = _by_name(notice.field, options.faces or []) or notice.field
+        generation.say(str(dataclasses.replace(notice, field=field)))
+
     with generation.Results.begin(options.output) as results, _photos_by_name(options.faces or []):
-        studio = generation.Studio(options.checkpoint or generation.world_checkpoint(), folders, options.device)
+        studio = generation.Studio(options.checkpoint or generation.world_checkpoint(), folders, options.device, tell)
         if demonstration:
             changes = _changes(options)
             generation.draw_world(
@@ -113,14 +124,21 @@ def _photos_by_name(faces: Sequence[dict[str, Any]]) -> Iterator[None]:
     try:
         yield
     except PortraitError as error:
-        match = PHOTO.match(error.field)
-        if match is None or not faces:
+        name = _by_name(error.field, faces)
+        if name is None:
             raise
-        face, mix, photo = faces[int(match[1])], match[2], int(match[3])
-        files = face["photos"] if mix is None else face["mix"][int(mix)].rpartition("=")[0]
-        option = "--face" if mix is None else "--mix"
         remedy = error.remedy + " FILE#1 is the second face of a photo, FILE#aligned an aligned crop."
-        raise PortraitError(f"{option} {_names(files)[photo]}", error.problem, remedy, error.status_code) from error
+        raise PortraitError(name, error.problem, remedy, error.status_code) from error
+
+
+def _by_name(field: str, faces: Sequence[dict[str, Any]]) -> str | None:
+    """The option and file of the photo that a field of the request is about; None for other fields."""
+    match = PHOTO.match(field)
+    if match is None or not faces:
+        return None
+    face, mix, photo = faces[int(match[1])], match[2], int(match[3])
+    files = face["photos"] if mix is None else [face["mix"][int(mix)].rpartition("=")[0]]
+    return f"{'--face' if mix is None else '--mix'} {_names(files)[photo]}"
 
 
 # ------------------------------------------------------------------------------------------------------------- request
@@ -145,7 +163,7 @@ def request_of(options: argparse.Namespace) -> PortraitRequest | None:
 def identity_of(face: dict[str, Any]) -> dict[str, Any]:
     """The JSON form of one person from the texts of the command line; photos are read."""
     identity = {name: value for name, value in face.items() if name in _numbers(Identity)}
-    identity["photos"] = photos_of(face["photos"])
+    identity["photos"] = photos_of(face["photos"], "--face")
     if "region" in face:
         identity["region"] = _region(face["region"])
     if "mix" in face:
@@ -153,27 +171,49 @@ def identity_of(face: dict[str, Any]) -> dict[str, Any]:
     return identity
 
 
-def _names(text: str) -> list[str]:
-    """The parts of ``PHOTO[,PHOTO...]``; a file's own name may hold a comma."""
-    return [text] if Path(text).is_file() else text.split(",")
+def _names(texts: Sequence[str]) -> list[str]:
+    """The photos of texts ``PHOTO[,PHOTO...]``, each ``FILE``, ``FILE#NUMBER`` or ``FILE#aligned``.
+
+    Names may hold commas: the longest piece of a text that is there is taken, then the longest of what is left. What is
+    not there is a piece up to the next comma.
+    """
+    names = []
+    for text in texts:
+        parts = text.split(",")
+        while parts:
+            for count in range(len(parts), 0, -1):
+                found = _there(",".join(parts[:count]))
+                if found:
+                    break
+            names += found or parts[:1]
+            del parts[:count]
+    return names
 
 
-def photos_of(text: str) -> list[dict[str, Any]]:
-    """The photos of ``PHOTO[,PHOTO...]``, each ``FILE``, ``FILE#NUMBER`` or ``FILE#aligned``."""
+def _there(text: str) -> list[str]:
+    """The photos that a text without commas between them stands for, as far as they are there."""
+    found = picture_files(text)
+    file, mark, which = text.rpartition("#")
+    # Beyond a comma begins another photo.
+    return found or ([f"{name}#{which}" for name in picture_files(file)] if mark and "," not in which else [])
+
+
+def photos_of(texts: Sequence[str], option: str) -> list[dict[str, Any]]:
+    """The photos that `_names` finds, read. option: what an error is about."""
     photos = []
-    for name in _names(text):
+    for name in _names(texts):
         # A file's own name may hold a #.
-        file, mark, which = (name, "", "") if Path(name).is_file() else name.rpartition("#")
+        file, mark, which = (name, "", "") if os.path.isfile(name) else name.rpartition("#")
         if not mark:
             file = name
-        photo: dict[str, Any] = {"image": _base64(Path(file), "--face")}
+        photo: dict[str, Any] = {"image": _base64(Path(file), option)}
         if which == "aligned":
             photo["aligned"] = True
         elif which.isdecimal():
             photo["face"] = int(which)
         elif mark:
             raise PortraitError(
-                "--face", f"{name!r} is no file and #{which} no face of one", "Write #0, #1, … or #aligned."
+                option, f"{name!r} is no file and #{which} no face of one", "Write #0, #1, … or #aligned."
             )
         photos.append(photo)
     return photos
@@ -204,7 +244,7 @@ def _mix(text: str) -> dict[str, Any]:
         weight = None
     if weight is None:
         raise PortraitError("--mix", f"{text!r} has no weight", "Write PHOTO=0.3 for a share of 30 %.")
-    return {"photos": photos_of(names), "weight": weight}
+    return {"photos": photos_of([names], "--mix"), "weight": weight}
 
 
 def _read(path: Path) -> dict[str, Any]:
@@ -220,9 +260,12 @@ def _read(path: Path) -> dict[str, Any]:
         return value
 
     try:
-        value = json.loads(path.read_text("utf-8"))
+        # From bytes: JSON tells UTF-8 and UTF-16, with and without a mark, apart by itself.
+        value = json.loads(path.read_bytes())
     except (OSError, ValueError, RecursionError) as error:
-        raise PortraitError("--request", f"{path} cannot be read ({error})", "Give a file of JSON.") from None
+        raise PortraitError(
+            "--request", f"{path} cannot be read ({error})", "Give a file of JSON, saved as UTF-8."
+        ) from None
     if not isinstance(value, dict):
         raise PortraitError("--request", f"{path} holds no JSON object", "Write it as the README's section API does.")
     return filled(value)
@@ -232,6 +275,9 @@ def _base64(path: Path, option: str) -> str:
     try:
         return base64.b64encode(path.read_bytes()).decode()
     except OSError as error:
+        if option in ("--face", "--mix") and (path.is_dir() or glob.has_magic(str(path))):
+            known = ", ".join(sorted(SUFFIXES))
+            raise PortraitError(option, f"{path} holds no pictures", f"Their names end in {known}.", 404) from None
         reason = error.strerror or type(error).__name__
         raise PortraitError(option, f"{path} cannot be read ({reason})", "Give the path of a picture.", 404) from None
 

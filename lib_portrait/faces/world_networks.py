@@ -10,10 +10,9 @@ from typing import Any, TypeVar
 import torch
 import torch.nn.functional as F
 from numpy.typing import NDArray
-from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from lib_portrait.checkpoints.formats import read_tensors
+from lib_portrait.checkpoints.formats import read_tensors, write_tensors
 from lib_portrait.errors import PortraitError
 
 Network = TypeVar("Network", bound=nn.Module)
@@ -73,7 +72,7 @@ def save_network(network: nn.Module, path: Path, kind: str, facts: Mapping[str, 
         name: (tensor.half() if tensor.is_floating_point() else tensor).contiguous().cpu()
         for name, tensor in network.state_dict().items()
     }
-    save_file(tensors, path, metadata={"network": kind, "settings": json.dumps(settings), **facts})
+    write_tensors(path, tensors, {"network": kind, "settings": json.dumps(settings), **facts})
 
 
 def read_network(path: Path, kind: str) -> tuple[dict[str, Tensor], dict[str, Any]]:

@@ -19,13 +19,13 @@ from PIL import Image
 
 from lib_portrait.checkpoints.store import EMBEDDED, Folders, Store
 from lib_portrait.conditioning import Conditioner
-from lib_portrait.errors import PortraitError
+from lib_portrait.errors import Notice, PortraitError
 from lib_portrait.faces.service import FaceService
 from lib_portrait.faces.world_detector import world_detector
 from lib_portrait.methods.uniportrait import RoutingMaps
 from lib_portrait.request import AUTOMATIC, Limits, PortraitRequest, to_json
 from lib_portrait.routing_picture import COLOUR_NAMES, draw_routing
-from lib_portrait.standalone.measuring import Likeness, Measurer
+from lib_portrait.standalone.measuring import Likeness, Measurer, owners_of, shows_everybody
 from lib_portrait.standalone.model import WORLD, load_model
 from lib_portrait.standalone.sampling import Sampling, check, sample
 from lib_portrait.standalone.sheet import Cell, Section, draw_sheet
@@ -53,22 +53,35 @@ PLURALS = {"woman": "women", "man": "men", "person": "people"}
 
 @dataclass(frozen=True)
 class Drawn:
-    """One finished picture. routing: the same in grey, coloured by whom its parts were given to."""
+    """One finished picture. routing: the same in grey, coloured by whom its parts were given to.
+
+    owners: whose they are, see `owners_of`, where there are several people.
+    """
 
     sampling: Sampling
     picture: Image.Image
     routing: Image.Image | None = None
+    owners: torch.Tensor | None = None
 
 
 class Studio:
     """A model and what is needed to put people into its pictures.
 
     folders: with adapters and face networks, in the order they are searched. device: "cpu", "cuda" or "mps", None for
-    the best there is. Raises PortraitError: no such device, a checkpoint that `load_model` refuses.
+    the best there is. tell: told once what a user should know of a request. Raises PortraitError: no such device, a
+    checkpoint that `load_model` refuses.
     """
 
-    def __init__(self, checkpoint: Path, folders: Sequence[Path], device: str | None = None):
+    def __init__(
+        self,
+        checkpoint: Path,
+        folders: Sequence[Path],
+        device: str | None = None,
+        tell: Callable[[Notice], None] = lambda notice: say(str(notice)),
+    ):
         self.checkpoint = checkpoint
+        self.notices: list[Notice] = []
+        self._tell = tell
         self.device = _device(device)
         # On other devices float16 is slower, or does not hold what SD1.5's attention needs.
         self.dtype = torch.float16 if self.device == "cuda" else torch.float32
@@ -89,18 +102,44 @@ class Studio:
         conditioning = None
         if request is not None:
             conditioning = self.conditioner.prepare(request, (first.width, first.height), self.device, self.dtype)
+            self._notice([*self._choices(request), *conditioning.notices])
         at_once = max(1, PIXELS_AT_ONCE // (first.width * first.height))
         drawn: list[Drawn] = []
         for begin in range(0, len(samplings), at_once):
             batch = samplings[begin : begin + at_once]
-            routing = RoutingMaps() if request is not None and request.show_routing else None
+            # Of several people it is measured whether they are where they were routed.
+            routing = RoutingMaps() if request is not None and _routed(request) else None
             title = f"Drawing {begin + 1} to {begin + len(batch)} of {len(samplings)}"
             pixels = sample(self.model, batch, conditioning, routing, Progress(title))
             pictures = [Image.fromarray(one) for one in pixels]
             mean = routing.mean() if routing is not None else None
-            maps = draw_routing(pictures, [mean]) if mean is not None else [None] * len(pictures)
-            drawn += [Drawn(*one) for one in zip(batch, pictures, maps, strict=True)]
+            shown = mean is not None and request is not None and request.show_routing
+            maps = draw_routing(pictures, [mean]) if mean is not None and shown else [None] * len(pictures)
+            several = mean is not None and mean.shape[1] > 1
+            owners = [owners_of(own) for own in mean] if mean is not None and several else [None] * len(pictures)
+            drawn += [Drawn(*one) for one in zip(batch, pictures, maps, owners, strict=True)]
         return drawn
+
+    def _notice(self, notices: Sequence[Notice]) -> None:
+        for notice in notices:
+            if notice not in self.notices:
+                self.notices.append(notice)
+                self._tell(notice)
+
+    def _choices(self, request: PortraitRequest) -> list[Notice]:
+        """Which face is taken of photos with several, where the request leaves it open."""
+        notices = []
+        for i, identity in enumerate(request.identities):
+            groups = {f"identities[{i}]": identity.photos}
+            groups |= {f"identities[{i}].mix[{m}]": mix.photos for m, mix in enumerate(identity.mix)}
+            for place, photos in groups.items():
+                for j, photo in enumerate(photos):
+                    field = f"{place}.photos[{j}]"
+                    count = 1 if photo.aligned or photo.face is not None else len(self.faces.find(photo, field))
+                    if count > 1:
+                        text = f"{count} faces, the largest is taken; #0 to #{count - 1} behind the file's name"
+                        notices.append(Notice(field, f"{text} choose one, counted from the left"))
+        return notices
 
     def resolved(self, request: PortraitRequest) -> PortraitRequest:
         """The request with the world's adapter where the model is the world's and no adapter is named."""
@@ -143,11 +182,20 @@ class Comparison:
     measurer: Measurer | None = None
     references: torch.Tensor | None = None
 
-    def likeness(self, picture: Image.Image, people: Sequence[int]) -> list[Likeness]:
-        """Of each of the people whom the picture was asked to show; nothing where nothing measures."""
+    def likeness(
+        self, picture: Image.Image, people: Sequence[int], owners: torch.Tensor | None = None
+    ) -> list[Likeness]:
+        """Of each of the people whom the picture was asked to show; nothing where nothing measures.
+
+        owners: see `Measurer.likeness`.
+        """
         if self.measurer is None or self.references is None:
             return []
-        return self.measurer.likeness(np.asarray(picture.convert("RGB")), self.references, people)
+        return self.measurer.likeness(np.asarray(picture.convert("RGB")), self.references, people, owners)
+
+
+def _routed(request: PortraitRequest) -> bool:
+    return request.show_routing or len(request.identities) > 1
 
 
 def _device(asked: str | None) -> str:
@@ -213,6 +261,8 @@ class Results:
             drawn.routing.save(self.folder / entry["routing"])
         if measured:
             entry["similarity"] = [asdict(one) for one in measured]
+        if len(measured) > 1:
+            entry["shows_everybody"] = shows_everybody(measured)
         self.pictures.append(entry)
 
     def summary(self) -> str | None:
@@ -227,6 +277,13 @@ class Results:
             text += f"; similarity to the reference {np.mean(own):.2f} on average"
         if others:
             text += f", to the most similar other person {np.mean(others):.2f}"
+        several = [entry for entry in self.pictures if "shows_everybody" in entry]
+        if several:
+            shown = sum(entry["shows_everybody"] for entry in several)
+            pairs = all(len(entry["similarity"]) == 2 for entry in several)
+            what, whom = ("pairs", "both people") if pairs else ("pictures of several people", "everybody")
+            routed = any(one["placed"] is not None for entry in several for one in entry["similarity"])
+            text += f"; {shown} of {len(several)} {what} show {whom}" + (" where they were routed" if routed else "")
         return text
 
     def finish(self, title: str, sections: Sequence[Section], facts: Mapping[str, Any]) -> None:
@@ -254,6 +311,8 @@ def _facts(studio: Studio, request: PortraitRequest | None, comparison: Comparis
         facts |= {"scale": request.scale, "lora_scale": request.lora_scale}
     if comparison is not None:
         facts["measuring"] = comparison.note
+    if studio.notices:
+        facts["notices"] = [str(notice) for notice in studio.notices]
     return facts
 
 
@@ -293,7 +352,7 @@ def draw_prompts(
     drawn = studio.draw(request, samplings)
     cells: list[list[Cell]] = [[] for _ in prompts]
     for number, one in enumerate(drawn):
-        measured = comparison.likeness(one.picture, range(len(people))) if comparison is not None else []
+        measured = comparison.likeness(one.picture, range(len(people)), one.owners) if comparison is not None else []
         results.add(one, people, measured)
         row = cells[number // count]
         row.append(Cell(one.picture, [f"seed {one.sampling.seed}", *_told(people, measured)]))
@@ -351,7 +410,7 @@ def draw_world(
     comparison = studio.comparison(everyone, studio.crops(everyone))
 
     def measured(one: Drawn, shown: Sequence[int]) -> list[str]:
-        likeness = comparison.likeness(one.picture, shown)
+        likeness = comparison.likeness(one.picture, shown, one.owners)
         results.add(one, [people[i].name for i in shown], likeness)
         return _told([people[i].name for i in shown] if len(shown) > 1 else [""], likeness)
 
@@ -411,7 +470,10 @@ def _told(people: Sequence[str], measured: Sequence[Likeness]) -> list[str]:
             lines.append(f"{before}no face found")
         else:
             others = f" (others up to {one.others:.2f})" if one.others is not None else ""
-            lines.append(f"{before}similarity {one.own:.2f}{others}")
+            wrong = ", not where routed" if one.placed is False else ""
+            if not one.recognised:
+                wrong = ", more like somebody else of the picture"
+            lines.append(f"{before}similarity {one.own:.2f}{others}{wrong}")
     return lines
 
 

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+import torch
 
 pytest.importorskip("skia", reason="the world is drawn with skia", exc_type=ImportError)
 
@@ -18,7 +20,7 @@ from trainer.evaluation.instruments import Clip, Recogniser
 from trainer.evaluation.measuring import FACE, Gallery, Instruments, Seen, measure
 from trainer.evaluation.plans import Plan, Row, Shot
 from trainer.evaluation.prompts import MULTI, SINGLE
-from trainer.evaluation.report import as_json, as_lines, markdown, tabulate
+from trainer.evaluation.report import as_json, as_lines, markdown, tabulate, verdict
 
 LANDMARKS = np.array([[10, 12], [22, 12], [16, 18], [11, 24], [21, 24]], np.float32)
 # Three people in three directions.
@@ -61,6 +63,13 @@ def picture(tmp_path: Path) -> Path:
     return pool.path({"number": 1})
 
 
+def routed(tmp_path: Path, rows: list[list[int]]) -> Path:
+    """A picture whose parts belong to these people."""
+    pool = Pool(tmp_path)
+    pool.put(np.zeros((32, 32, 3), np.uint8), {"rows": rows}, torch.tensor(rows))
+    return pool.path({"rows": rows})
+
+
 def test_faces_are_matched_greedily_each_once(picture: Path) -> None:
     """The left face is like both (0.8, 0.6), the right one like the first only (0.6, 0): the first takes the left one,
     which leaves 0 for the second, though 0.6 and 0.6 were to be had."""
@@ -69,6 +78,8 @@ def test_faces_are_matched_greedily_each_once(picture: Path) -> None:
     assert seen.lowest == pytest.approx(0)
     assert seen.between == pytest.approx(0.48)
     assert seen.multisim == pytest.approx((0.8 + 0) / 2 + 1 - 0.48)
+    # The second person has to take a face that is more like the first.
+    assert seen.recognised == (True, False) and not seen.shows_everybody
     # The right face is most like the third person, then like the first.
     assert seen.ranks == (1, 3)
     assert (seen.within(1), seen.within(3), seen.found) == (0.5, 1.0, 1.0)
@@ -107,6 +118,59 @@ def test_fid_compares_pictures_or_the_largest_faces(picture: Path) -> None:
     assert seen.features is not None and seen.features.tolist() == [0, 1, 0]
     (seen,) = measure([picture], [shot((0,))], GALLERY, instruments([], FACE), True)
     assert seen.features is None
+
+
+def test_a_picture_shows_both_when_each_has_a_face_that_is_more_like_them(picture: Path) -> None:
+    """Whoever else of the gallery the faces are like."""
+    found = [
+        ((True, True), [[0.5, 0.4, 0.9], [0.0, 0.1, 0.9]]),
+        ((True, False), [[0.8, 0.6, 0], [0.6, 0.5, 0.6]]),
+        ((True, False), [[1, 0, 0]]),
+        ((False, False), []),
+    ]
+    for recognised, faces in found:
+        (seen,) = measure([picture], [shot((0, 1))], GALLERY, instruments(faces), True)
+        assert (seen.recognised, seen.shows_everybody) == (recognised, all(recognised))
+        assert seen.places_everybody is None
+
+
+def test_a_picture_places_both_when_their_faces_lie_where_it_was_routed_to_them(tmp_path: Path) -> None:
+    """The faces' centres are at x = 4 and 5.5 of 32 pixels, in the second and third of sixteen columns; y at half."""
+    left, right = [[0] * 16], [[1] * 16]
+    apart = [[-1, 0, 0, 0] + [1] * 12]
+    boxes = [Face(np.array([x - 1, 10, x + 1, 22], np.float32), LANDMARKS, 1.0) for x in (4, 20)]
+    cases = [(apart, True), (left, False), (right, False), ([[-1] * 16], False), ([[1, 0, 1, 1] + [1] * 12], False)]
+    for rows, placed in cases:
+        told = replace(instruments([[1, 0, 0], [0, 1, 0]]), detector=Detector("told", "1", lambda image: boxes))
+        (seen,) = measure([routed(tmp_path, rows)], [shot((0, 1))], GALLERY, told, True)
+        assert seen.shows_everybody and seen.places_everybody == placed, rows
+    told = replace(instruments([[1, 0, 0], [0.9, 0.1, 0]]), detector=Detector("told", "1", lambda image: boxes))
+    (seen,) = measure([routed(tmp_path, apart)], [shot((0, 1))], GALLERY, told, True)
+    assert seen.placed == (True, True) and not seen.places_everybody
+
+
+def test_the_sheet_tells_which_pictures_show_both() -> None:
+    def told(recognised: tuple[bool, ...], placed: tuple[bool, ...] | None) -> list[str]:
+        return verdict(Seen(2, (0.5,) * len(recognised), (1, 1), 0.0, 0.2, {}, None, recognised, placed))
+
+    assert told((True, True), (True, True)) == ["both placed"]
+    assert told((True, True), (True, False)) == ["misplaced"]
+    assert told((True, True), None) == ["both shown"]
+    assert told((True, False), (True, True)) == ["not both shown"]
+    assert told((True,), None) == []
+
+
+def test_pairs_have_a_column_for_pictures_that_show_both(picture: Path) -> None:
+    plan = Plan("multi", "Two people", [shot((0, 1)), shot((0, 2)), shot((1, 2))], [Row("adapter", "adapter")])
+    seen = [Seen(2, (0.5, 0.5), (1, 1), 0.0, 0.2, {}, None, (True, both)) for both in (True, False, True)]
+    places = [replace(one, placed=where) for one, where in zip(seen, ((True, True), (True, True), (True, False)))]
+    for pictures, placed in ((places, "33.3 ± 33.3"), (seen, None)):
+        text = markdown(tabulate(plan, {"adapter": pictures}, [], 100, []))
+        names, values = ([cell.strip() for cell in line.split("|")] for line in text.splitlines()[2:6:2])
+        assert values[names.index("both shown %")] == "66.7 ± 66.7"
+        # What nobody knows of any picture has no column.
+        assert ("both placed %" in names) == (placed is not None)
+        assert placed is None or values[names.index("both placed %")].startswith("33.3 ± ")
 
 
 # -------------------------------------------------------------------------------------------------------------- tables

@@ -92,9 +92,9 @@ def drawn(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     batches: list[int] = []
     sample = artist.sample
 
-    def counted(model: Any, samplings: Sequence[Any], conditioning: Any) -> Any:
+    def counted(model: Any, samplings: Sequence[Any], conditioning: Any, routing: Any) -> Any:
         batches.append(len(samplings))
-        return sample(model, samplings, conditioning)
+        return sample(model, samplings, conditioning, routing)
 
     monkeypatch.setattr(artist, "sample", counted)
     return batches
@@ -108,7 +108,12 @@ def test_tables_lines_and_sheets_are_written_and_nothing_is_drawn_twice(
     # Of two people a picture each without and with them, of their pair too, and further ones with 2 and 4 photos.
     assert sum(drawn) == 2 * 2 + 2 * 1 + 2 * 2
     assert [line.row.name for line in single.lines] == ["text only", "world", "real pictures"]
-    assert [column.name for column in multi.columns][:2] == ["lowest similarity", "MultiSim"]
+    shown = [column.name for column in multi.columns]
+    assert shown[:4] == ["lowest similarity", "MultiSim", "both shown", "both placed"]
+    text_only, injected, real = multi.lines
+    assert injected.numbers["both placed"] is not None
+    assert text_only.numbers["both placed"] is real.numbers["both placed"] is None
+    assert "Both shown: each has a face" in (tmp_path / "multi.md").read_text("utf-8")
     assert len(references.lines) == 5
     assert said == [(tmp_path / f"{protocol}.md").read_text("utf-8") for protocol in wanted.protocols]
     for protocol in wanted.protocols:
@@ -134,10 +139,10 @@ def test_a_broken_run_goes_on_where_it_stopped(
 ) -> None:
     put = artist.Pool.put
 
-    def breaks(pool: artist.Pool, image: Any, facts: Any) -> None:
+    def breaks(pool: artist.Pool, image: Any, facts: Any, owners: Any = None) -> None:
         if pool.drawn == 3:
             raise KeyboardInterrupt
-        put(pool, image, facts)
+        put(pool, image, facts, owners)
 
     with monkeypatch.context() as patch:
         patch.setattr(artist.Pool, "put", breaks)

@@ -240,7 +240,19 @@ def test_bench_hands_on_what_follows_the_name(monkeypatch):
     assert seen == [("step", ["--pairs", "5", "--help"])]
 
 
-@pytest.mark.parametrize("words", [[], ["imagine"], ["convert", "a"], ["convert", "a", "b", "--fast"], ["bench", "no"]])
+def test_without_a_command_the_commands_are_told(capsys, monkeypatch):
+    """By portrait.py itself, which makes no environment for that."""
+    monkeypatch.setattr(portrait, "ensure", lambda *_: pytest.fail("an environment was asked for"))
+    with pytest.raises(SystemExit) as caught:
+        portrait.main([])
+    said = capsys.readouterr()
+    assert (caught.value.code, said.err) == (0, "")
+    for name, module in commands.COMMANDS.items():
+        summary = " ".join(module.__doc__.splitlines()[0].split())
+        assert f"{name} {summary}" in " ".join(said.out.split())
+
+
+@pytest.mark.parametrize("words", [["imagine"], ["convert", "a"], ["convert", "a", "b", "--fast"], ["bench", "no"]])
 def test_a_command_line_that_makes_no_sense_is_refused(words, capsys):
     with pytest.raises(SystemExit) as caught:
         commands.parse(words)

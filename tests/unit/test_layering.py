@@ -36,13 +36,13 @@ ROOMS = {
     "trainer": Room(
         f"{SERIALISED} {PICTURES} accelerate diffusers transformers tqdm",
         "lib_portrait.errors lib_portrait.request lib_portrait.attention lib_portrait.faces lib_portrait.checkpoints "
-        "lib_portrait.methods lib_portrait.routing_picture lib_portrait.standalone",
+        "lib_portrait.methods lib_portrait.picture_files lib_portrait.routing_picture lib_portrait.standalone",
     ),
     "trainer.evaluation": Room(
         f"{SERIALISED} {PICTURES} transformers tqdm open_clip facenet_pytorch",
         "lib_portrait.errors lib_portrait.request lib_portrait.faces lib_portrait.checkpoints "
-        "lib_portrait.conditioning lib_portrait.standalone trainer.dataset trainer.features trainer.shards "
-        "trainer.world",
+        "lib_portrait.methods lib_portrait.conditioning lib_portrait.standalone trainer.dataset trainer.features "
+        "trainer.shards trainer.world",
     ),
     "trainer.world": Room("numpy skia cv2 PIL", "lib_portrait.errors trainer.world"),
     "lib_portrait": Room(),
@@ -62,6 +62,7 @@ ROOMS = {
         "lib_portrait.errors lib_portrait.request lib_portrait.attention lib_portrait.faces lib_portrait.checkpoints "
         "lib_portrait.methods",
     ),
+    "lib_portrait.picture_files": Room(),
     "lib_portrait.routing_picture": Room("torch numpy PIL"),
     "lib_portrait.standalone": Room(
         f"{SERIALISED} {PICTURES} diffusers transformers yaml",
@@ -69,8 +70,8 @@ ROOMS = {
         "lib_portrait.methods lib_portrait.conditioning lib_portrait.routing_picture",
     ),
     "lib_portrait.commands": Room(
-        own="lib_portrait.errors lib_portrait.request lib_portrait.checkpoints lib_portrait.standalone benchmarks "
-        "trainer"
+        own="lib_portrait.errors lib_portrait.request lib_portrait.picture_files lib_portrait.checkpoints "
+        "lib_portrait.standalone benchmarks trainer"
     ),
     "lib_portrait.webui": Room(
         "modules gradio ldm sgm k_diffusion networks fastapi starlette pydantic torch numpy PIL",

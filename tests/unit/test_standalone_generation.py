@@ -124,6 +124,9 @@ def test_without_arguments_the_world_s_people_are_shown(
     told = capsys.readouterr()
     assert f"{tmp_path / '0001' / 'sheet.png'}" in told.out
     assert "8 of 8 faces found; similarity to the reference" in told.out
+    both = [entry["shows_everybody"] for entry in made["pictures"] if len(entry["people"]) == 2]
+    assert len(both) == 2 and f"; {sum(both)} of 2 pairs show both people where they were routed" in told.out
+    assert all(one["placed"] is not None for entry in made["pictures"][4:] for one in entry["similarity"])
 
 
 def test_people_of_one_s_own_in_a_checkpoint_of_one_s_own(world: Path, photos: Path, tmp_path: Path) -> None:
@@ -181,6 +184,91 @@ def test_the_command_line_can_say_all_that_a_request_can() -> None:
     whole = {"identities": "faces", "enabled": "request", "checkpoint": "adapter"}
     whole |= {name: f"all_{name}" for name in ("scale", "lora_scale")}
     assert {whole.get(field.name, field.name) for field in fields(PortraitRequest)} <= options
+
+
+@pytest.mark.parametrize("coding", ["utf-8", "utf-8-sig", "utf-16"])
+def test_a_request_file_may_have_any_mark_that_editors_write(
+    world: Path, photos: Path, tmp_path: Path, coding: str
+) -> None:
+    request = {"identities": [{"photos": ["file:eve.png"]}], "scale": 0.5}
+    (photos / "marked.json").write_text(json.dumps(request), coding)
+    assert run("--request", photos / "marked.json", "--prompt", "ä", "--output", tmp_path, *FAST) == 0
+    assert settings(tmp_path)["request"]["scale"] == 0.5
+
+
+# -------------------------------------------------------------------------------------------------------- which photos
+
+
+@pytest.fixture
+def album(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The working directory, with photos of awkward names; nothing in them is looked at."""
+    (tmp_path / "bob").mkdir()
+    for name in ("a,b.jpg", "a", "c.JPG", "d#1.png", "bob/1.jpg", "bob/2.webp", "bob/notes.txt", "bob/._1.jpg"):
+        (tmp_path / name).write_bytes(name.encode())
+    (tmp_path / "none").mkdir()
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+@pytest.mark.parametrize(
+    ("texts", "names"),
+    [
+        (["c.JPG"], ["c.JPG"]),
+        (["a,b.jpg,c.JPG"], ["a,b.jpg", "c.JPG"]),
+        (["c.JPG,a,b.jpg#1,a"], ["c.JPG", "a,b.jpg#1", "a"]),
+        (["c.JPG", "a,b.jpg"], ["c.JPG", "a,b.jpg"]),
+        (["bob"], ["bob/1.jpg", "bob/2.webp"]),
+        (["bob#aligned"], ["bob/1.jpg#aligned", "bob/2.webp#aligned"]),
+        (["bob/*.jpg,c.JPG"], ["bob/1.jpg", "c.JPG"]),
+        (["b*/*"], ["bob/1.jpg", "bob/2.webp"]),
+        (["*.[jJ]*"], ["a,b.jpg", "c.JPG"]),
+        (["d#1.png,d#1.png#0"], ["d#1.png", "d#1.png#0"]),
+        (["gone.jpg,c.JPG,x"], ["gone.jpg", "c.JPG", "x"]),
+        ([",".join(["c.JPG"] * 1000)], ["c.JPG"] * 1000),
+    ],
+)
+def test_folders_patterns_and_commas_in_names(album: Path, texts: list[str], names: list[str]) -> None:
+    assert [name.replace("\\", "/") for name in generate._names(texts)] == names
+
+
+@pytest.mark.parametrize(
+    ("option", "text", "told"),
+    [
+        ("--face", "none", r"--face: none holds no pictures\. Their names end in .*\.jpg"),
+        ("--face", "z*.jpg", r"--face: z\*\.jpg holds no pictures"),
+        ("--face", "a,b.jpg,gone.jpg", r"--face: gone\.jpg cannot be read"),
+        ("--mix", "c.JPG,gone.jpg=0.5", r"--mix: gone\.jpg cannot be read"),
+    ],
+)
+def test_what_is_no_photo_is_named(album: Path, option: str, text: str, told: str) -> None:
+    words = ["--face", text] if option == "--face" else ["--face", "c.JPG", "--mix", text]
+    options = commands.parse(["generate", "--prompt", "x", *words])
+    with pytest.raises(PortraitError, match=told):
+        generate.request_of(options)
+
+
+def test_a_shell_s_expanded_pattern_is_one_person(album: Path) -> None:
+    options = commands.parse(["generate", "--prompt", "x", "--face", "bob/1.jpg", "c.JPG", "--start", "0.1"])
+    (face,) = options.faces
+    identity = generate.identity_of(face)
+    assert (len(identity["photos"]), identity["start"]) == (2, 0.1)
+
+
+def test_which_face_of_several_is_taken_is_told_by_the_file_s_name(
+    world: Path, photos: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Once, before anything is drawn; not where the photo says which."""
+    asked = ["--prompt", "a man", "--prompt", "two men", "--face", photos / "eve.png", f"{photos / 'ada.png'}#1"]
+    asked += ["--mix", f"{photos / 'bob.png'}=0.2", "--output", tmp_path]
+    assert run(*asked, *FAST) == 0
+    said = [line for line in capsys.readouterr().err.splitlines() if "largest" in line]
+    assert said == [
+        f"{option} {photos / name}: 2 faces, the largest is taken; #0 to #1 behind the file's name choose one, "
+        "counted from the left."
+        for option, name in (("--face", "eve.png"), ("--mix", "bob.png"))
+    ]
+    kept = settings(tmp_path)["notices"]
+    assert len(kept) == 2 and not any(str(photos) in text for text in kept)
 
 
 # --------------------------------------------------------------------------------------------------------- not measured
@@ -335,13 +423,61 @@ def test_faces_and_people_are_paired_greedily_each_once() -> None:
     assert greedy_pairs(similar[:1]) == {0: 0}
 
 
+def measuring_as(monkeypatch: pytest.MonkeyPatch, embeddings: list[list[float]]) -> Measurer:
+    """A measurer that finds a face in each half of a picture, with these embeddings from left to right."""
+    measurer = Measurer(tiny_backbone(), Detector("halves", "1", two_halves))
+    monkeypatch.setattr(measurer, "embed", lambda crops: torch.tensor(embeddings))
+    return measurer
+
+
+LEFT_AND_RIGHT = torch.tensor([[0, 1]])
+
+
+@pytest.mark.parametrize(
+    ("embeddings", "owners", "recognised", "placed", "everybody"),
+    [
+        ([[1.0, 0.0], [0.0, 1.0]], LEFT_AND_RIGHT, (True, True), (True, True), True),
+        ([[1.0, 0.0], [0.0, 1.0]], None, (True, True), (None, None), True),
+        # The people stand where the other one belongs.
+        ([[0.0, 1.0], [1.0, 0.0]], LEFT_AND_RIGHT, (True, True), (False, False), False),
+        # All of the picture is the first one's: the second has no place in it.
+        ([[1.0, 0.0], [0.0, 1.0]], LEFT_AND_RIGHT * 0, (True, True), (True, False), False),
+        # Nobody's part is nobody's.
+        ([[1.0, 0.0], [0.0, 1.0]], torch.tensor([[-1, 1]]), (True, True), (False, True), False),
+        # Both faces are the first one's; the second has to take what is left.
+        ([[1.0, 0.0], [0.8, 0.6]], LEFT_AND_RIGHT, (True, False), (True, True), False),
+    ],
+)
+def test_a_picture_shows_everybody_when_each_has_a_face_of_their_own_in_their_place(
+    monkeypatch: pytest.MonkeyPatch,
+    embeddings: list[list[float]],
+    owners: torch.Tensor | None,
+    recognised: tuple[bool, bool],
+    placed: tuple[bool | None, bool | None],
+    everybody: bool,
+) -> None:
+    measurer = measuring_as(monkeypatch, embeddings)
+    measured = measurer.likeness(np.full((64, 64, 3), 9, np.uint8), torch.eye(2), [0, 1], owners)
+    assert tuple(one.recognised for one in measured) == recognised
+    assert tuple(one.placed for one in measured) == placed
+    assert measuring.shows_everybody(measured) == everybody
+
+
+def test_a_picture_with_a_face_too_few_does_not_show_everybody(monkeypatch: pytest.MonkeyPatch) -> None:
+    measurer = measuring_as(monkeypatch, [])
+    nobody = measurer.likeness(np.zeros((64, 64, 3), np.uint8), torch.eye(2), [0, 1], LEFT_AND_RIGHT)
+    assert not measuring.shows_everybody(nobody)
+    assert not measuring.shows_everybody([measuring.Likeness(0.9, None, True, True), nobody[1]])
+
+
+def test_parts_of_a_picture_are_whose_share_is_largest() -> None:
+    routing = torch.tensor([[[0.5, 0.0], [0.2, 0.0]], [[0.4, 0.9], [0.3, 0.0]]])
+    assert measuring.owners_of(routing).tolist() == [[0, 1], [1, -1]]
+
+
 def test_likeness_tells_own_and_others(monkeypatch: pytest.MonkeyPatch) -> None:
-    measurer = Measurer(tiny_backbone(), Detector("none", "1", lambda image: []))
-    left, right = np.full((224, 224, 3), 10, np.uint8), np.full((224, 224, 3), 20, np.uint8)
-    seen = {10: [0.6, 0.8, 0.0], 20: [0.0, 1.0, 0.0]}
-    embed = lambda crops: torch.tensor([seen[int(crop[0, 0, 0])] for crop in crops])  # noqa: E731
-    monkeypatch.setattr(measurer, "embed", embed)
-    monkeypatch.setattr(measurer, "faces", lambda picture: [left, right])
+    measurer = measuring_as(monkeypatch, [[0.6, 0.8, 0.0], [0.0, 1.0, 0.0]])
+    left = np.full((224, 224, 3), 10, np.uint8)
     references = torch.eye(3)
     one, two = measurer.likeness(left, references, [0, 1])
     assert (one.own, two.own) == (pytest.approx(0.6), pytest.approx(1.0))
@@ -349,7 +485,7 @@ def test_likeness_tells_own_and_others(monkeypatch: pytest.MonkeyPatch) -> None:
     (alone,) = measurer.likeness(left, references, [0])
     assert (alone.own, alone.others) == (pytest.approx(0.6), pytest.approx(0.8))
     *_, nobody = measurer.likeness(left, references, [0, 1, 2])
-    assert nobody == measuring.Likeness(None, None)
+    assert nobody == measuring.Likeness(None, None, False)
 
 
 def test_a_network_in_half_precision_measures_like_in_full(tmp_path: Path) -> None:

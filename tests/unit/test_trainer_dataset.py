@@ -190,6 +190,19 @@ def test_captions_come_from_the_text_beside_the_photo(folder, tmp_path):
     assert captions == {"a.png": "ann at sea", "b.png": "person, {once}"}
 
 
+@pytest.mark.parametrize("coding", ["utf-8", "utf-8-sig", "utf-16"])
+def test_captions_are_read_with_any_mark_that_editors_write_and_without_it(folder, tmp_path, coding):
+    folder("a.png", (256, 256), (10, 10, 80, 80)).with_suffix(".txt").write_text("Zoë at sea\n", coding)
+    make_photos(folder.place, tmp_path / "out", SMALL)
+    assert records(tmp_path / "out")["a.png"].record.caption == "Zoë at sea"
+
+
+def test_a_caption_that_is_no_unicode_is_told_with_its_remedy(folder, tmp_path):
+    folder("a.png", (256, 256), (10, 10, 80, 80)).with_suffix(".txt").write_text("Zoë at sea", "latin-1")
+    _, (skipped,) = make_photos(folder.place, tmp_path / "out", SMALL)
+    assert (skipped.reason, skipped.detail) == ("unreadable caption", "a.txt is no text in UTF-8; save it as that")
+
+
 def test_bad_photos_are_skipped_counted_and_listed(folder, tmp_path, capsys):
     folder("good.png", (256, 256), (10, 10, 80, 80))
     folder("nobody.png", (256, 256))

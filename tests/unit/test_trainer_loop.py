@@ -17,7 +17,7 @@ import torch
 from accelerate import Accelerator, DistributedType
 from accelerate.state import AcceleratorState, GradientState
 from safetensors import safe_open
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 from benchmarks import train as bench
 from lib_portrait import commands
@@ -25,7 +25,7 @@ from lib_portrait.attention.sites import find_sites
 from lib_portrait.errors import PortraitError
 from tests.tiny_recipe import Numbers, Tiny, settings
 from trainer.dataset import world_sample
-from trainer.loop import rate_at, seeded, train
+from trainer.loop import _Watch, rate_at, seeded, train
 from trainer.shards import writing
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -238,9 +238,64 @@ def test_a_loss_that_is_no_number_ends_the_run_and_is_not_saved(tmp_path):
         if recipe.calls == 7:
             torch.nn.init.constant_(recipe.layers[0].weight, float("nan"))
 
-    with pytest.raises(PortraitError, match="loss: it is nan at step 8"):
+    with pytest.raises(PortraitError, match=r"loss: .* not a finite number since step 7; the state of step 4 .* kept"):
         run(tmp_path, lambda: Tiny(each_call=spoil))
     assert checkpoints(tmp_path) == ["step-00000004"]
+    assert all(tensor.isfinite().all() for tensor in exported(tmp_path).values())
+
+
+def test_a_short_run_that_diverges_between_two_lines_of_the_log_leaves_nothing(tmp_path):
+    with pytest.raises(PortraitError, match=r"since step 2\. Begin anew with a lower --rate than 1e\+30, in another"):
+        run(tmp_path, steps=6, rate=1e30, warmup=0, log_every=20, save_every=20)
+    assert not (tmp_path / "export").exists() and not (tmp_path / "checkpoints").exists()
+
+
+def test_weights_that_the_last_step_has_broken_are_not_saved(tmp_path):
+    """Its loss was computed with the weights before it, and is all right."""
+    with pytest.raises(PortraitError, match="weights: 4 of 4 tensors are not finite after step 1"):
+        run(tmp_path, steps=1, rate=1e39, warmup=0, ema=0.0)
+    assert not (tmp_path / "export").exists() and not (tmp_path / "checkpoints").exists()
+
+
+def test_weights_too_large_for_the_precision_that_is_written_are_not_exported(tmp_path, monkeypatch):
+    run(tmp_path, steps=4)
+    good = exported(tmp_path)
+    monkeypatch.setattr(
+        Tiny,
+        "export",
+        lambda self, folder, facts: save_file(
+            {name: (tensor + 1e5).half() for name, tensor in self.state_dict().items()}, folder / "tiny.safetensors"
+        ),
+    )
+    with pytest.raises(PortraitError, match="export: 4 tensors hold infinities or NaN as they would be written"):
+        run(tmp_path, steps=8)
+    assert all(exported(tmp_path)[name].equal(tensor) for name, tensor in good.items())
+    assert not (tmp_path / "export.part").exists()
+
+
+def test_gradients_that_float16_cannot_hold_are_not_taken_for_a_broken_run(tmp_path):
+    """The scaling of the loss leaves their steps out; a loss that is no number still is one."""
+    accelerator = Accelerator()
+    overflown = {"loss": torch.tensor(1.0), "gradient": torch.tensor(torch.inf)}
+    for scaler in (None, object()):
+        accelerator.scaler = scaler
+        watch = _Watch(accelerator, settings(tmp_path))
+        watch.see(3, overflown)
+        if scaler is None:
+            with pytest.raises(PortraitError, match="since step 3"):
+                watch.refuse_unsound(4, None)
+        else:
+            watch.refuse_unsound(4, None)
+            watch.see(5, {"loss": torch.tensor(torch.nan)})
+            watch.see(6, {"loss": torch.tensor(torch.nan)})
+            with pytest.raises(PortraitError, match="since step 5"):
+                watch.refuse_unsound(6, None)
+
+
+def test_a_precision_that_the_device_does_not_have_is_refused_with_one_that_it_has(tmp_path):
+    with pytest.raises(PortraitError, match=r"precision: fp16 .* this device does not .*Give bf16 or no\."):
+        run(tmp_path, precision="fp16")
+    assert not (tmp_path / "run.json").exists()
 
 
 def test_averaged_weights_are_refused_for_what_normalises_by_batch(tmp_path):

@@ -522,6 +522,12 @@ def test_people_have_numbers_by_which_others_are_told_from_them(monkeypatch: pyt
     assert len(set(numbers.tolist())) == len(found)
 
 
+def test_stage_two_takes_the_face_networks_from_its_faceid_file(monkeypatch: pytest.MonkeyPatch, data: Path) -> None:
+    for unread in (("--backbone", "a.safetensors"), ("--vision", "a.safetensors")):
+        with pytest.raises(PortraitError, match="nothing here reads it.*the file of --faceid names it"):
+            recipe(monkeypatch, data, "--stage", "2", "--faceid", "b.safetensors", *unread)
+
+
 @pytest.mark.parametrize("unread", [("--route-weight", "0"), ("--lora-rate", "0.1"), ("--faceid", "a.safetensors")])
 def test_stage_one_refuses_what_only_stage_two_reads(
     monkeypatch: pytest.MonkeyPatch, data: Path, unread: tuple[str, str]

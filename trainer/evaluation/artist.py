@@ -16,19 +16,24 @@ import numpy as np
 import torch
 from PIL import Image as PILImage
 from PIL.PngImagePlugin import PngInfo
-from torch import nn
+from torch import Tensor, nn
 
 from lib_portrait import __version__
 from lib_portrait.conditioning import Conditioner
 from lib_portrait.faces.features import FaceEncoder, FaceFeatures
 from lib_portrait.faces.recognition import Backbone
 from lib_portrait.faces.service import FaceService
+from lib_portrait.methods.uniportrait import RoutingMaps
 from lib_portrait.request import Identity, Photo, PortraitRequest, to_json
+from lib_portrait.standalone.measuring import owners_of
 from lib_portrait.standalone.model import Model
 from lib_portrait.standalone.sampling import Sampling, sample
 from trainer.evaluation.people import Image, Population
 from trainer.evaluation.plans import Row, Shot
 from trainer.features import global_feature
+
+# The entry of a picture's file that says whose its parts are.
+OWNERS = "routing"
 
 
 class Artist(Protocol):
@@ -37,8 +42,11 @@ class Artist(Protocol):
     def weights(self, people: int) -> Mapping[str, str]:
         """Hashes, by role, of all files that decide a picture with so many injected people."""
 
-    def draw(self, samplings: Sequence[Sampling], request: PortraitRequest | None) -> list[Image]:
-        """The pictures (H, W, 3) uint8 as one batch, with the request's people in each, or nobody."""
+    def draw(self, samplings: Sequence[Sampling], request: PortraitRequest | None) -> list[tuple[Image, Tensor | None]]:
+        """The pictures (H, W, 3) uint8 as one batch, with the request's people in each, or nobody.
+
+        Of several people each comes with whose its parts are (`owners_of`).
+        """
 
 
 class GlobalFaces(FaceService):
@@ -73,14 +81,17 @@ class ModelArtist:
             files["router"] = kit.routed()
         return {**self.hashes, **{role: self.conditioner.store.sha256(path) for role, path in files.items()}}
 
-    def draw(self, samplings: Sequence[Sampling], request: PortraitRequest | None) -> list[Image]:
-        conditioning = None
+    def draw(self, samplings: Sequence[Sampling], request: PortraitRequest | None) -> list[tuple[Image, Tensor | None]]:
+        conditioning, routing = None, None
         if request is not None and self.conditioner is not None:
             size, request = (samplings[0].width, samplings[0].height), replace(request, checkpoint=self.name)
             if self._prepared[0] != (request, size):
                 self._prepared = (request, size), self.conditioner.prepare(request, size, self.model.device)
             conditioning = self._prepared[1]
-        return [np.asarray(image, np.uint8) for image in sample(self.model, samplings, conditioning)]
+            routing = RoutingMaps() if len(request.identities) > 1 else None
+        images = [np.asarray(image, np.uint8) for image in sample(self.model, samplings, conditioning, routing)]
+        mean = routing.mean() if routing is not None else None
+        return [(image, None if mean is None else owners_of(mean[row])) for row, image in enumerate(images)]
 
 
 class Pool:
@@ -95,11 +106,15 @@ class Pool:
         name = hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()[:32]
         return self.folder / name[:2] / f"{name}.png"
 
-    def put(self, image: Image, facts: Mapping[str, Any]) -> None:
+    def put(self, image: Image, facts: Mapping[str, Any], owners: Tensor | None = None) -> None:
+        """owners: whose the parts of the picture are (`owners_of`), which goes into its file as rows of digits."""
         path = self.path(facts)
         path.parent.mkdir(parents=True, exist_ok=True)
         text = PngInfo()
         text.add_itxt("portrait", json.dumps(facts, sort_keys=True))
+        if owners is not None:
+            rows = ["".join("." if who < 0 else str(who) for who in row) for row in owners.tolist()]
+            text.add_text(OWNERS, "\n".join(rows))
         part = path.with_name(f"{path.name}.{os.getpid()}.part")
         PILImage.fromarray(image).save(part, "PNG", pnginfo=text)
         os.replace(part, path)
@@ -109,6 +124,15 @@ class Pool:
     def read(path: Path) -> Image:
         with PILImage.open(path) as picture:
             return np.asarray(picture.convert("RGB"), np.uint8)
+
+    @staticmethod
+    def owners(path: Path) -> Tensor | None:
+        """Whose the parts of a picture of the pool are; None where that was not noted."""
+        with PILImage.open(path) as picture:
+            text = picture.info.get(OWNERS)
+        if text is None:
+            return None
+        return torch.tensor([[-1 if who == "." else int(who) for who in row] for row in text.splitlines()])
 
 
 @dataclass(frozen=True)
@@ -145,9 +169,9 @@ class Studio:
         for people, numbers in missing.items():
             request = self._request(row, people) if people is not None else None
             for batch in _batches(numbers, self.style.batch):
-                images = artist.draw([self._sampling(shots[number]) for number in batch], request)
-                for number, image in zip(batch, images, strict=True):
-                    self.pool.put(image, facts[number])
+                drawn = artist.draw([self._sampling(shots[number]) for number in batch], request)
+                for number, (image, owners) in zip(batch, drawn, strict=True):
+                    self.pool.put(image, facts[number], owners)
                 progress(len(batch))
         return [self.pool.path(one) for one in facts]
 

@@ -11,10 +11,11 @@ from typing import Any
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from torch import Tensor
 
 from lib_portrait.errors import PortraitError
 from lib_portrait.faces.detection import Detector
-from lib_portrait.standalone.measuring import greedy_pairs
+from lib_portrait.standalone.measuring import greedy_pairs, owner, recognised_people
 from trainer.evaluation.artist import Pool
 from trainer.evaluation.attributes import AttributeNetwork, agreement
 from trainer.evaluation.instruments import Clip, Recogniser, embedding_of, faces_of
@@ -53,7 +54,9 @@ class Seen:
     faces: how many were found. similarity: of each person's face to their reference, None where no face was left for
     them. ranks: place of that person among the people of the gallery, from 1. between: similarity of the two people's
     faces to each other. clip_t: cosine of picture and prompt. shown: whether each attribute that the prompt states is
-    there. features (d) for FID, None where there is no face to take them from.
+    there. features (d) for FID, None where there is no face to take them from. recognised: whether each person has a
+    face that is most similar to them among the picture's people. placed: whether the centre of each
+    one's face lies where the picture was routed to them; None where nobody knows how it was routed.
     """
 
     faces: int
@@ -63,6 +66,8 @@ class Seen:
     clip_t: float | None
     shown: dict[str, bool]
     features: Floats | None = field(repr=False, compare=False)
+    recognised: tuple[bool, ...] = ()
+    placed: tuple[bool, ...] | None = None
 
     @property
     def lowest(self) -> float:
@@ -72,6 +77,19 @@ class Seen:
     @property
     def multisim(self) -> float | None:
         return multisim(self.similarity, self.between) if len(self.similarity) == 2 else None
+
+    @property
+    def shows_everybody(self) -> bool:
+        """Whether each person has a face of their own that is more similar to them than to the picture's others.
+
+        For two faces of nobody in particular that is true of about every second picture.
+        """
+        return all(self.recognised)
+
+    @property
+    def places_everybody(self) -> bool | None:
+        """Whether that is so with each face where the picture was routed to that person; None where nobody knows."""
+        return None if self.placed is None else self.shows_everybody and all(self.placed)
 
     def within(self, places: int) -> float:
         """Share of the people who are among the first of the gallery by their face; who has none is not."""
@@ -137,7 +155,7 @@ def measure(
         images = [Pool.read(path) for path in paths[start : start + BATCH]]
         embeddings, features = clip.pictures(images)
         told = instruments.attributes.tell(images) if instruments.attributes is not None and obeys else None
-        for place, (image, shot) in enumerate(zip(images, shots[start:])):
+        for place, (image, shot, path) in enumerate(zip(images, shots[start:], paths[start:])):
             seen.append(
                 _seen(
                     image,
@@ -147,6 +165,7 @@ def measure(
                     float(embeddings[place] @ texts[shot.text]) if obeys else None,
                     agreement(shot.attributes, told[place]) if told is not None else {},
                     features[place],
+                    Pool.owners(path),
                 )
             )
         progress(len(images))
@@ -161,21 +180,36 @@ def _seen(
     clip_t: float | None,
     shown: dict[str, bool],
     features: Floats | None,
+    owners: Tensor | None,
 ) -> Seen:
     faces = faces_of(image, instruments.detector)
     similarity: list[float | None] = [None] * len(people)
     ranks: list[int | None] = [None] * len(people)
+    recognised = (False,) * len(people)
+    placed = [False] * len(people)
     between, embeddings = None, None
     if faces:
         embeddings = instruments.recogniser.embed(image, faces)
         similar = embeddings @ gallery.embeddings[list(people)].T
         pairs = greedy_pairs(torch.from_numpy(similar))
+        recognised = recognised_people(torch.from_numpy(similar), pairs)
         for place, face in pairs.items():
             similarity[place] = float(similar[face, place])
             ranks[place] = rank(embeddings[face], gallery.embeddings, people[place])
+            placed[place] = owners is not None and owner(faces[face], image.shape[:2], owners) == place
         if len(people) == 2 and len(pairs) == 2:
             between = float(embeddings[pairs[0]] @ embeddings[pairs[1]])
     if instruments.fid == FACE:
         largest = max(range(len(faces)), key=lambda number: faces[number].area, default=None)
         features = None if largest is None or embeddings is None else embeddings[largest]
-    return Seen(len(faces), tuple(similarity), tuple(ranks), between, clip_t, shown, features)
+    return Seen(
+        len(faces),
+        tuple(similarity),
+        tuple(ranks),
+        between,
+        clip_t,
+        shown,
+        features,
+        recognised,
+        None if owners is None else tuple(placed),
+    )

@@ -43,7 +43,9 @@ def columns(plan: Plan, first: int) -> list[Column]:
     ]
     if plan.protocol == "multi":
         pair = Column("MultiSim", lambda seen: seen.multisim, percent=False)
-        return [Column("lowest similarity", lambda seen: seen.lowest), pair, *told]
+        both = Column("both shown", lambda seen: seen.shows_everybody)
+        placed = Column("both placed", lambda seen: seen.places_everybody)
+        return [Column("lowest similarity", lambda seen: seen.lowest), pair, both, placed, *told]
     return [Column("similarity", lambda seen: seen.lowest), *told]
 
 
@@ -206,6 +208,15 @@ def as_lines(plan: Plan, seen: Mapping[str, Sequence[Seen]], paths: Mapping[str,
     )
 
 
+def verdict(seen: Seen) -> list[str]:
+    """Whether a picture of a pair shows both, and where they were routed, in a line; none for one person."""
+    if len(seen.similarity) < 2:
+        return []
+    if not seen.shows_everybody:
+        return ["not both shown"]
+    return ["both shown" if seen.places_everybody is None else "both placed" if seen.places_everybody else "misplaced"]
+
+
 def sheet(
     plan: Plan, population: Population, seen: Mapping[str, Sequence[Seen]], paths: Mapping[str, Sequence[Path]]
 ) -> PILImage.Image:
@@ -229,7 +240,7 @@ def sheet(
                     "no face" if value is None else f"{100 * value:.0f} %"
                     for value in seen[row.name][number].similarity
                 )
-                cells.append(Cell(picture.convert("RGB"), [similar]))
+                cells.append(Cell(picture.convert("RGB"), [similar, *verdict(seen[row.name][number])]))
         lines.append(Section(shot.text, [cells], ["photo"] * len(shot.people) + [row.name for row in plan.rows]))
     notes = ["Below each picture: similarity of the person's face to the photo they are held against."]
     return draw_sheet(plan.title, notes, lines)

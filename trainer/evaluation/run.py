@@ -243,12 +243,18 @@ def _notes(plan: Plan, population: Population, instruments: Instruments, gallery
     pairs = f", {groups} pairs" if plan.protocol == "multi" else ""
     held = "another photo than the references" if plan.against else "the reference"
     obeys = " Real pictures show what the prompt says." if population.obeys else ""
+    both = ""
+    if plan.protocol == "multi":
+        both = (
+            " Both shown: each has a face of their own, more like them than like the other; "
+            "both placed: and where the picture was routed to them."
+        )
     return [
         f"{len(people)} {population.source}{pairs}, {len(plan.shots)} pictures a row; mean ± standard error over "
         f"people. Similarity is to {held}, by {instruments.recogniser.name}; a face that is not found counts 0. "
         f"Top-k: among {gallery} people (chance {100 / gallery:.3g} % for top-1). Faces by "
         f"{instruments.detector.name}, CLIP-T by {instruments.clip.name}. FID to {real} real pictures, from "
-        f"{instruments.features}.{obeys}"
+        f"{instruments.features}.{both}{obeys}"
     ]
 
 

@@ -11,9 +11,10 @@ from collections.abc import Mapping
 from pathlib import Path
 
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor
 
+from lib_portrait.checkpoints.formats import read_header, write_tensors
 from lib_portrait.errors import PortraitError
 from trainer.architectures import world_text_encoder, world_unet, world_vae
 from trainer.diffusion import Noising, add_face_weight, emphasised
@@ -127,13 +128,11 @@ class BaseRecipe(Recipe):
             for name, network in self.networks().items()
             for key, tensor in network.state_dict().items()
         }
-        save_file(tensors, folder / "base.safetensors", metadata=dict(facts))
+        write_tensors(folder / "base.safetensors", tensors, facts)
 
 
 def latent_scale(vae: Path) -> float:
     """The factor that gives latents unit deviation, from the metadata of vae.safetensors."""
-    from lib_portrait.checkpoints.formats import read_header
-
     text = read_header(vae)[1].get("scaling_factor")
     if text is None:
         raise PortraitError("vae", f"{vae.name} does not say its scaling_factor", "Use the recipe vae's export.")

@@ -14,9 +14,9 @@ from pathlib import Path
 import cv2
 import numpy as np
 import torch
-from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from lib_portrait.checkpoints.formats import write_tensors
 from lib_portrait.errors import PortraitError
 from lib_portrait.faces.features import pixels_of, recognition_view
 from trainer.architectures import EMBEDDING, world_measuring, world_recognition
@@ -112,7 +112,7 @@ class RecognitionRecipe(Recipe):
             key: (tensor.half() if tensor.is_floating_point() else tensor).contiguous().cpu()
             for key, tensor in self.network.state_dict().items()
         }
-        save_file(tensors, folder / f"{name}.safetensors", metadata=dict(facts))
+        write_tensors(folder / f"{name}.safetensors", tensors, facts)
 
 
 def configure(parser: argparse.ArgumentParser) -> None:

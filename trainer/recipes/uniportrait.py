@@ -28,6 +28,7 @@ from lib_portrait.attention import POSITIVE, Injection, mark
 from lib_portrait.attention.sites import find_sites, spatial_shape
 from lib_portrait.checkpoints.formats import read_tensors, write_tensors
 from lib_portrait.checkpoints.hashes import file_sha256
+from lib_portrait.checkpoints.store import bare_name
 from lib_portrait.errors import PortraitError
 from lib_portrait.faces.recognition import Backbone, backbone_from_state_dict
 from lib_portrait.faces.world_detector import open_detector
@@ -35,6 +36,7 @@ from lib_portrait.methods.uniportrait import IDEmbedding
 from lib_portrait.request import Identity, PortraitRequest
 from lib_portrait.routing_picture import draw_routing
 from lib_portrait.standalone.model import Model, load_model
+from trainer import companions
 from trainer.diffusion import Noising, add_face_weight, emphasised
 from trainer.drawing import STEPS, draw, guided
 from trainer.draws import Draws
@@ -96,7 +98,7 @@ class UniPortraitRecipe(Recipe):
         if not 0 < self.last_below <= len(Noising().alphas_bar):
             raise PortraitError("last_below", f"{self.last_below} was given", "Give a number of 1 to 1000.")
         self.dropping = not options.no_dropping
-        self.adapter_name, self.companions = options.name, {"backbone": options.backbone, "vision": options.vision}
+        self.adapter_name = bare_name(options.name, "name")
         model = load_model(options.checkpoint)
         model.unet.requires_grad_(False).eval()
         model.text_encoder.requires_grad_(False).eval()
@@ -105,7 +107,15 @@ class UniPortraitRecipe(Recipe):
         self.data = FacesOfPictures(
             Shards.under(options.data), model.vae.config.scaling_factor, people, _global_feature(options)
         )
-        known = self.data.features.hashes.get("backbone")
+        hashes = self.data.features.hashes
+        given = {"backbone": options.backbone, "vision": options.vision}
+        self.companions = [companions.named(role, text, hashes) for role, text in given.items() if text]
+        if self.stage == 2 and options.faceid is not None:
+            self.companions = companions.beside(options.faceid, self.adapter_name)
+        elif self.stage == 1:
+            for role in (role for role, text in given.items() if not text):
+                companions.unnamed(role, hashes)
+        known = hashes.get("backbone")
         if options.recognition is not None and file_sha256(options.recognition) != known:
             raise PortraitError(
                 "recognition",
@@ -336,13 +346,18 @@ class UniPortraitRecipe(Recipe):
         return {"people": torch.cat(rows_of, dim=1)}
 
     def export(self, folder: Path, facts: Mapping[str, str]) -> None:
-        """uniportrait-faceid_NAME or uniportrait-router_NAME.safetensors, fp16, in the published layout."""
+        """uniportrait-faceid_NAME or uniportrait-router_NAME.safetensors, fp16, in the published layout.
+
+        Beside it what it cannot be used without, as far as that is in none of the model folders.
+        """
         role = "faceid" if self.stage == 1 else "router"
         tensors = {name: tensor.detach().half().contiguous().cpu() for name, tensor in self.state_dict().items()}
         path = folder / f"uniportrait-{role}_{self.adapter_name}.safetensors"
-        named = {key: value for key, value in self.companions.items() if value} if self.stage == 1 else {}
+        named = {one.role: one.name for one in self.companions} if self.stage == 1 else {}
         named["components"] = self.components
         write_tensors(path, tensors, {**facts, **named, "features": str(sorted(self.data.features.hashes.items()))})
+        for companion in self.companions:
+            companion.bring(folder)
 
 
 def routing_loss(
@@ -377,6 +392,8 @@ def _refuse_unread(options: argparse.Namespace) -> None:
         "route_weight": (second, "--stage 2"),
         "lora_rate": (second, "--stage 2"),
         "faceid": (second, "--stage 2"),
+        "backbone": (not second, "--stage 1: the file of --faceid names it"),
+        "vision": (not second, "--stage 1: the file of --faceid names it"),
     }
     for name, (read, by) in readers.items():
         if getattr(options, name) is not None and not read:
@@ -402,8 +419,9 @@ def configure(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--name", required=True, help="NAME in uniportrait-faceid_NAME.safetensors")
     parser.add_argument("--faceid", type=Path, help="stage 2: the faceid file of stage 1")
     parser.add_argument("--initial", type=Path, help="a file of the same stage to begin with; stage 2 takes its router")
-    parser.add_argument("--backbone", help="file name of the recognition network, for the adapter's metadata")
-    parser.add_argument("--vision", help="file name of the image encoder, for the adapter's metadata")
+    for role, what in (("backbone", "recognition network"), ("vision", "image encoder")):
+        text = f"stage 1: the {what} of the features, a path or a name in the model folders; default: the published one"
+        parser.add_argument(f"--{role}", metavar="FILE", help=text)
     parser.add_argument("--rank", type=int, default=128, help="stage 1: of the LoRA, default 128")
     parser.add_argument("--tokens", type=int, default=16, help="stage 1: ID tokens, default 16")
     parser.add_argument("--width", type=int, default=768, help="stage 1: of the ID embedding, default 768")

@@ -20,10 +20,10 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from diffusers import AutoencoderKL
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from lib_portrait.checkpoints.formats import read_tensors
+from lib_portrait.checkpoints.formats import read_tensors, write_tensors
 from lib_portrait.faces.recognition import Backbone, backbone_from_state_dict
 from trainer.architectures import world_vae
 from trainer.draws import Draws
@@ -191,7 +191,7 @@ class VAERecipe(Recipe):
             deviation = torch.cat([self.vae.encode(part).latent_dist.mean for part in pixels.split(16)]).std()
         facts = {**facts, "scaling_factor": f"{1 / float(deviation):.5f}"}
         tensors = {name: tensor.contiguous().cpu() for name, tensor in self.vae.state_dict().items()}
-        save_file(tensors, folder / "vae.safetensors", metadata=dict(facts))
+        write_tensors(folder / "vae.safetensors", tensors, facts)
 
 
 def _slope(picture: Tensor, axis: int) -> Tensor:

@@ -14,9 +14,10 @@ from pathlib import Path
 import cv2
 import numpy as np
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor, nn
 
+from lib_portrait.checkpoints.formats import write_tensors
 from lib_portrait.faces.features import clip_view, pixels_of
 from trainer.architectures import CONTEXT, world_text_encoder, world_vision
 from trainer.draws import Draws
@@ -95,7 +96,7 @@ class VisionRecipe(Recipe):
         }
         stored = {k: v.detach().half().contiguous().cpu() for k, v in tensors.items() if v.is_floating_point()}
         config = {"heads": str(self.tower.config.num_attention_heads), "activation": self.tower.config.hidden_act}
-        save_file(stored, folder / "world-vision.safetensors", metadata={**config, **facts})
+        write_tensors(folder / "world-vision.safetensors", stored, {**config, **facts})
 
 
 def configure(parser: argparse.ArgumentParser) -> None:

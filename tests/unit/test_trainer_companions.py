@@ -1,0 +1,227 @@
+"""A trained adapter works at once where it was exported, for whoever may read it, and tells no folder of anybody's."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from safetensors.torch import save_file
+
+pytest.importorskip("accelerate", reason="the trainer's requirements are not installed")
+
+from accelerate.state import AcceleratorState, GradientState
+
+from lib_portrait import commands
+from lib_portrait.checkpoints import registry
+from lib_portrait.checkpoints.formats import read_header, write_tensors
+from lib_portrait.checkpoints.hashes import file_sha256
+from lib_portrait.errors import PortraitError
+from lib_portrait.faces import service
+from lib_portrait.faces.detection import Detector, Face
+from lib_portrait.standalone import generation
+from lib_portrait.standalone import model as model_module
+from lib_portrait.standalone.model import save_model
+from tests.small_networks import small_model, small_text_folder, tiny_backbone, tiny_vision
+from trainer import companions
+from trainer.companions import Companion, beside, named, unnamed
+from trainer.shards import FaceRecord, Record, encode_png, writing
+
+POINTS = np.array([[0.35, 0.4], [0.65, 0.4], [0.5, 0.6], [0.38, 0.75], [0.62, 0.75]], np.float32)
+
+
+def portrait_of(image: np.ndarray) -> list[Face]:
+    """One face, as large as the picture."""
+    size = np.array(image.shape[1::-1], np.float32)
+    return [Face(np.array([0, 0, *size], np.float32), POINTS * size, 0.99)]
+
+
+@pytest.fixture(autouse=True)
+def fresh_accelerate(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    monkeypatch.setenv("ACCELERATE_USE_CPU", "true")
+    yield
+    AcceleratorState._reset_state(reset_partial_state=True)
+    GradientState._reset_state()
+
+
+@pytest.fixture
+def somewhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A checkpoint, photos and shards of small random networks; the face networks lie in a folder of their own."""
+    small_text_folder(tmp_path / "text")
+    monkeypatch.setattr(model_module, "TEXT_FOLDER", tmp_path / "text")
+    monkeypatch.setattr(service, "get_detector", lambda name, folders: Detector("portrait", "1", portrait_of))
+    monkeypatch.setattr(generation, "CACHE", tmp_path / "cache")
+    save_model(small_model(), tmp_path / "base.safetensors")
+    (tmp_path / "own").mkdir()
+    save_file(dict(tiny_backbone().state_dict()), tmp_path / "own" / "eyes.safetensors")
+    save_file(tiny_vision(), tmp_path / "own" / "clip.safetensors")
+    rng = np.random.default_rng(0)
+    (tmp_path / "shards").mkdir()
+    with writing(tmp_path / "shards" / "photos-00000.tar") as shard:
+        for number, people in enumerate((1, 2)):
+            picture = rng.integers(0, 256, (64, 64, 3), np.uint8)
+            size = np.array([64 / people, 64])
+            faces = tuple(
+                FaceRecord(
+                    f"{face}",
+                    "woman",
+                    (face * size[0], 0.0, (face + 1) * size[0], 64.0),
+                    tuple((float(x), float(y)) for x, y in POINTS * size + [face * size[0], 0]),
+                )
+                for face in range(people)
+            )
+            shard.add(f"{number}", encode_png(picture), "png", Record("a woman", faces, {}), None)
+    for name in ("eve", "ada"):
+        Image.fromarray(rng.integers(0, 256, (96, 96, 3), np.uint8)).save(tmp_path / f"{name}.png")
+    return tmp_path
+
+
+def portrait(*words: str | Path) -> int:
+    return commands.run(commands.parse([str(word) for word in words]))
+
+
+def test_both_stages_work_at_once_where_they_were_exported(somewhere: Path) -> None:
+    """The whole way by the commands, with networks that lie in no model folder."""
+    base, own, shards = somewhere / "base.safetensors", somewhere / "own", somewhere / "shards"
+    networks = ["--backbone", own / "eyes.safetensors", "--vision", own / "clip.safetensors"]
+    assert portrait("dataset", "features", shards, "--checkpoint", base, *networks, "--device", "cpu") == 0
+    train = ["train", "uniportrait", "--data", shards, "--checkpoint", base, "--name", "mine", "--steps", "1"]
+    train += ["--batch", "1", "--rank", "2", "--tokens", "4", "--width", "48", "--depth", "1", "--warmup", "0"]
+    one, two = somewhere / "one", somewhere / "two"
+    assert portrait(*train, "--output", one, *networks) == 0
+    faceid = one / "export" / "uniportrait-faceid_mine.safetensors"
+    assert portrait(*train, "--output", two, "--stage", "2", "--faceid", faceid) == 0
+
+    draw = ["generate", "--checkpoint", base, "--prompt", "a woman", "--adapter", "mine", "--size", "64x64"]
+    draw += ["--steps", "1", "--device", "cpu", "--output", somewhere / "out", "--face", somewhere / "eve.png"]
+    assert portrait(*draw, "--models", one / "export") == 0
+    assert portrait(*draw, "--models", two / "export", "--face", somewhere / "ada.png") == 0
+
+    for export in (one / "export", two / "export"):
+        for file in export.iterdir():
+            assert file.stat().st_mode & 0o044 == 0o044, f"{file} is for its maker alone"
+            metadata = json.dumps(read_header(file)[1])
+            assert str(somewhere) not in metadata and "/" not in metadata
+    told = read_header(faceid)[1]
+    assert (told["backbone"], told["vision"]) == ("eyes.safetensors", "clip.safetensors")
+    assert file_sha256(own / "eyes.safetensors") in told["features"]
+
+
+@pytest.fixture
+def models(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    folder = tmp_path / "models"
+    folder.mkdir()
+    monkeypatch.setattr(companions, "FOLDERS", (folder,))
+    return folder
+
+
+def file_of(folder: Path, name: str, value: float) -> Path:
+    folder.mkdir(exist_ok=True)
+    save_file({"a": torch.full((2,), value)}, folder / name)
+    return folder / name
+
+
+def test_only_what_the_model_folders_do_not_have_is_brought_along(tmp_path: Path, models: Path) -> None:
+    target = tmp_path / "export"
+    target.mkdir()
+    same, other, lone = (file_of(tmp_path / "own", f"{name}.safetensors", 1.0) for name in ("same", "other", "lone"))
+    file_of(models, "same.safetensors", 1.0)
+    file_of(models, "other.safetensors", 2.0)
+    for path in (same, other, lone):
+        named("backbone", str(path), {}, [models]).bring(target, [models])
+    assert sorted(path.name for path in target.iterdir()) == ["lone.safetensors", "other.safetensors"]
+    assert (target / "other.safetensors").read_bytes() == other.read_bytes()
+    named("backbone", "same.safetensors", {}, [models]).bring(target, [models])
+    assert not (target / "same.safetensors").exists()
+
+
+def test_where_the_file_system_has_no_second_names_it_is_a_copy(
+    tmp_path: Path, models: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def link(source: Path, target: Path) -> None:
+        raise OSError("another file system")
+
+    monkeypatch.setattr(companions.os, "link", link)
+    lone = file_of(tmp_path / "own", "lone.safetensors", 1.0)
+    lone.chmod(0o644)
+    Companion("vision", "lone.safetensors", lone).bring(models, [tmp_path / "none"])
+    assert (models / "lone.safetensors").read_bytes() == lone.read_bytes()
+
+
+@pytest.mark.parametrize("rights", [0o600, 0o644])
+def test_what_is_brought_along_may_be_read_like_the_rest(tmp_path: Path, models: Path, rights: int) -> None:
+    lone = file_of(tmp_path / "own", "lone.safetensors", 1.0)
+    lone.chmod(rights)
+    Companion("vision", "lone.safetensors", lone).bring(models, [tmp_path / "none"])
+    brought = models / "lone.safetensors"
+    assert brought.stat().st_mode & 0o044 == 0o044 and lone.stat().st_mode & 0o777 == rights
+    assert brought.read_bytes() == lone.read_bytes() and brought.samefile(lone) == (rights == 0o644)
+
+
+def test_a_path_that_leads_to_another_network_than_the_features_is_refused(tmp_path: Path, models: Path) -> None:
+    lone = file_of(tmp_path / "own", "lone.safetensors", 1.0)
+    hashes = {"backbone": file_sha256(lone), "vision": "0" * 64}
+    assert named("backbone", str(lone), hashes, [models]) == Companion("backbone", "lone.safetensors", lone)
+    with pytest.raises(PortraitError, match="vision: the features .* from another network than lone.safetensors"):
+        named("vision", str(lone), hashes, [models])
+    with pytest.raises(PortraitError, match="there is no file .*gone.safetensors"):
+        named("vision", str(tmp_path / "gone.safetensors"), hashes, [models])
+
+
+def test_a_bare_name_that_leads_nowhere_or_elsewhere_is_told(
+    tmp_path: Path, models: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert named("vision", "gone.safetensors", {}, [models]).path is None
+    assert "gone.safetensors is in none of the model folders; --vision PATH" in capsys.readouterr().err
+    file_of(models, "there.safetensors", 1.0)
+    assert named("vision", "there.safetensors", {"vision": "0" * 64}, [models]).path is None
+    assert "another file than the features'" in capsys.readouterr().err
+    assert named("vision", "there.safetensors", {}, [models]).path == models / "there.safetensors"
+    assert not capsys.readouterr().err
+
+
+def test_features_of_an_unnamed_network_that_is_not_the_published_one_are_told(
+    models: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    published = registry.by_role("vision")
+    there = file_of(models, published.filename, 1.0)
+    for hashes in ({}, {"vision": file_sha256(there)}, {"vision": published.sha256 or ""}):
+        unnamed("vision", hashes, [models])
+    assert not capsys.readouterr().err
+    unnamed("vision", {"vision": "0" * 64}, [models])
+    there.unlink()
+    unnamed("vision", {"vision": "0" * 64}, [models])
+    assert capsys.readouterr().err.count("--vision FILE names theirs") == 2
+
+
+def test_a_router_goes_with_the_faceid_of_its_first_stage_under_its_own_name(tmp_path: Path, models: Path) -> None:
+    own = tmp_path / "own"
+    eyes = file_of(own, "eyes.safetensors", 1.0)
+    faceid = own / "uniportrait-faceid_first.safetensors"
+    write_tensors(faceid, {"a": torch.ones(1)}, {"backbone": "eyes.safetensors", "vision": "gone.safetensors"})
+    target = tmp_path / "export"
+    target.mkdir()
+    for companion in beside(faceid, "second"):
+        companion.bring(target, [models])
+    assert sorted(path.name for path in target.iterdir()) == [
+        "eyes.safetensors",
+        "uniportrait-faceid_second.safetensors",
+    ]
+    assert (target / "eyes.safetensors").read_bytes() == eyes.read_bytes()
+
+
+@pytest.mark.skipif(os.name == "nt", reason="Windows has no rights of this kind")
+@pytest.mark.parametrize("suffix", [".safetensors", ".bin"])
+@pytest.mark.parametrize(("mask", "rights"), [(0o022, 0o644), (0o077, 0o600), (0o002, 0o664)])
+def test_weight_files_have_the_rights_of_any_new_file(tmp_path: Path, mask: int, rights: int, suffix: str) -> None:
+    before = os.umask(mask)
+    try:
+        write_tensors(tmp_path / f"a{suffix}", {"a": torch.ones(1)})
+    finally:
+        os.umask(before)
+    assert (tmp_path / f"a{suffix}").stat().st_mode & 0o777 == rights

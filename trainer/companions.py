@@ -1,0 +1,121 @@
+"""What an adapter needs beside its own file: named in its metadata, and brought along where no model folder has it.
+
+An adapter's file names its networks by bare file names, which are looked for in the folder of the adapter and in the
+model folders. So an export holds what those would not give: the adapter works where it was exported.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import sys
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from lib_portrait.checkpoints import registry
+from lib_portrait.checkpoints.formats import SAFETENSORS_SUFFIX, read_header
+from lib_portrait.checkpoints.hashes import file_sha256
+from lib_portrait.checkpoints.store import Folders, Store, bare_name
+from lib_portrait.errors import PortraitError
+
+MODELS = Path(__file__).resolve().parents[1] / "models"
+# Where the commands look without being told.
+FOLDERS = (MODELS, MODELS / "world")
+ROLES = ("backbone", "vision")
+
+
+@dataclass(frozen=True)
+class Companion:
+    """A file that an adapter goes with. name: as it is looked for. path: where it lies now, None where nobody knows."""
+
+    role: str
+    name: str
+    path: Path | None
+
+    def bring(self, folder: Path, folders: Sequence[Path] = FOLDERS) -> None:
+        """Puts the file into `folder` under its name, unless the model folders have the same one."""
+        if self.path is None:
+            return
+        there = _found(self.role, self.name, folders)
+        if there is None or _content(there) != _content(self.path):
+            _put(self.path.resolve(), folder / (Path(self.name).stem + self.path.suffix))
+
+
+def named(role: str, text: str, hashes: Mapping[str, str], folders: Sequence[Path] = FOLDERS) -> Companion:
+    """What `--backbone` or `--vision` names: the path of a file, or the bare name of one in the model folders.
+
+    hashes: SHA-256 by role of the networks that the features were made with. Raises PortraitError for a path that leads
+    nowhere, or to another network than theirs. Of a bare name the same is only told: the file may lie elsewhere.
+    """
+    given = Path(text)
+    name = bare_name(given.name, role)
+    if given.is_file():
+        if hashes.get(role, "") not in ("", file_sha256(given)):
+            raise PortraitError(
+                role,
+                f"the features of faces come from another network than {given.name}",
+                f"Give the file that was dataset features' --{role}.",
+            )
+        return Companion(role, name, given)
+    if text != name:
+        raise PortraitError(role, f"there is no file {text}", f"Give the file that was dataset features' --{role}.")
+    there = _found(role, name, folders)
+    if there is None or hashes.get(role, "") not in ("", file_sha256(there)):
+        problem = "is in none of the model folders" if there is None else "there is another file than the features'"
+        _say(f"{role}: {name} {problem}; --{role} PATH puts the right one into the export, else put it into {MODELS}")
+        return Companion(role, name, None)
+    return Companion(role, name, there)
+
+
+def unnamed(role: str, hashes: Mapping[str, str], folders: Sequence[Path] = FOLDERS) -> None:
+    """Tells when an adapter that names no network, and so gets the published one, learns from features of another."""
+    wanted = hashes.get(role)
+    if not wanted or wanted == registry.by_role(role).sha256:
+        return
+    published = Store(Folders(folders)).published(role)
+    if published is None or file_sha256(published) != wanted:
+        _say(
+            f"{role}: the features come from another file than the published network, which an adapter gets that names "
+            f"none; --{role} FILE names theirs"
+        )
+
+
+def beside(faceid: Path, adapter: str) -> list[Companion]:
+    """What a router goes with: the faceid file of its first stage, under the router's name, and what that one names."""
+    told = read_header(faceid)[1] if faceid.suffix == SAFETENSORS_SUFFIX else {}
+    first = Companion("faceid", f"uniportrait-faceid_{adapter}{faceid.suffix}", faceid)
+    names = {role: told[role] for role in ROLES if role in told}
+    return [first, *(Companion(role, name, _found(role, name, [faceid.parent])) for role, name in names.items())]
+
+
+def _say(text: str) -> None:
+    print(text, file=sys.stderr, flush=True)
+
+
+def _found(role: str, name: str, folders: Sequence[Path]) -> Path | None:
+    try:
+        return Store(Folders(folders)).find(role, name)
+    except PortraitError:
+        return None
+
+
+def _put(source: Path, target: Path) -> None:
+    """A second name of the same file where that is possible, for image encoders have gigabytes; otherwise a copy.
+
+    Not of a file that fewer people may read than a new one: exports are for others, too.
+    """
+    target.touch()
+    rights = target.stat().st_mode
+    if source.stat().st_mode & rights == rights:
+        target.unlink()
+        try:
+            os.link(source, target)
+            return
+        except OSError:
+            pass
+    shutil.copyfile(source, target)
+
+
+def _content(path: Path) -> tuple[int, str]:
+    return path.stat().st_size, file_sha256(path)
