@@ -50,7 +50,7 @@ def align_face(image: np.ndarray, landmarks: np.ndarray, size: int = CROP_SIZE, 
 
 
 def _shrunk(image: np.ndarray, matrix: np.ndarray, scale: float) -> tuple[np.ndarray, np.ndarray]:
-    """The picture at about `scale` of its size, pixels being means of those they replace, and `matrix` (2, 3) for it."""
+    """The picture at about `scale` of its size, each pixel a mean of the old ones, and the `matrix` (2, 3) for it."""
     height, width = image.shape[:2]
     size = (max(1, round(width * scale)), max(1, round(height * scale)))
     grown = np.array([width / size[0], height / size[1]])

@@ -19,6 +19,8 @@ from lib_portrait.errors import PortraitError
 log = logging.getLogger(__name__)
 
 DETECTORS = ("mtcnn", "insightface")
+# By what rules faces are found, counted and cut out of photos. What was kept by other ones is not used again.
+RULES = "rules 2"
 SCRFD_FILE = "det_10g.onnx"
 _SCRFD_PLACES = ("", "buffalo_l", "models/buffalo_l", "insightface/models/buffalo_l")
 

@@ -8,6 +8,7 @@ import io
 from typing import Any
 
 import numpy as np
+import PIL
 from PIL import Image
 
 from lib_portrait.errors import PortraitError
@@ -21,6 +22,8 @@ HEIC, HEIC_PACKAGE = "HEIC", "pillow_heif"
 _HEIC_BRANDS = {b"heic", b"heix", b"heim", b"heis", b"hevc", b"hevx", b"mif1", b"msf1"}
 _AVIF_BRANDS = {b"avif", b"avis"}
 _START = 64
+# Later ones need Pillow 11; the WebUI has 9.5.
+HEIC_PIN = "pillow-heif" if int(PIL.__version__.split(".")[0]) > 11 else "pillow-heif==0.16.0"
 MIN_SIDE = 32
 MAX_SIDE = 32_000  # OpenCV's warpAffine addresses pixels with 16 bits
 GREY = (128, 128, 128)
@@ -102,6 +105,8 @@ def _open(data: bytes, field: str, limits: Limits) -> tuple[Image.Image, tuple[s
     notices = _of_several(image)
     try:
         image.load()
+    except Image.DecompressionBombError as error:
+        raise _too_large(field, error) from error
     except Exception as error:
         raise _damaged(field, error) from error
     return image, notices
@@ -125,9 +130,7 @@ def _recognised(data: bytes, field: str) -> Image.Image:
         try:
             return reader(io.BytesIO(data), "")
         except Image.DecompressionBombError as error:
-            raise PortraitError(
-                field, f"it has too many pixels for its format: {error}", "Scale it down, or save it as PNG or JPEG."
-            ) from error
+            raise _too_large(field, error) from error
         except Exception as error:
             problem = error
     if problem is not None:
@@ -147,16 +150,17 @@ def _is_heic(start: bytes) -> bool:
 
 def _heic_reader(field: str) -> Any:
     """What opens HEIC, imported for such a file only. Raises PortraitError where the package is missing or broken."""
-    install = "Run: pip install --no-deps pillow-heif, then restart; or save the photo as JPEG."
+    install = f"Run: pip install --no-deps {HEIC_PIN}, then restart; or save the photo as JPEG."
     if importlib.util.find_spec(HEIC_PACKAGE) is None:
-        raise PortraitError(field, "it is a HEIC picture, and the package that reads them is not installed", install)
+        raise PortraitError(
+            field, "it is a HEIC picture, and pillow-heif, which reads these, is not installed", install
+        )
     try:
         return importlib.import_module(HEIC_PACKAGE).HeifImageFile
     except Exception as error:
+        reason = f"{type(error).__name__}: {error}"
         raise PortraitError(
-            field,
-            f"it is a HEIC picture, and the package pillow-heif does not start ({type(error).__name__}: {error})",
-            install,
+            field, f"it is a HEIC picture, and pillow-heif, which reads these, does not start ({reason})", install
         ) from error
 
 
@@ -172,9 +176,13 @@ def _of_several(image: Image.Image) -> tuple[str, ...]:
         several = False
     if not several:
         return ()
-    if image.format == "TIFF":
-        return ("only the first page of the file is used",)
-    return ("only the first frame of the animation is used",)
+    used = {"TIFF": "the first page of the file", "HEIF": "the main picture of the file"}
+    return (f"only {used.get(str(image.format), 'the first frame of the animation')} is used",)
+
+
+def _too_large(field: str, error: Exception) -> PortraitError:
+    # Some of Pillow's readers have its own limit built in, whatever ours is.
+    return PortraitError(field, f"it has too many pixels for its format: {error}", "Scale it down, or save it as JPEG.")
 
 
 def _damaged(field: str, error: Exception) -> PortraitError:

@@ -13,13 +13,18 @@ from lib_portrait.errors import Notice, PortraitError
 from lib_portrait.faces import order
 from lib_portrait.faces.alignment import align_face, fit_aligned, template
 from lib_portrait.faces.cache import FeatureCache, PhotoCache, Recent
-from lib_portrait.faces.detection import Detector, Face, detect_in_photo, get_detector, turned, turned_back
+from lib_portrait.faces.detection import (
+    RULES,
+    Detector,
+    Face,
+    detect_in_photo,
+    get_detector,
+    turned,
+    turned_back,
+)
 from lib_portrait.faces.features import FaceEncoder, FaceFeatures
 from lib_portrait.faces.images import decode_mask, decode_photo
 from lib_portrait.request import LARGEST, Limits, Photo
-
-# By what rules faces are found, counted and cut out. Features kept by other ones are not used again.
-RULES = "rules 2"
 
 
 @dataclass(frozen=True)

@@ -64,10 +64,13 @@ class Studio:
     """A model and what is needed to put people into its pictures.
 
     folders: with adapters and face networks, in the order they are searched. device: "cpu", "cuda" or "mps", None for
-    the best there is. Raises PortraitError: no such device, a checkpoint that `load_model` refuses.
+    the best there is. filter_crops: see `faces.alignment.align_face`. Raises PortraitError: no such device, a
+    checkpoint that `load_model` refuses.
     """
 
-    def __init__(self, checkpoint: Path, folders: Sequence[Path], device: str | None = None):
+    def __init__(
+        self, checkpoint: Path, folders: Sequence[Path], device: str | None = None, filter_crops: bool = False
+    ):
         self.checkpoint = checkpoint
         self.device = _device(device)
         # On other devices float16 is slower, or does not hold what SD1.5's attention needs.
@@ -75,7 +78,7 @@ class Studio:
         say(f"Loading {checkpoint.name} ({self.device})")
         self.model = load_model(checkpoint, self.device, self.dtype)
         self.store = Store(Folders(own=folders), CACHE)
-        self.faces = FaceService(self.store.folders("detector"), CACHE, Limits())
+        self.faces = FaceService(self.store.folders("detector"), CACHE, Limits(), filter_crops=filter_crops)
         self.conditioner = Conditioner(self.faces, self.store)
 
     def sampling(self, prompt: str, settings: Mapping[str, Any]) -> Sampling:
