@@ -469,7 +469,8 @@ def make_photos(
             journal.add(end, samples, skipped, notices)
     listed = "".join(f"{one.reason}: {one.photo!r} {one.detail}".rstrip() + "\n" for one in journal.skipped)
     (output / f"{name}-skipped.txt").write_text(listed)
-    (output / f"{name}-notices.txt").write_text("".join(f"{line}\n" for line in journal.notices))
+    told = "".join(f"{line}\n" for line in journal.notices)
+    (output / f"{name}-notices.txt").write_text(told, encoding="utf-8")
     return journal.samples, journal.skipped, journal.notices
 
 
