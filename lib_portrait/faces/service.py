@@ -193,8 +193,9 @@ class FaceService:
         if not faces:
             raise PortraitError(
                 field,
-                "no face was found, whichever way the photo is turned",
-                "Use a photo where the face is large, sharp and seen from the front, or mark a face crop as aligned.",
+                "no face was found",
+                "It was turned all four ways. Use a photo where the face is large, sharp and seen from the front, or mark "
+                "a face crop as aligned.",
             )
         height, width = image.shape[:2]
         upright = turned(image, turn)

@@ -198,7 +198,7 @@ def test_a_photo_without_a_face_is_refused_with_a_remedy(service, faces, looked)
     faces.clear()
     for _ in range(2):
         with pytest.raises(
-            PortraitError, match="^photos: no face was found, whichever way .*turned. Use a photo.*aligned"
+            PortraitError, match="^photos: no face was found. It was turned all four ways. Use .*aligned"
         ):
             service.features(photo_of(), "photos", Encoder())
     # In four orientations, with and without a border.

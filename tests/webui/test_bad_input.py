@@ -111,7 +111,7 @@ CASES: list[Case] = [
     ("mask is no image", lambda ada: ask({"photos": [ada], "region": {"mask": text(b"zzz")}}), "region.mask", "image"),
     ("a list instead of an object", lambda ada: [ask({"photos": [ada]})], "", ""),
     # Photos that a detector or a decoder must not be believed about.
-    ("no face whichever way it is turned", lambda ada: ask({"photos": [text(image())]}), "photos[0]", "whichever way"),
+    ("no face whichever way it is turned", lambda ada: ask({"photos": [text(image())]}), "photos[0]", "all four ways"),
     ("a picture above the limit of pixels", lambda ada: ask({"photos": [text(bomb(20_000))]}),
      "photos[0]", 'raise "Size of a photo, at most, in megapixels" in Settings > Portrait'),
     ("half a HEIC photo", lambda ada: ask({"photos": [text(HEIC_START + bytes(200))]}), "photos[0]", "HEIC|damaged"),
