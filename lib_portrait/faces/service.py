@@ -72,7 +72,7 @@ class FaceService:
         self._found: Recent[list[FoundFace]] = Recent(32)
         self._detector_dirs = detector_dirs
         self._detector_name = detector
-        self._filter_crops = filter_crops
+        self.filter_crops = filter_crops
         self._detector: Detector | None = None
         self._lock = threading.RLock()
 
@@ -163,7 +163,7 @@ class FaceService:
         """What decides the crop of a photo besides its bytes. No detector is needed for one aligned already."""
         if photo.aligned:
             return "aligned"
-        return f"{self.detector.key} {RULES}{' filtered' if self._filter_crops else ''}"
+        return f"{self.detector.key} {RULES}{' filtered' if self.filter_crops else ''}"
 
     def _aligned(self, photo: Photo, field: str) -> list[FoundFace]:
         image, notices = decode_photo(self._bytes(photo, field), field, self.limits)
@@ -194,13 +194,13 @@ class FaceService:
             raise PortraitError(
                 field,
                 "no face was found",
-                "It was turned all four ways. Use a photo where the face is large, sharp and seen from the front, or mark "
-                "a face crop as aligned.",
+                "It was turned all four ways. "
+                "Use a photo where the face is large, sharp and seen from the front, or mark a face crop as aligned.",
             )
         height, width = image.shape[:2]
         upright = turned(image, turn)
         size = (upright.shape[1], upright.shape[0])
-        crops = [align_face(upright, face.landmarks, filtered=self._filter_crops) for face in faces]
+        crops = [align_face(upright, face.landmarks, filtered=self.filter_crops) for face in faces]
         return [
             FoundFace(
                 turned_back(faces[index], turn, width, height),

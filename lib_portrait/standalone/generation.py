@@ -254,7 +254,7 @@ def _facts(studio: Studio, request: PortraitRequest | None, comparison: Comparis
     facts: dict[str, Any] = {"checkpoint": studio.checkpoint.name, "device": studio.device}
     if request is not None:
         facts |= {"adapter": studio.store.kit(request.checkpoint).name, "request": to_json(request)}
-        facts |= {"scale": request.scale, "lora_scale": request.lora_scale}
+        facts |= {"scale": request.scale, "lora_scale": request.lora_scale, "filter_crops": studio.faces.filter_crops}
     if comparison is not None:
         facts["measuring"] = comparison.note
     return facts
