@@ -68,9 +68,11 @@ def decode_mask(data: bytes, field: str, limits: Limits) -> np.ndarray:
     """The mask in a file's bytes, (H, W) float32 in [0, 1].
 
     With transparency in it, what is opaque belongs to the mask, whatever its colour; otherwise what is white does.
-    Raises PortraitError as `decode_image` does, and for a mask that is empty.
+    Raises PortraitError as `decode_image` does, and for a mask that is empty or one of several pictures.
     """
-    image, _ = _open(data, field, limits)
+    image, several = _open(data, field, limits)
+    if several:
+        raise PortraitError(field, "the file holds more than one picture", "Save the one that is the mask as PNG.")
     try:
         grey = _flatten(image).convert("L")
         if _has_alpha(image):

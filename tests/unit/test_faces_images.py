@@ -417,6 +417,12 @@ def test_a_mask_with_a_solid_alpha_channel_is_read_by_its_colours():
     assert decode_mask(encoded(image), "mask", LIMITS)[0].tolist() == [1, 0, 0, 0]
 
 
+def test_a_mask_of_several_pictures_is_refused():
+    data = encoded(Image.new("L", (40, 40), 255), "GIF", save_all=True, append_images=[Image.new("L", (40, 40), 0)])
+    with pytest.raises(PortraitError, match="^mask: the file holds more than one picture. Save .* PNG"):
+        decode_mask(data, "mask", LIMITS)
+
+
 @pytest.mark.parametrize("image", [Image.new("L", (20, 10), 0), Image.new("RGBA", (20, 10), (255, 255, 255, 0))])
 def test_an_empty_mask_is_refused(image):
     with pytest.raises(PortraitError, match="^mask: the mask is empty"):

@@ -40,6 +40,13 @@ def bomb(side: int = 50_000) -> bytes:
     return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", pixels) + chunk(b"IEND", b"")
 
 
+def animation() -> bytes:
+    stream = io.BytesIO()
+    frames = [Image.new("L", (64, 64), level) for level in (255, 0)]
+    frames[0].save(stream, "GIF", save_all=True, append_images=frames[1:])
+    return stream.getvalue()
+
+
 def text(data: bytes) -> str:
     return base64.b64encode(data).decode()
 
@@ -117,6 +124,8 @@ CASES: list[Case] = [
     ("half a HEIC photo", lambda ada: ask({"photos": [text(HEIC_START + bytes(200))]}), "photos[0]", "HEIC|damaged"),
     ("a HEIC file of 12 bytes", lambda ada: ask({"photos": [text(HEIC_START[:12])]}), "photos[0]", "HEIC|damaged"),
     ("half an animation", lambda ada: ask({"photos": [text(image(form="GIF")[:20])]}), "photos[0]", "damaged|image"),
+    ("an animation as mask", lambda ada: ask({"photos": [ada], "region": {"mask": text(animation())}}),
+     "region.mask", "more than one picture"),
     ("a film", lambda ada: ask({"photos": [text(b"\0\0\0\x18ftypmp42" + bytes(200))]}), "photos[0]", "not an image"),
 ]  # fmt: skip
 
