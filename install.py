@@ -20,13 +20,13 @@ from pathlib import Path
 ROOT = Path(os.path.abspath(__file__)).parent
 SCRFD = "det_10g.onnx"
 SCRFD_PLACES = ("", "buffalo_l", "models/buffalo_l", "insightface/models/buffalo_l")
-LINE = re.compile(r"(?P<pin>[\w.-]+==[\w.]+)\s+#\s+(?P<when>always|scrfd): (?P<module>\w+)")
+LINE = re.compile(r"(?P<pin>[\w.-]+==[\w.]+)\s+#\s+(?P<when>always|photos|scrfd): (?P<module>\w+)")
 SECONDS = 600
 
 
 @dataclass(frozen=True)
 class Package:
-    """pin: `name==version` for pip; module: what is imported of it; when: "always" or "scrfd"."""
+    """pin: `name==version` for pip; module: what is imported of it; when: see requirements/webui.txt."""
 
     pin: str
     module: str
@@ -61,7 +61,7 @@ def missing(wanted: list[Package], scrfd: bool) -> list[Package]:
     return [
         package
         for package in wanted
-        if (scrfd or package.when == "always") and importlib.util.find_spec(package.module) is None
+        if (scrfd or package.when != "scrfd") and importlib.util.find_spec(package.module) is None
     ]
 
 
@@ -110,6 +110,8 @@ def add(wanted: list[Package]) -> None:
 def consequence(package: Package) -> str:
     if package.when == "scrfd":
         return "Faces are found with MTCNN instead of SCRFD."
+    if package.when == "photos":
+        return "Photos of type HEIC cannot be read."
     return f"Without it no face is found. To try by hand: pip install --no-deps {package.pin}"
 
 

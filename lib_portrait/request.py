@@ -28,15 +28,33 @@ HASH_DIGITS = 12
 LARGEST = "largest"
 
 
+def limit(default: int, setting: str) -> Any:
+    """A dataclass field holding a limit; `setting` is what the WebUI's settings page calls it."""
+    return field(default=default, metadata={"setting": setting})
+
+
 @dataclass(frozen=True)
 class Limits:
-    """How much one request may ask for. The WebUI's settings page sets these; the defaults stand elsewhere."""
+    """How much one request may ask for. The WebUI's settings page sets these; the defaults stand elsewhere.
 
-    identities: int = 4
-    photos: int = 8
-    photo_bytes: int = 32 * 2**20
-    photo_pixels: int = 100_000_000
+    photo_pixels: phones make 200 million. page: the name of the page where users raise limits, empty where they cannot.
+    """
+
+    identities: int = limit(4, "People per picture, at most")
+    photos: int = limit(8, "Photos per person, at most")
+    photo_bytes: int = limit(32 * 2**20, "Size of a photo, at most, in MiB")
+    photo_pixels: int = limit(250_000_000, "Size of a photo, at most, in megapixels")
     name_length: int = 200
+    page: str = ""
+
+    @classmethod
+    def setting(cls, name: str) -> str:
+        """What the settings page calls a limit."""
+        return str(cls.__dataclass_fields__[name].metadata["setting"])
+
+    def remedy(self, name: str, instead: str) -> str:
+        """What to do where the limit `name` is exceeded: `instead`, or raising it where there is a page for that."""
+        return f'{instead}, or raise "{self.setting(name)}" in {self.page}.' if self.page else f"{instead}."
 
 
 def number(default: float, low: float, high: float, doc: str) -> Any:
@@ -50,7 +68,7 @@ class Photo:
 
     sha256: of the file's bytes, 64 hex digits; without data the first HASH_DIGITS of them or more.
     data: the file's bytes, or None where the request referred to a cached photo by hash.
-    face: index of the wanted face, counted from the left from 0, or None for the largest.
+    face: index of the wanted face, counted from the left from 0, bystanders last, or None for the largest.
     aligned: the photo is already a face crop in the ArcFace template, and is used as it is.
     """
 
@@ -130,7 +148,7 @@ def parse_request(value: Any, limits: Limits | None = None) -> PortraitRequest:
         raise PortraitError(
             "identities",
             f"{len(listed)} were given, at most {limits.identities} are allowed",
-            "Remove some, or raise the limit in Settings > Portrait.",
+            limits.remedy("identities", "Remove some"),
         )
     if enabled and not listed:
         raise PortraitError("identities", "the list is empty", "Add at least one identity with a photo, or disable.")
@@ -197,7 +215,9 @@ def _photos(value: Any, path: str, limits: Limits) -> tuple[Photo, ...]:
         raise PortraitError(path, "there is no photo", "Add at least one photo of this person.")
     if len(listed) > limits.photos:
         raise PortraitError(
-            path, f"{len(listed)} photos, at most {limits.photos} are allowed", "Remove some of this person's photos."
+            path,
+            f"{len(listed)} photos, at most {limits.photos} are allowed",
+            limits.remedy("photos", "Remove some of this person's photos"),
         )
     return tuple(_photo(item, f"{path}[{i}]", limits) for i, item in enumerate(listed))
 
@@ -240,7 +260,9 @@ def _base64(text: str, path: str, limits: Limits) -> bytes:
             raise PortraitError(path, "the data URL is not base64", "Write data:image/png;base64,...")
     if len(text) > limits.photo_bytes * 4 / 3 + 64:
         raise PortraitError(
-            path, f"the file is larger than {limits.photo_bytes // 2**20} MiB", "Send a smaller file of this photo."
+            path,
+            f"the file is larger than {limits.photo_bytes // 2**20} MiB",
+            limits.remedy("photo_bytes", "Send a smaller file of this photo"),
         )
     try:
         data = base64.b64decode("".join(text.split()), validate=True)
@@ -539,7 +561,7 @@ def json_schema(limits: Limits | None = None) -> dict[str, Any]:
     face = {
         "oneOf": [{"const": LARGEST}, {"type": "integer", "minimum": 0, "maximum": 999}],
         "default": LARGEST,
-        "description": "which face of the photo, counted from the left from 0",
+        "description": "which face of the photo, counted from the left from 0, bystanders after the others",
     }
     aligned = {"type": "boolean", "default": False, "description": "the photo already is an aligned face crop"}
     box = {

@@ -26,8 +26,9 @@ from numpy.typing import NDArray
 from tqdm import tqdm
 
 from lib_portrait.errors import PortraitError
-from lib_portrait.faces.detection import Detector, Face, detect_faces, get_detector
-from lib_portrait.faces.images import decode_image
+from lib_portrait.faces.detection import RULES, Detector, Face, detect_in_photo, get_detector, turned
+from lib_portrait.faces.images import decode_photo
+from lib_portrait.faces.order import TURNS
 from lib_portrait.picture_files import SUFFIXES, is_picture
 from lib_portrait.request import Limits
 from trainer.shards import FaceRecord, Record, Shards, ShardWriter, encode_png, writing
@@ -254,14 +255,14 @@ def photo_sample(job: tuple[int, str], folder: Path, photos: Photos) -> Made | S
     limits = Limits()
     try:
         with (folder / name).open("rb") as file:
-            image = decode_image(file.read(limits.photo_bytes + 1), name, limits)
+            image, notices = decode_photo(file.read(limits.photo_bytes + 1), name, limits)
     except (OSError, PortraitError) as error:
         return Skipped(name, "unreadable picture", error.problem if isinstance(error, PortraitError) else str(error))
     height, width = image.shape[:2]
     if min(height, width) < photos.size:
         return Skipped(name, f"picture smaller than {photos.size} pixels", f"{width}x{height}")
     try:
-        found = detect_faces(image, _detector(photos.detector))
+        turn, found = detect_in_photo(image, _detector(photos.detector))
     except PortraitError:
         raise  # there is no detector
     except Exception as error:  # detectors answer odd pictures with exceptions of many packages
@@ -274,6 +275,8 @@ def photo_sample(job: tuple[int, str], folder: Path, photos: Photos) -> Made | S
         caption = _caption_beside(folder / name)
     except (OSError, ValueError) as error:
         return Skipped(name, "unreadable caption", str(error))
+    if turn:
+        image, notices = turned(image, turn), (*notices, f"it was turned {TURNS[turn]}")
     found.sort(key=lambda face: -face.area)
     picture, moved = square(image, found, photos.size)
     who, word = label_of(name) if photos.identities else (None, None)
@@ -287,12 +290,13 @@ def photo_sample(job: tuple[int, str], folder: Path, photos: Photos) -> Made | S
     if not faces:
         return Skipped(name, f"all faces smaller than {photos.smallest_face} pixels or cut off")
     if caption is None:
-        told = "group of people" if len(faces) > 1 else word or "person"
-        caption = photos.caption.replace("{word}", told)
+        shown = "group of people" if len(faces) > 1 else word or "person"
+        caption = photos.caption.replace("{word}", shown)
     quality = QUALITY[photos.kind]
     options = [] if quality is None else [quality, photos.quality]
     encoded = cv2.imencode(f".{photos.kind}", picture[:, :, ::-1], options)[1].tobytes()
-    return Made(f"{number:08d}", encoded, photos.kind, Record(caption, tuple(faces), {"photo": name}))
+    told = {"notices": list(notices)} if notices else {}
+    return Made(f"{number:08d}", encoded, photos.kind, Record(caption, tuple(faces), {"photo": name, **told}))
 
 
 @functools.cache
@@ -380,7 +384,8 @@ def _points(face: Face) -> tuple[tuple[float, float], ...]:
 class Journal:
     """What was made of a folder of photos so far, NAME.jsonl: the settings, then a line for each shard that is whole.
 
-    A line has "end", the number of the photo to go on with, "samples", and "skipped", the photos that were passed over.
+    A line has "end", the number of the photo to go on with, "samples", "skipped", the photos that were passed over, and
+    "notices", what a user should know of those that were not.
     """
 
     def __init__(self, path: Path, settings: dict[str, Any]):
@@ -402,8 +407,9 @@ class Journal:
         # Without a line that a killed process did not write to its end.
         path.write_text("".join(json.dumps(line) + "\n" for line in lines))
 
-    def add(self, end: int, samples: int, skipped: Sequence[Skipped]) -> None:
-        self.lines.append({"end": end, "samples": samples, "skipped": [list(asdict(one).values()) for one in skipped]})
+    def add(self, end: int, samples: int, skipped: Sequence[Skipped], notices: Sequence[str]) -> None:
+        passed = [list(asdict(one).values()) for one in skipped]
+        self.lines.append({"end": end, "samples": samples, "skipped": passed, "notices": list(notices)})
         with self.path.open("a") as file:
             file.write(json.dumps(self.lines[-1]) + "\n")
 
@@ -419,6 +425,10 @@ class Journal:
     def skipped(self) -> list[Skipped]:
         return [Skipped(*one) for line in self.lines for one in line["skipped"]]
 
+    @property
+    def notices(self) -> list[str]:
+        return [one for line in self.lines for one in line["notices"]]
+
 
 def _whole_lines(path: Path) -> list[dict[str, Any]]:
     found: list[dict[str, Any]] = []
@@ -432,16 +442,18 @@ def _whole_lines(path: Path) -> list[dict[str, Any]]:
 
 def make_photos(
     folder: Path, output: Path, photos: Photos, name: str = "photos", processes: int = 1
-) -> tuple[int, list[Skipped]]:
-    """Writes NAME-NNNNN.tar of the photos below a folder. Returns how many samples there are, and what was skipped.
+) -> tuple[int, list[Skipped], list[str]]:
+    """Writes NAME-NNNNN.tar of the photos below a folder.
 
-    NAME-skipped.txt lists each photo that made no sample, and why. Raises PortraitError for a folder without photos, an
-    output that holds shards of other photos or settings, or when no face detector is installed.
+    Returns how many samples there are, what was skipped, and what a user should know of the rest: which photos were
+    turned upright, of which only the first frame was taken. NAME-skipped.txt lists each photo that made no sample, and
+    why, NAME-notices.txt the others that there is something to say of. Raises PortraitError for a folder without
+    photos, an output that holds shards of other photos or settings, or when no face detector is installed.
     """
     names = find_photos(folder)
     if not names:
         raise PortraitError("folder", f"{folder} holds no pictures", f"Known are {', '.join(sorted(SUFFIXES))}.")
-    detector = _detector(photos.detector).key
+    detector = f"{_detector(photos.detector).key} {RULES}"
     output.mkdir(parents=True, exist_ok=True)
     settings = {**asdict(photos), "detector": detector, "photos": len(names), "list": _digest(folder, names)}
     journal = Journal(output / f"{name}.jsonl", settings)
@@ -449,7 +461,7 @@ def make_photos(
     results = in_order(functools.partial(photo_sample, folder=folder, photos=photos), jobs, processes)
     with tqdm(initial=journal.end, total=len(names), unit="photo", mininterval=1) as bar:
         while journal.end < len(names):
-            end, samples, skipped = journal.end, 0, []
+            end, samples, skipped, notices = journal.end, 0, [], []
             path = output / f"{name}-{len(journal.lines):05d}.tar"
             with writing(path) as shard:
                 while end < len(names) and samples < photos.shard:
@@ -461,12 +473,16 @@ def make_photos(
                     else:
                         made.add_to(shard)
                         samples += 1
+                        extra = made.record.extra
+                        notices += [f"{extra['photo']!r}: {clause}" for clause in extra.get("notices", ())]
             if not samples:  # all that was left was skipped
                 path.unlink()
-            journal.add(end, samples, skipped)
+            journal.add(end, samples, skipped, notices)
     listed = "".join(f"{one.reason}: {one.photo!r} {one.detail}".rstrip() + "\n" for one in journal.skipped)
     (output / f"{name}-skipped.txt").write_text(listed, encoding="utf-8", errors="backslashreplace")
-    return journal.samples, journal.skipped
+    told = "".join(f"{line}\n" for line in journal.notices)
+    (output / f"{name}-notices.txt").write_text(told, encoding="utf-8", errors="backslashreplace")
+    return journal.samples, journal.skipped, journal.notices
 
 
 def _digest(folder: Path, photos: Sequence[str]) -> str:

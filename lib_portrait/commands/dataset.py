@@ -83,11 +83,14 @@ def _photos(options: argparse.Namespace) -> int:
         detector=options.detector,
         shard=options.shard,
     )
-    samples, skipped = make_photos(options.folder, options.output, photos, options.name, options.processes)
+    samples, skipped, notices = make_photos(options.folder, options.output, photos, options.name, options.processes)
     print(f"{samples} samples in {options.output}")
     if skipped:
         print(f"{len(skipped)} photos were skipped ({options.output / f'{options.name}-skipped.txt'} lists them):")
         _print_counts(Counter(one.reason for one in skipped))
+    if notices:
+        print(f"Of others there is something to say ({options.output / f'{options.name}-notices.txt'} lists them):")
+        _print_counts(Counter(line.rpartition(": ")[2] for line in notices))
     return 0 if samples else 1
 
 

@@ -54,6 +54,9 @@ def configure(parser: argparse.ArgumentParser) -> None:
         whole.add_argument(f"--{name.replace('_', '-')}", dest=f"all_{name}", type=float, metavar="X", help=_told(spec))
     whole.add_argument("--method", choices=METHODS, help=f"default: {METHODS[0]}")
     whole.add_argument("--adapter", metavar="NAME", help="of the adapter's files; default: the one there is")
+    whole.add_argument(
+        "--filter-crops", action="store_true", help="smooth faces larger than 224 pixels when they are cut out"
+    )
     whole.add_argument("--show-routing", action="store_true", default=None, help="also write who was put where")
     whole.add_argument(
         "--request", type=Path, metavar="FILE.json", help=f"all of it as the API takes it; {FILE}PATH is a photo"
@@ -107,7 +110,8 @@ def run(options: argparse.Namespace) -> int:
         generation.say(str(dataclasses.replace(notice, field=field)))
 
     with generation.Results.begin(options.output) as results, _photos_by_name(options.faces or []):
-        studio = generation.Studio(options.checkpoint or generation.world_checkpoint(), folders, options.device, tell)
+        checkpoint = options.checkpoint or generation.world_checkpoint()
+        studio = generation.Studio(checkpoint, folders, options.device, tell, options.filter_crops)
         if demonstration:
             changes = _changes(options)
             generation.draw_world(

@@ -35,14 +35,29 @@ def similarity(source: np.ndarray, target: np.ndarray) -> np.ndarray:
     return np.array([[a.real, -a.imag, b.real], [a.imag, a.real, b.imag]])
 
 
-def align_face(image: np.ndarray, landmarks: np.ndarray, size: int = CROP_SIZE) -> np.ndarray:
+def align_face(image: np.ndarray, landmarks: np.ndarray, size: int = CROP_SIZE, filtered: bool = False) -> np.ndarray:
     """The face turned, scaled and shifted onto the template, (size, size, 3) uint8; black beyond the picture's edge.
 
     image: (H, W, 3) uint8. landmarks: (5, 2) in its pixels: left eye, right eye, nose, left and right mouth corner.
-    The same as insightface's `face_align.norm_crop`. Raises ValueError when all landmarks coincide.
+    The same as insightface's `face_align.norm_crop`, which skips pixels of a face larger than the crop; `filtered`
+    averages over them. Raises ValueError when all landmarks coincide.
     """
     matrix = similarity(landmarks, template(size))
+    scale = float(np.hypot(*matrix[:, 0]))
+    if filtered and scale < 1:
+        image, matrix = _shrunk(image, matrix, scale)
     return cv2.warpAffine(image, matrix, (size, size), borderValue=0.0)
+
+
+def _shrunk(image: np.ndarray, matrix: np.ndarray, scale: float) -> tuple[np.ndarray, np.ndarray]:
+    """The picture at about `scale` of its size, each pixel a mean of the old ones, and the `matrix` (2, 3) for it."""
+    height, width = image.shape[:2]
+    size = (max(1, round(width * scale)), max(1, round(height * scale)))
+    grown = np.array([width / size[0], height / size[1]])
+    # Whole numbers are the middles of pixels, in both pictures.
+    shift = (grown - 1) / 2
+    moved = np.column_stack([matrix[:, :2] * grown, matrix[:, 2] + matrix[:, :2] @ shift])
+    return cv2.resize(image, size, interpolation=cv2.INTER_AREA), moved
 
 
 def fit_aligned(image: np.ndarray, size: int = CROP_SIZE) -> np.ndarray:

@@ -2,16 +2,28 @@
 
 from __future__ import annotations
 
+import importlib
+import importlib.util
 import io
+from typing import Any
 
 import numpy as np
-from PIL import Image, UnidentifiedImageError
+import PIL
+from PIL import Image
 
 from lib_portrait.errors import PortraitError
 from lib_portrait.request import Limits
 
 # What cameras, phones and browsers write. Pillow's other loaders stay shut: some of them start other programs (EPS).
-FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "GIF", "TIFF", "AVIF", "HEIF")
+FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "GIF", "TIFF", "AVIF")
+# What iPhones write is read by a package of its own. Its files name one of these brands, and so do those of AVIF, which
+# name one of their own as well (ISO/IEC 23008-12).
+HEIC, HEIC_PACKAGE = "HEIC", "pillow_heif"
+_HEIC_BRANDS = {b"heic", b"heix", b"heim", b"heis", b"hevc", b"hevx", b"mif1", b"msf1"}
+_AVIF_BRANDS = {b"avif", b"avis"}
+_START = 64
+# Later ones need Pillow 11; the WebUI has 9.5.
+HEIC_PIN = "pillow-heif" if int(PIL.__version__.split(".")[0]) > 11 else "pillow-heif==0.16.0"
 MIN_SIDE = 32
 MAX_SIDE = 32_000  # OpenCV's warpAffine addresses pixels with 16 bits
 GREY = (128, 128, 128)
@@ -29,12 +41,17 @@ _UPRIGHT = {
 
 
 def decode_image(data: bytes, field: str, limits: Limits) -> np.ndarray:
-    """The photo in a file's bytes, upright, (H, W, 3) uint8 RGB.
+    """The photo in a file's bytes, upright by its EXIF data, (H, W, 3) uint8 RGB.
 
-    EXIF rotation is applied, transparency laid over grey, an animation gives its first frame, 16 bits and CMYK become
-    8-bit RGB. Raises PortraitError naming `field` for anything that is no such photo, or outside the limits.
+    Transparency is laid over grey, of several pictures the first is taken, 16 bits and CMYK become 8-bit RGB. Raises
+    PortraitError naming `field` for anything that is no such photo, or outside the limits.
     """
-    image = _open(data, field, limits)
+    return decode_photo(data, field, limits)[0]
+
+
+def decode_photo(data: bytes, field: str, limits: Limits) -> tuple[np.ndarray, tuple[str, ...]]:
+    """What `decode_image` gives, and what a user should know of it: clauses without a full stop."""
+    image, notices = _open(data, field, limits)
     if min(image.size) < MIN_SIDE or max(image.size) > MAX_SIDE:
         raise PortraitError(
             field,
@@ -42,7 +59,7 @@ def decode_image(data: bytes, field: str, limits: Limits) -> np.ndarray:
             f"Use one with sides from {MIN_SIDE} to {MAX_SIDE} pixels.",
         )
     try:
-        return np.asarray(_upright(_flatten(image), image))
+        return np.asarray(_upright(_flatten(image), image)), notices
     except Exception as error:
         raise _damaged(field, error) from error
 
@@ -51,9 +68,11 @@ def decode_mask(data: bytes, field: str, limits: Limits) -> np.ndarray:
     """The mask in a file's bytes, (H, W) float32 in [0, 1].
 
     With transparency in it, what is opaque belongs to the mask, whatever its colour; otherwise what is white does.
-    Raises PortraitError as `decode_image` does, and for a mask that is empty.
+    Raises PortraitError as `decode_image` does, and for a mask that is empty or one of several pictures.
     """
-    image = _open(data, field, limits)
+    image, several = _open(data, field, limits)
+    if several:
+        raise PortraitError(field, "the file holds more than one picture", "Save the one that is the mask as PNG.")
     try:
         grey = _flatten(image).convert("L")
         if _has_alpha(image):
@@ -68,38 +87,104 @@ def decode_mask(data: bytes, field: str, limits: Limits) -> np.ndarray:
     return mask
 
 
-def _open(data: bytes, field: str, limits: Limits) -> Image.Image:
-    """The first frame, decoded, after the sizes of file and picture were held against the limits."""
+def _open(data: bytes, field: str, limits: Limits) -> tuple[Image.Image, tuple[str, ...]]:
+    """The first picture, decoded, after the sizes of file and picture were held against the limits; and notices."""
     if not data:
         raise PortraitError(field, "the file is empty (0 bytes)", "Send the bytes of an image file.")
     if len(data) > limits.photo_bytes:
         raise PortraitError(
-            field, f"the file is larger than {limits.photo_bytes // 2**20} MiB", "Use a smaller file of this picture."
+            field,
+            f"the file is larger than {limits.photo_bytes // 2**20} MiB",
+            limits.remedy("photo_bytes", "Use a smaller file of this picture"),
         )
-    Image.init()
-    readable = [name for name in FORMATS if name in Image.OPEN]
-    bomb = PortraitError(
-        field,
-        f"the image has more than {limits.photo_pixels / 1e6:g} million pixels",
-        "Scale it down first, or raise the limit in Settings > Portrait.",
-    )
-    try:
-        image = Image.open(io.BytesIO(data), formats=readable)
-    except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
-        raise bomb from error
-    except UnidentifiedImageError as error:
-        raise PortraitError(
-            field, "it is not an image that can be read", f"Use an undamaged file of type {', '.join(readable)}."
-        ) from error
-    except Exception as error:
-        raise _damaged(field, error) from error
+    image = _recognised(data, field)
     if image.width * image.height > limits.photo_pixels:
-        raise bomb
+        raise PortraitError(
+            field,
+            f"the image has more than {limits.photo_pixels / 1e6:g} million pixels ({image.width}x{image.height})",
+            limits.remedy("photo_pixels", "Scale it down first"),
+        )
+    notices = _of_several(image)
     try:
         image.load()
+    except Image.DecompressionBombError as error:
+        raise _too_large(field, error) from error
     except Exception as error:
         raise _damaged(field, error) from error
-    return image
+    return image, notices
+
+
+def _recognised(data: bytes, field: str) -> Image.Image:
+    """The image with its header read. Raises PortraitError for what is none, or of a kind that is not read here.
+
+    Pillow's readers are asked one by one, as `Image.open` does, which would refuse what phones make: it has a limit of
+    its own on the number of pixels, for the whole process.
+    """
+    start = data[:_START]
+    Image.init()
+    readers: dict[str, tuple[Any, Any]] = {name: Image.OPEN[name] for name in FORMATS if name in Image.OPEN}
+    if _is_heic(start):
+        readers = {HEIC: (_heic_reader(field), _is_heic)}
+    problem = None
+    for reader, accepts in readers.values():
+        if accepts is not None and accepts(start) is not True:
+            continue
+        try:
+            return reader(io.BytesIO(data), "")
+        except Image.DecompressionBombError as error:
+            raise _too_large(field, error) from error
+        except Exception as error:
+            problem = error
+    if problem is not None:
+        raise _damaged(field, problem) from problem
+    readable = [*readers, HEIC] if importlib.util.find_spec(HEIC_PACKAGE) is not None else readers
+    raise PortraitError(
+        field, "it is not an image that can be read", f"Use an undamaged file of type {', '.join(readable)}."
+    )
+
+
+def _is_heic(start: bytes) -> bool:
+    """Whether a file that begins so is HEIC: its first box is `ftyp`, with the brands from its eighth byte on."""
+    box = start[: int.from_bytes(start[:4], "big")]
+    brands = {box[place : place + 4] for place in range(8, len(box), 4)}
+    return box[4:8] == b"ftyp" and bool(brands & _HEIC_BRANDS) and not brands & _AVIF_BRANDS
+
+
+def _heic_reader(field: str) -> Any:
+    """What opens HEIC, imported for such a file only. Raises PortraitError where the package is missing or broken."""
+    install = f"Run: pip install --no-deps {HEIC_PIN}, then restart; or save the photo as JPEG."
+    if importlib.util.find_spec(HEIC_PACKAGE) is None:
+        raise PortraitError(
+            field, "it is a HEIC picture, and pillow-heif, which reads these, is not installed", install
+        )
+    try:
+        return importlib.import_module(HEIC_PACKAGE).HeifImageFile
+    except Exception as error:
+        reason = f"{type(error).__name__}: {error}"
+        raise PortraitError(
+            field, f"it is a HEIC picture, and pillow-heif, which reads these, does not start ({reason})", install
+        ) from error
+
+
+def _of_several(image: Image.Image) -> tuple[str, ...]:
+    """A notice where the file holds more pictures than the one that is taken.
+
+    A phone's JPEG with depth or gain maps beside its picture (MPO) is one photo. What follows the first frame may be
+    damaged, which is no reason to refuse it.
+    """
+    try:
+        several = image.format != "MPO" and bool(getattr(image, "is_animated", False))
+    except Exception:
+        several = False
+    if not several:
+        return ()
+    used = {"TIFF": "the first page of the file", "HEIF": "the main picture of the file"}
+    return (f"only {used.get(str(image.format), 'the first frame of the animation')} is used",)
+
+
+def _too_large(field: str, error: Exception) -> PortraitError:
+    # Some of Pillow's readers have its own limit built in, whatever ours is.
+    return PortraitError(field, f"it has too many pixels for its format: {error}", "Scale it down, or save it as JPEG.")
 
 
 def _damaged(field: str, error: Exception) -> PortraitError:
@@ -120,7 +205,7 @@ def _flatten(image: Image.Image) -> Image.Image:
     if image.mode.startswith("I") or image.mode == "F":
         return Image.fromarray(_eight_bits(image)).convert("RGB")
     if not _has_alpha(image):
-        return image.convert("RGB")
+        return image if image.mode == "RGB" else image.convert("RGB")
     ground = Image.new("RGBA", image.size, (*GREY, 255))
     ground.alpha_composite(image.convert("RGBA"))
     return ground.convert("RGB")

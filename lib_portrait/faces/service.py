@@ -10,11 +10,20 @@ from pathlib import Path
 import numpy as np
 
 from lib_portrait.errors import Notice, PortraitError
+from lib_portrait.faces import order
 from lib_portrait.faces.alignment import align_face, fit_aligned, template
 from lib_portrait.faces.cache import FeatureCache, PhotoCache, Recent
-from lib_portrait.faces.detection import Detector, Face, detect_faces, get_detector
+from lib_portrait.faces.detection import (
+    RULES,
+    Detector,
+    Face,
+    detect_in_photo,
+    get_detector,
+    turned,
+    turned_back,
+)
 from lib_portrait.faces.features import FaceEncoder, FaceFeatures
-from lib_portrait.faces.images import decode_image, decode_mask
+from lib_portrait.faces.images import decode_mask, decode_photo
 from lib_portrait.request import LARGEST, Limits, Photo
 
 
@@ -22,12 +31,22 @@ from lib_portrait.request import LARGEST, Limits, Photo
 class FoundFace:
     """A face of a photo: where it is, and its aligned crop (224, 224, 3) uint8 RGB.
 
-    notices: what a user should know of it, each a clause without a full stop.
+    face: in pixels of the photo upright by its EXIF data, whichever way its people stand. turn: by how many degrees
+    the photo was turned to the right for them to stand upright: 0, 90, 180 or 270. bystander: whether it is counted
+    after the photo's main faces, see `order.counted`. notices: what a user should know of it, each a clause without a
+    full stop.
     """
 
     face: Face
     crop: np.ndarray
     notices: tuple[str, ...] = ()
+    turn: int = 0
+    bystander: bool = False
+
+
+def largest(found: Sequence[FoundFace]) -> int:
+    """Which of the faces `FaceService.find` gives is the largest: a bystander only where there is nobody else."""
+    return max(range(len(found)), key=lambda index: (not found[index].bystander, found[index].face.area))
 
 
 class FaceService:
@@ -35,7 +54,7 @@ class FaceService:
 
     detector_dirs: folders in which insightface's weights may lie. cache_dir: where photos and features are kept.
     detector: name of the one to use, or None for the best available (see `detection`). cache_bytes: how much photos
-    (two thirds) and features (one third) may take on disk.
+    (two thirds) and features (one third) may take on disk. filter_crops: see `align_face`.
     """
 
     def __init__(
@@ -45,6 +64,7 @@ class FaceService:
         limits: Limits | None = None,
         detector: str | None = None,
         cache_bytes: int = 2**30,
+        filter_crops: bool = False,
     ):
         self.limits = limits or Limits()
         self.photos = PhotoCache(Path(cache_dir) / "photos", cache_bytes * 2 // 3)
@@ -52,6 +72,7 @@ class FaceService:
         self._found: Recent[list[FoundFace]] = Recent(32)
         self._detector_dirs = detector_dirs
         self._detector_name = detector
+        self.filter_crops = filter_crops
         self._detector: Detector | None = None
         self._lock = threading.RLock()
 
@@ -64,7 +85,9 @@ class FaceService:
             return self._detector
 
     def find(self, photo: Photo, field: str) -> list[FoundFace]:
-        """All faces of a photo, left to right; of one that is aligned already, that face alone.
+        """All faces of a photo as they are counted: the main ones from the left as one sees them, then the bystanders.
+
+        Of a photo that is aligned already, that face alone.
 
         Raises PortraitError naming `field`: what `decode_image` refuses, a hash of no kept photo, no face.
         """
@@ -94,12 +117,12 @@ class FaceService:
         """The face that the photo's `face` chooses. Raises PortraitError as `crop` does."""
         found = self.find(photo, field)
         if photo.aligned or photo.face is None:
-            return max(found, key=lambda one: one.face.area)
+            return found[largest(found)]
         if photo.face >= len(found):
             raise PortraitError(
                 f"{field}.face",
                 f"face {photo.face} was asked for, but {len(found)} {'was' if len(found) == 1 else 'were'} found",
-                f'Give an index from 0 to {len(found) - 1}, counted from the left, or "{LARGEST}".',
+                f'Give an index from 0 to {len(found) - 1}, counted from the left, bystanders last, or "{LARGEST}".',
             )
         return found[photo.face]
 
@@ -156,10 +179,12 @@ class FaceService:
 
     def _how(self, photo: Photo) -> str:
         """What decides the crop of a photo besides its bytes. No detector is needed for one aligned already."""
-        return "aligned" if photo.aligned else self.detector.key
+        if photo.aligned:
+            return "aligned"
+        return f"{self.detector.key} {RULES}{' filtered' if self.filter_crops else ''}"
 
     def _aligned(self, photo: Photo, field: str) -> list[FoundFace]:
-        image = decode_image(self._bytes(photo, field), field, self.limits)
+        image, notices = decode_photo(self._bytes(photo, field), field, self.limits)
         try:
             crop = fit_aligned(image)
         except ValueError as error:
@@ -167,13 +192,13 @@ class FaceService:
                 field, f"{error}, but an aligned crop is square", "Crop it square, or do not mark it aligned."
             ) from None
         size = crop.shape[0]
-        return [FoundFace(Face(np.array([0, 0, size, size], np.float32), template(size), 1.0), crop)]
+        return [FoundFace(Face(np.array([0, 0, size, size], np.float32), template(size), 1.0), crop, notices)]
 
     def _detected(self, photo: Photo, field: str) -> list[FoundFace]:
-        image = decode_image(self._bytes(photo, field), field, self.limits)
+        image, notices = decode_photo(self._bytes(photo, field), field, self.limits)
         detector = self.detector
         try:
-            faces = detect_faces(image, detector)
+            turn, faces = detect_in_photo(image, detector)
         except PortraitError:
             raise
         except Exception as error:
@@ -187,9 +212,23 @@ class FaceService:
             raise PortraitError(
                 field,
                 "no face was found",
+                "It was turned all four ways. "
                 "Use a photo where the face is large, sharp and seen from the front, or mark a face crop as aligned.",
             )
-        return [FoundFace(face, align_face(image, face.landmarks)) for face in faces]
+        height, width = image.shape[:2]
+        upright = turned(image, turn)
+        size = (upright.shape[1], upright.shape[0])
+        crops = [align_face(upright, face.landmarks, filtered=self.filter_crops) for face in faces]
+        return [
+            FoundFace(
+                turned_back(faces[index], turn, width, height),
+                crops[index],
+                (*notices, *order.notices(faces[index], why, turn, size)),
+                90 * turn,
+                bool(why),
+            )
+            for index, why in order.counted(faces, crops, size)
+        ]
 
     def _bytes(self, photo: Photo, field: str) -> bytes:
         if photo.data is not None:

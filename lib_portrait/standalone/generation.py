@@ -68,7 +68,8 @@ class Studio:
     """A model and what is needed to put people into its pictures.
 
     folders: with adapters and face networks, in the order they are searched. device: "cpu", "cuda" or "mps", None for
-    the best there is. tell: told once what a user should know of a request. Raises PortraitError: no such device, a
+    the best there is. tell: told once what a user should know of a request. filter_crops: see
+    `faces.alignment.align_face`. Raises PortraitError: no such device, a
     checkpoint that `load_model` refuses.
     """
 
@@ -78,6 +79,7 @@ class Studio:
         folders: Sequence[Path],
         device: str | None = None,
         tell: Callable[[Notice], None] = lambda notice: say(str(notice)),
+        filter_crops: bool = False,
     ):
         self.checkpoint = checkpoint
         self.notices: list[Notice] = []
@@ -88,7 +90,7 @@ class Studio:
         say(f"Loading {checkpoint.name} ({self.device})")
         self.model = load_model(checkpoint, self.device, self.dtype)
         self.store = Store(Folders(own=folders), CACHE)
-        self.faces = FaceService(self.store.folders("detector"), CACHE, Limits())
+        self.faces = FaceService(self.store.folders("detector"), CACHE, Limits(), filter_crops=filter_crops)
         self.conditioner = Conditioner(self.faces, self.store)
 
     def sampling(self, prompt: str, settings: Mapping[str, Any]) -> Sampling:
@@ -308,7 +310,7 @@ def _facts(studio: Studio, request: PortraitRequest | None, comparison: Comparis
     facts: dict[str, Any] = {"checkpoint": studio.checkpoint.name, "device": studio.device}
     if request is not None:
         facts |= {"adapter": studio.store.kit(request.checkpoint).name, "request": to_json(request)}
-        facts |= {"scale": request.scale, "lora_scale": request.lora_scale}
+        facts |= {"scale": request.scale, "lora_scale": request.lora_scale, "filter_crops": studio.faces.filter_crops}
     if comparison is not None:
         facts["measuring"] = comparison.note
     if studio.notices:

@@ -172,26 +172,35 @@ def list_models(store: Any) -> dict[str, Any]:
 
 
 def detect_faces(body: Any, faces: Any, limits: Limits) -> dict[str, Any]:
-    """The faces of ``{"image": ..., "aligned": false, "crops": false}``, counted from the left as requests do.
+    """The faces of ``{"image": ..., "aligned": false, "crops": false}``, counted as requests do.
 
-    Boxes are left, top, right, bottom, landmarks the eyes, nose and mouth corners, all in pixels of the picture.
-    Raises PortraitError for a body of another form and as `FaceService.find` does: no face is an error.
+    That is from the left of the picture as one sees it, bystanders last; the largest is one only where there is nobody
+    else. Boxes are left, top, right, bottom, landmarks the eyes, nose and mouth corners as seen on the upright face,
+    all in pixels of the picture as it was sent, upright by its EXIF data; "turn" is by how many degrees it had to be
+    turned to the right for its people to stand upright, 0 but for pictures that lie or stand on their heads. "notices"
+    are what a user should know of a face. Raises PortraitError for a body of another form and as `FaceService.find`
+    does: no face is an error.
     """
+    from lib_portrait.faces.service import largest
+
     form = _form(body, ("image", "aligned", "crops"))
     crops = form.get("crops", False)
     if not isinstance(crops, bool):
         raise PortraitError("crops", "it is neither true nor false", "Give true or false.")
     photo = faces.named(_photo({key: form[key] for key in ("image", "aligned") if key in form}, limits), "image")
     found = faces.find(photo, "image")
-    largest = max(range(len(found)), key=lambda index: found[index].face.area, default=None)
+    first = largest(found)
     listed = []
     for index, one in enumerate(found):
         entry = {
             "index": index,
-            "largest": index == largest,
+            "largest": index == first,
+            "bystander": one.bystander,
+            "turn": one.turn,
             "box": [round(float(edge), 2) for edge in one.face.box],
             "landmarks": [[round(float(x), 2), round(float(y), 2)] for x, y in one.face.landmarks],
             "score": round(float(one.face.score), 4),
+            "notices": list(one.notices),
         }
         if crops:
             entry["crop"] = png_base64(one.crop)

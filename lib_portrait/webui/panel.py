@@ -31,7 +31,7 @@ from lib_portrait.webui.paste import message_html
 REFRESH = "\U0001f504"
 CANVAS_SIDE = 512
 CROP_SIDE = 112
-IMAGE_TYPES = [".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".avif"]
+IMAGE_TYPES = [".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".avif", ".heic", ".heif"]
 DOWNLOAD_PERIOD = 0.5
 
 

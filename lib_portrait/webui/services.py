@@ -45,9 +45,16 @@ def faces() -> FaceService:
         from lib_portrait.faces import FaceService
 
         folders = store().folders("detector")
-        return FaceService(folders, settings.cache_dir(), limits(), settings.detector(), settings.cache_bytes())
+        return FaceService(folders, *chosen)
 
-    key = (limits(), settings.detector(), settings.cache_dir(), settings.cache_bytes(), id(store()))
+    chosen = (
+        settings.cache_dir(),
+        limits(),
+        settings.detector(),
+        settings.cache_bytes(),
+        settings.filter_crops(),
+    )
+    key = (*chosen, id(store()))
     return _one("faces", key, make)
 
 

@@ -14,6 +14,7 @@ SECTION = ("portrait", "Portrait")
 AUTOMATIC_DETECTOR = "automatic"
 DETECTORS = (AUTOMATIC_DETECTOR, "insightface", "mtcnn")
 HIGHEST_IDENTITIES = 16
+HIGHEST_MEGAPIXELS = 1000
 
 # The extension's own folder: lib_portrait/webui/settings.py is three levels below it.
 EXTENSION = Path(__file__).resolve().parents[2]
@@ -41,12 +42,18 @@ def on_ui_settings() -> None:
     )
     add(
         "max_identities",
-        slider(defaults.identities, "People per picture, at most", 1, HIGHEST_IDENTITIES)
+        slider(defaults.identities, Limits.setting("identities"), 1, HIGHEST_IDENTITIES)
         .info("also the number of identity tabs in the panel")
         .needs_reload_ui(),
     )
-    add("max_photos", slider(defaults.photos, "Photos per person, at most", 1, 64))
-    add("max_photo_mib", slider(defaults.photo_bytes // 2**20, "Size of a photo, at most, in MiB", 1, 256))
+    add("max_photos", slider(defaults.photos, Limits.setting("photos"), 1, 64))
+    add("max_photo_mib", slider(defaults.photo_bytes // 2**20, Limits.setting("photo_bytes"), 1, 256))
+    add(
+        "max_photo_megapixels",
+        slider(defaults.photo_pixels // 10**6, Limits.setting("photo_pixels"), 1, HIGHEST_MEGAPIXELS).info(
+            "a photo takes about 8 MB of memory a megapixel while its faces are sought"
+        ),
+    )
     add(
         "cache_mib",
         slider(1024, "Photos and face features kept on disk, at most, in MiB", 64, 16384).info(
@@ -58,6 +65,12 @@ def on_ui_settings() -> None:
         shared.OptionInfo(
             AUTOMATIC_DETECTOR, "Face detector", gr.Radio, {"choices": list(DETECTORS)}, section=SECTION
         ).info("automatic: insightface when it and its weights are there, else MTCNN"),
+    )
+    add(
+        "filter_crops",
+        shared.OptionInfo(False, "Smooth large faces when they are cut out", section=SECTION).info(
+            "of faces larger than 224 pixels every pixel counts then; the published adapters were trained without"
+        ),
     )
 
 
@@ -83,6 +96,8 @@ def limits() -> Limits:
         identities=_whole("max_identities", defaults.identities, 1, HIGHEST_IDENTITIES),
         photos=_whole("max_photos", defaults.photos, 1, 64),
         photo_bytes=_whole("max_photo_mib", defaults.photo_bytes // 2**20, 1, 256) * 2**20,
+        photo_pixels=_whole("max_photo_megapixels", defaults.photo_pixels // 10**6, 1, HIGHEST_MEGAPIXELS) * 10**6,
+        page="Settings > Portrait",
     )
 
 
@@ -124,6 +139,11 @@ def cache_dir() -> Path:
 def cache_bytes() -> int:
     """How much `cache_dir` may hold."""
     return _whole("cache_mib", 1024, 64, 16384) * 2**20
+
+
+def filter_crops() -> bool:
+    """Whether faces larger than their crops are filtered, see `faces.alignment.align_face`."""
+    return _option("filter_crops", False) is True
 
 
 def detector() -> str | None:

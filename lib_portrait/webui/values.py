@@ -254,7 +254,7 @@ def uploaded_bytes(upload: Any, path: str, limits: Limits) -> bytes:
     raise PortraitError(
         path,
         f"the file has {size / 2**20:.1f} MiB, at most {limits.photo_bytes // 2**20} are allowed",
-        "Use a smaller file of this photo, or raise the limit in Settings > Portrait.",
+        limits.remedy("photo_bytes", "Use a smaller file of this photo"),
     )
 
 

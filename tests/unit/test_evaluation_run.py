@@ -33,7 +33,7 @@ from lib_portrait.standalone.model import save_model
 from tests.small_networks import small_kit, small_model, small_text_folder, tiny_backbone, tiny_vision
 from trainer.evaluation import artist, run
 from trainer.evaluation.attributes import AttributeNetwork
-from trainer.evaluation.instruments import fingerprint, open_recogniser, refuse_same
+from trainer.evaluation.instruments import faces_of, fingerprint, open_recogniser, refuse_same
 from trainer.evaluation.people import Folder
 from trainer.evaluation.plans import Extent
 from trainer.evaluation.run import Settings, evaluate
@@ -222,13 +222,38 @@ def test_photographs_are_not_measured_by_what_only_knows_drawn_people(world: Pat
         for number in range(2):
             pixels = np.full((64, 64, 3), 40 * number, np.uint8)
             Image.fromarray(pixels).save(tmp_path / "photos" / person / f"{number}.png")
-    people = Folder(tmp_path / "photos", 1)
+    nobody = Detector("none", "1", lambda image: [])
+    people = Folder(tmp_path / "photos", 1, nobody)
     assert [person.name for person in people.people] == ["ada", "eve"]
     with pytest.raises(PortraitError, match="FaceNet") as raised:
         evaluate(settings(world, tmp_path / "out", people=str(tmp_path / "photos")))
     assert raised.value.field == "recogniser"
     with pytest.raises(PortraitError, match="nobody in .*photos has 3 photos"):
-        Folder(tmp_path / "photos", 2)
+        Folder(tmp_path / "photos", 2, nobody)
+
+
+def test_photographs_of_a_folder_are_turned_upright_and_drawn_pictures_are_not(tmp_path: Path) -> None:
+    """A detector that is sure of a face only where the photo's white half is above."""
+
+    def find(image: np.ndarray) -> list[Face]:
+        rows = image[image.shape[0] // 4, :, 0].mean(), image[image.shape[0] * 3 // 4, :, 0].mean()
+        score = 0.99 if rows[0] > rows[1] + 50 else 0.5
+        points = np.array([[20, 20], [40, 20], [30, 30], [22, 40], [38, 40]], np.float32)
+        return [Face(np.array([10, 10, 50, 50], np.float32), points, score)]
+
+    upright = np.zeros((60, 80, 3), np.uint8)
+    upright[:30] = 255
+    (tmp_path / "ada").mkdir()
+    for number, turns in enumerate((0, 1)):
+        Image.fromarray(np.ascontiguousarray(np.rot90(upright, turns))).save(tmp_path / "ada" / f"{number}.png")
+    detector, said = Detector("half", "1", find, sure=0.9), []
+    people = Folder(tmp_path, 1, detector, said.append)
+    np.testing.assert_array_equal(people.photo(0, 0).image, upright)
+    for _ in range(2):
+        np.testing.assert_array_equal(people.photo(0, 1).image, upright)
+    assert said == [f"{tmp_path / 'ada' / '1.png'} was turned by 90° to the right."]
+    lying = np.ascontiguousarray(np.rot90(upright))
+    assert {face.score for face in faces_of(lying, detector)} == {0.5}
 
 
 def test_the_command_line_becomes_settings(world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -66,6 +66,31 @@ def test_aligning_undoes_a_known_similarity(scale, angle, x, y):
     assert np.abs(back[30:-30, 30:-30].astype(int) - crop[30:-30, 30:-30]).max() <= 4
 
 
+def test_a_filtered_crop_lies_where_the_official_one_does():
+    """On a picture without fine detail the two are the same."""
+    rows, columns = np.mgrid[:1500, :1200] / 1500
+    smooth = (60 + 120 * np.stack([rows, columns, (rows + columns) / 2], -1)).astype(np.uint8)
+    landmarks = (template() * 4.3 + (90, 150)).astype(np.float32)
+    official, filtered = align_face(smooth, landmarks), align_face(smooth, landmarks, filtered=True)
+    assert np.abs(official.astype(int) - filtered).max() <= 1
+
+
+def test_a_filtered_crop_of_a_large_face_does_not_alias():
+    """Of stripes finer than the crop's pixels nothing is left; the official crop shows them as coarse ones."""
+    fine = np.zeros((1400, 1400, 3), np.uint8)
+    fine[:, ::2] = 255
+    landmarks = (template() * 5.31 + (60, 60)).astype(np.float32)
+    inner = slice(30, -30), slice(30, -30)
+    assert align_face(fine, landmarks)[inner].std() > 60
+    assert align_face(fine, landmarks, filtered=True)[inner].std() < 25
+
+
+def test_filtering_leaves_faces_smaller_than_the_crop_as_they_are():
+    picture = np.random.default_rng(0).integers(0, 255, (300, 300, 3), dtype=np.uint8)
+    landmarks = (template() * 0.9 + (20, 20)).astype(np.float32)
+    np.testing.assert_array_equal(align_face(picture, landmarks), align_face(picture, landmarks, filtered=True))
+
+
 def test_what_lies_beyond_the_picture_is_black():
     white = np.full((224, 224, 3), 255, np.uint8)
     crop = align_face(white, template() + np.float32(100))

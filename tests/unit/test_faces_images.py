@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import importlib
+import importlib.util
 import io
 import struct
+import subprocess
+import sys
 import zlib
 
 import numpy as np
@@ -13,7 +17,8 @@ from hypothesis import strategies as st
 from PIL import Image, features
 
 from lib_portrait.errors import PortraitError
-from lib_portrait.faces.images import FORMATS, MIN_SIDE, decode_image, decode_mask
+from lib_portrait.faces import images
+from lib_portrait.faces.images import FORMATS, MIN_SIDE, decode_image, decode_mask, decode_photo
 from lib_portrait.request import Limits
 
 LIMITS = Limits(photo_pixels=1_000_000, photo_bytes=2**20)
@@ -152,7 +157,105 @@ def test_of_an_animation_the_first_frame_is_used(kind):
     others = [Image.new("RGB", (48, 64), (0, 0, 0)) for _ in range(2)]
     options = {"lossless": True} if kind == "WEBP" else {}
     data = encoded(halves(), kind, save_all=True, append_images=others, **options)
+    pixels, notices = decode_photo(data, "photo", LIMITS)
+    assert_halves(pixels)
+    assert notices == (f"only the first {'page of the file' if kind == 'TIFF' else 'frame of the animation'} is used",)
+    assert decode_photo(encoded(halves(), kind, **options), "photo", LIMITS)[1] == ()
+
+
+def test_a_phone_s_depth_map_behind_its_photo_is_no_animation():
+    data = encoded(halves(), "MPO", quality=95, save_all=True, append_images=[Image.new("RGB", (48, 64))])
+    pixels, notices = decode_photo(data, "photo", LIMITS)
+    assert_halves(pixels)
+    assert notices == ()
+
+
+def test_damage_behind_the_first_frame_does_not_lose_the_photo():
+    data = encoded(halves(), "GIF", save_all=True, append_images=[Image.new("RGB", (48, 64), RED)])
+    alone = encoded(halves(), "GIF")
+    assert_halves(decode_image(data[: len(alone) + 8], "photo", LIMITS))
+
+
+def heic(image: Image.Image, *more: Image.Image, **options) -> bytes:
+    """A HEIC file of these pictures; the test is skipped where nothing reads it."""
+    package = pytest.importorskip("pillow_heif", reason="pillow-heif is not installed")
+    file = package.from_pillow(image)
+    for one in more:
+        file.add_from_pillow(one)
+    out = io.BytesIO()
+    file.save(out, quality=95, **options)
+    return out.getvalue()
+
+
+@pytest.mark.parametrize("orientation", [1, 3, 6, 8])
+def test_heic_is_read_and_turned_once(orientation):
+    turn = TURNS[orientation]
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    data = heic(halves() if turn is None else halves().transpose(turn), exif=exif.tobytes())
     assert_halves(decode_image(data, "photo", LIMITS))
+
+
+def test_of_several_pictures_in_heic_the_main_one_is_used():
+    pixels, notices = decode_photo(heic(halves(), Image.new("RGB", (64, 64))), "photo", LIMITS)
+    assert_halves(pixels)
+    assert notices == ("only the main picture of the file is used",)
+
+
+def test_limits_hold_for_heic():
+    with pytest.raises(PortraitError, match="more than 0.001 million pixels"):
+        decode_image(heic(halves()), "photo", Limits(photo_pixels=1000))
+    for share in (0.1, 0.5, 0.9):
+        data = heic(halves())
+        with pytest.raises(PortraitError, match="damaged"):
+            decode_image(data[: int(share * len(data))], "photo", LIMITS)
+
+
+HEIC_START = b"\0\0\0\x1cftypheic\0\0\0\0mif1heicmiaf" + bytes(100)
+
+
+def test_where_heic_cannot_be_read_the_package_is_named(monkeypatch):
+    find = importlib.util.find_spec
+    monkeypatch.setattr(
+        importlib.util, "find_spec", lambda name, *rest: None if name == "pillow_heif" else find(name, *rest)
+    )
+    with pytest.raises(PortraitError, match="^photo: it is a HEIC picture.*pip install --no-deps pillow-heif.*JPEG"):
+        decode_image(HEIC_START, "photo", LIMITS)
+    with pytest.raises(PortraitError, match="Use an undamaged file of type") as caught:
+        decode_image(b"nothing" * 10, "photo", LIMITS)
+    assert "HEIC" not in caught.value.remedy
+
+
+def test_a_package_for_heic_that_does_not_start_is_not_the_photo_s_fault(monkeypatch):
+    pytest.importorskip("pillow_heif", reason="pillow-heif is not installed")
+
+    def broken(name):
+        raise ImportError("libheif.so.1 is missing")
+
+    monkeypatch.setattr(importlib, "import_module", broken)
+    with pytest.raises(PortraitError, match="pillow-heif, which reads these, does not start.*libheif.*pip install"):
+        decode_image(HEIC_START, "photo", LIMITS)
+
+
+def test_avif_is_not_taken_for_heic():
+    """Its files name brands of HEIC, too."""
+    avif = b"\0\0\0 ftypavif\0\0\0\0avifmif1miafMA1B"
+    assert not images._is_heic(avif)
+    assert not images._is_heic(avif.replace(b"ftypavif", b"ftypmif1"))
+    assert images._is_heic(HEIC_START)
+    assert not images._is_heic(b"\0\0\0\x18ftypmp42\0\0\0\0mp41isom")
+    if features.check("avif"):
+        assert_halves(decode_image(encoded(halves(), "AVIF", quality=95), "photo", LIMITS))
+
+
+def test_the_package_for_heic_is_imported_for_heic_alone():
+    code = (
+        "import io, sys; from PIL import Image; from lib_portrait.faces.images import decode_image; "
+        "from lib_portrait.request import Limits; out = io.BytesIO(); Image.new('RGB', (40, 40)).save(out, 'PNG'); "
+        "decode_image(out.getvalue(), 'photo', Limits()); print('pillow_heif' in sys.modules)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "False"
 
 
 def test_sizes_outside_the_limits_are_refused():
@@ -190,6 +293,28 @@ def test_decompression_bombs_are_refused_from_their_header(side, monkeypatch):
     monkeypatch.setattr("PIL.PngImagePlugin.PngImageFile.load", decoded)
     with pytest.raises(PortraitError, match="^photo: the image has more than 1 million pixels"):
         decode_image(png_that_claims(side, side), "photo", LIMITS)
+
+
+def test_what_phones_make_is_within_the_limits(monkeypatch):
+    """200 million pixels, above the limit that Pillow has of its own."""
+    monkeypatch.setattr("PIL.PngImagePlugin.PngImageFile.load", lambda self: (_ for _ in ()).throw(OSError("reached")))
+    with pytest.raises(PortraitError, match="reached"):
+        decode_image(png_that_claims(16_320, 12_240), "photo", Limits())
+
+
+def test_the_remedy_names_a_setting_only_where_there_is_one():
+    data = png_that_claims(1_001, 1_001)
+    with pytest.raises(PortraitError) as caught:
+        decode_image(data, "photo", LIMITS)
+    assert caught.value.remedy == "Scale it down first."
+    with pytest.raises(PortraitError) as caught:
+        decode_image(data, "photo", Limits(photo_pixels=10**6, page="Settings > Portrait"))
+    assert (
+        caught.value.remedy
+        == 'Scale it down first, or raise "Size of a photo, at most, in megapixels" in Settings > Portrait.'
+    )
+    with pytest.raises(PortraitError, match='or raise "Size of a photo, at most, in MiB" in Settings > Portrait'):
+        decode_image(bytes(2000), "photo", Limits(photo_bytes=1000, page="Settings > Portrait"))
 
 
 FOREIGN = {
@@ -290,6 +415,12 @@ def test_a_mask_with_a_solid_alpha_channel_is_read_by_its_colours():
     image = Image.new("RGBA", (4, 1), (0, 0, 0, 255))
     image.putpixel((0, 0), (255, 255, 255, 255))
     assert decode_mask(encoded(image), "mask", LIMITS)[0].tolist() == [1, 0, 0, 0]
+
+
+def test_a_mask_of_several_pictures_is_refused():
+    data = encoded(Image.new("L", (40, 40), 255), "GIF", save_all=True, append_images=[Image.new("L", (40, 40), 0)])
+    with pytest.raises(PortraitError, match="^mask: the file holds more than one picture. Save .* PNG"):
+        decode_mask(data, "mask", LIMITS)
 
 
 @pytest.mark.parametrize("image", [Image.new("L", (20, 10), 0), Image.new("RGBA", (20, 10), (255, 255, 255, 0))])

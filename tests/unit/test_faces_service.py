@@ -106,6 +106,76 @@ def test_the_largest_face_or_the_one_counted_from_the_left_is_chosen(service):
         np.testing.assert_array_equal(service.crop(photo_of(face=index), "photo"), crops[index])
 
 
+def test_bystanders_are_counted_last_and_are_not_the_largest(service, faces, monkeypatch):
+    """A large blurred face at the left, a small one, and two that the photo is of."""
+    faces[:] = [face_at(5, 90), face_at(100, 20), face_at(130, 60), face_at(200, 80)]
+    # All crops of this picture are alike, so which one is sharp is told by the order they are asked about.
+    sharp = iter([0.01, 0.5, 0.5])
+    monkeypatch.setattr(service_module.order, "sharpness", lambda crop: next(sharp))
+    found = service.find(photo_of(), "photo")
+    assert [one.face.box[0] for one in found] == [130, 200, 5, 100]
+    assert [one.bystander for one in found] == [False, False, True, True]
+    assert service.chosen(photo_of(), "photo") is found[1]
+    assert service.chosen(photo_of(face=2), "photo") is found[2]
+    assert [notice.text for notice in service.notices(photo_of(face=2), "photo")] == [service_module.order.BLURRED]
+    said = [notice.text for notice in service.notices(photo_of(face=3), "photo")]
+    assert said == [service_module.order.SMALL, "this face is only 20 pixels wide, likeness will be weak"]
+    assert service.notices(photo_of(face=1), "photo") == []
+
+
+def test_where_everybody_is_a_bystander_the_largest_of_them_is_chosen(service, monkeypatch):
+    monkeypatch.setattr(
+        service_module.order, "counted", lambda faces, crops, size: [(index, "why") for index in range(len(faces))]
+    )
+    assert service.chosen(photo_of(), "photo").face.box[0] == 70
+
+
+def test_the_first_frame_of_an_animation_is_used_and_that_is_said(service):
+    file = io.BytesIO()
+    frames = [Image.new("RGB", (300, 200), (shade, 0, 0)) for shade in (10, 200)]
+    frames[0].save(file, "GIF", save_all=True, append_images=frames[1:])
+    for photo in (Photo.of(file.getvalue()), Photo.of(file.getvalue(), face=2)):
+        (notice,) = service.notices(photo, "identities[0].photos[0]")
+        assert str(notice) == "identities[0].photos[0]: only the first frame of the animation is used."
+
+
+def test_a_lying_photo_gives_the_upright_crop_says_so_and_places_its_face_where_it_lies(tmp_path):
+    pytest.importorskip("facenet_pytorch", reason="facenet-pytorch is not installed")
+    upright = Image.open(portrait()).convert("RGB").resize((400, 400))
+    file, lying = io.BytesIO(), io.BytesIO()
+    upright.save(file, "PNG")
+    upright.transpose(Image.Transpose.ROTATE_90).save(lying, "PNG")
+    service = FaceService([], tmp_path, detector="mtcnn")
+    (expected,), (found,) = (service.find(Photo.of(one.getvalue()), "photo") for one in (file, lying))
+    np.testing.assert_array_equal(found.crop, expected.crop)
+    assert (found.turn, expected.turn) == (90, 0)
+    assert found.notices == ("the photo was turned by 90° to the right",) and expected.notices == ()
+    left, top, right, bottom = expected.face.box
+    np.testing.assert_allclose(found.face.box, [top, 399 - right, bottom, 399 - left], atol=1e-3)
+    x, y = expected.face.landmarks.T
+    np.testing.assert_allclose(found.face.landmarks, np.stack([y, 399 - x], axis=1), atol=1e-3)
+
+
+def test_crops_are_filtered_where_that_was_asked_for_and_kept_apart(tmp_path, looked, faces):
+    faces[:] = [Face(np.array([0, 0, 900, 900], np.float32), template(900), 0.99)]
+    file = io.BytesIO()
+    Image.fromarray(np.tile(np.array([[0, 255]], np.uint8), (900, 450))).save(file, "PNG")
+    photo, encoder = Photo.of(file.getvalue()), Encoder()
+    plain, filtered = FaceService([], tmp_path), FaceService([], tmp_path, filter_crops=True)
+    assert plain.crop(photo, "photo").std() > 2 * filtered.crop(photo, "photo").std()
+    for service in (plain, filtered, plain, filtered):
+        service.features(photo, "photo", encoder)
+    assert encoder.asked == 2
+
+
+def test_features_found_by_older_rules_are_not_used_again(service, monkeypatch):
+    encoder = Encoder()
+    service.features(photo_of(), "photo", encoder)
+    monkeypatch.setattr(service_module, "RULES", "rules of another release")
+    service.features(photo_of(), "photo", encoder)
+    assert encoder.asked == 2
+
+
 def test_one_photo_can_give_several_people(service):
     encoder = Encoder()
     several = [service.features(photo_of(face=index), "photo", encoder) for index in range(3)]
@@ -127,9 +197,12 @@ def test_an_index_beyond_the_faces_says_how_many_there_are(service, faces):
 def test_a_photo_without_a_face_is_refused_with_a_remedy(service, faces, looked):
     faces.clear()
     for _ in range(2):
-        with pytest.raises(PortraitError, match="^photos: no face was found. Use a photo.*aligned"):
+        with pytest.raises(
+            PortraitError, match="^photos: no face was found. It was turned all four ways. Use .*aligned"
+        ):
             service.features(photo_of(), "photos", Encoder())
-    assert len(looked) == 4
+    # In four orientations, with and without a border.
+    assert len(looked) == 2 * 8
 
 
 def test_a_detector_that_fails_is_an_error_that_names_it(service, monkeypatch):

@@ -16,6 +16,7 @@ import install
 
 ROOT = Path(__file__).resolve().parents[2]
 ALWAYS = install.Package("facenet-pytorch==2.6.0", "facenet_pytorch", "always")
+HEIC = install.Package("pillow-heif==0.16.0", "pillow_heif", "photos")
 SCRFD = install.Package("insightface==2.1", "insightface", "scrfd")
 
 
@@ -47,6 +48,7 @@ def test_the_pinned_list_is_read():
     found = {package.module: package for package in install.packages()}
     assert found["facenet_pytorch"] == ALWAYS
     assert found["insightface"] == SCRFD
+    assert found["pillow_heif"] == HEIC
     assert {package.module for package in found.values() if package.when == "scrfd"} == {
         "insightface",
         "onnx",
@@ -58,6 +60,8 @@ def test_only_what_is_missing_is_wanted(monkeypatch):
     monkeypatch.setattr(install.importlib.util, "find_spec", lambda name: None if name == "insightface" else object())
     assert install.missing([ALWAYS, SCRFD], scrfd=True) == [SCRFD]
     assert install.missing([ALWAYS, SCRFD], scrfd=False) == []
+    monkeypatch.setattr(install.importlib.util, "find_spec", lambda name: None)
+    assert install.missing([ALWAYS, HEIC, SCRFD], scrfd=False) == [ALWAYS, HEIC]
 
 
 def test_insightface_is_added_only_where_its_weights_are(monkeypatch, tmp_path):
@@ -206,9 +210,9 @@ def test_a_host_like_environment_keeps_every_version(tmp_path):
     assert first.returncode == 0 and first.stderr == ""
     assert "WARNING" not in first.stdout
     assert {name: after.get(name) for name in before} == before
-    assert after.keys() - before.keys() == {"facenet-pytorch", "onnx", "onnxruntime", "insightface"}
+    assert after.keys() - before.keys() == {"facenet-pytorch", "pillow_heif", "onnx", "onnxruntime", "insightface"}
     # facenet-pytorch is there, but this host has no torch; insightface must really start beside protobuf 3.20.
     assert "facenet-pytorch==2.6.0 was installed but does not start here" in first.stdout
-    assert "installed insightface==2.1" in first.stdout
+    assert "installed insightface==2.1" in first.stdout and "installed pillow-heif==0.16.0" in first.stdout
     second = subprocess.run(hook, capture_output=True, text=True)
     assert (second.returncode, second.stdout) == (0, "")

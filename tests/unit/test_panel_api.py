@@ -48,6 +48,9 @@ class Faces:
                     area=side * side,
                 ),
                 crop=np.full((224, 224, 3), x, np.uint8),
+                notices=("small",) if side == 5 else (),
+                turn=90,
+                bystander=side == 9,
             )
             for x, side in ((2, 5), (20, 9))
         ]
@@ -68,7 +71,11 @@ def test_faces_are_counted_from_the_left():
     answer = api.detect_faces({"image": encoded(picture())}, faces, LIMITS)
     assert answer["sha256"] == Photo.of(picture()).sha256
     assert [face["index"] for face in answer["faces"]] == [0, 1]
-    assert [face["largest"] for face in answer["faces"]] == [False, True]
+    # The larger one is a bystander.
+    assert [face["largest"] for face in answer["faces"]] == [True, False]
+    assert [face["bystander"] for face in answer["faces"]] == [False, True]
+    assert [face["turn"] for face in answer["faces"]] == [90, 90]
+    assert [face["notices"] for face in answer["faces"]] == [["small"], []]
     assert answer["faces"][0]["box"] == [2, 1, 7, 6]
     assert len(answer["faces"][0]["landmarks"]) == 5
     assert "crop" not in answer["faces"][0]

@@ -214,7 +214,9 @@ def test_an_upload_that_is_stored_already_counts_once(gradio_folder):
 
 def test_a_large_upload_is_refused_by_name(gradio_folder):
     with pytest.raises(PortraitError, match="Settings") as caught:
-        request_from_values(panel(uploads=[upload(gradio_folder, b"x" * 2000)]), Limits(photo_bytes=1000))
+        request_from_values(
+            panel(uploads=[upload(gradio_folder, b"x" * 2000)]), Limits(photo_bytes=1000, page="Settings > Portrait")
+        )
     assert caught.value.field == "identities[0].photos[0]"
 
 

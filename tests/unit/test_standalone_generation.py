@@ -152,6 +152,14 @@ def test_people_of_one_s_own_in_a_checkpoint_of_one_s_own(world: Path, photos: P
     assert ada.region is not None and ada.region.mask is not None
 
 
+@pytest.mark.parametrize("options", [(), ("--filter-crops",)])
+def test_whether_large_faces_are_filtered_is_an_option_and_kept(
+    world: Path, photos: Path, tmp_path: Path, options: tuple[str, ...]
+) -> None:
+    assert run("--prompt", "x", "--face", photos / "eve.png", "--output", tmp_path, *options, *FAST) == 0
+    assert settings(tmp_path)["filter_crops"] == bool(options)
+
+
 def test_runs_do_not_overwrite_each_other_and_repeat_exactly(world: Path, photos: Path, tmp_path: Path) -> None:
     arguments = ["--prompt", "a man", "--face", photos / "bob.png", "--output", tmp_path, *FAST]
     assert run(*arguments) == run(*arguments) == run(*arguments, "--seed", "1") == 0

@@ -139,9 +139,9 @@ SMALL = Photos(size=128, kind="png", smallest_face=20)
 
 def test_photos_become_square_with_their_faces_where_they_are(folder, tmp_path):
     folder("a.png", (512, 256), (300, 60, 380, 180))
-    made, skipped = make_photos(folder.place, tmp_path / "out", SMALL)
+    made, skipped, notices = make_photos(folder.place, tmp_path / "out", SMALL)
     sample = records(tmp_path / "out")["a.png"]
-    assert (made, skipped) == (1, []) and sample.image.shape == (128, 128, 3)
+    assert (made, skipped, notices) == (1, [], []) and sample.image.shape == (128, 128, 3)
     # Half the size: the face is at 150 to 190 of 256, which the middle cut (64 to 192) would leave no room for.
     box = sample.record.faces[0].box
     green = np.argwhere(sample.image[..., 1] > 128)
@@ -272,7 +272,7 @@ def test_no_shard_is_written_of_photos_that_are_all_skipped(folder, tmp_path):
         folder(f"{number}.png", (256, 256), *([(10, 10, 80, 80)] if number < 2 else []))
     photos = Photos(**{**vars(SMALL), "shard": 2})
     for _ in range(2):
-        made, skipped = make_photos(folder.place, tmp_path / "out", photos)
+        made, skipped, _ = make_photos(folder.place, tmp_path / "out", photos)
         assert made == 2 and [one.photo for one in skipped] == ["2.png"]
         assert [path.name for path in (tmp_path / "out").glob("*.tar")] == ["photos-00000.tar"]
 
@@ -322,11 +322,37 @@ def test_a_real_face_is_found_and_labelled(tmp_path):
     file = portrait()
     (tmp_path / "people" / "ada").mkdir(parents=True)
     (tmp_path / "people" / "ada" / file.name).write_bytes(file.read_bytes())
-    made, skipped = make_photos(tmp_path / "people", tmp_path / "out", Photos(size=256, detector="mtcnn"))
-    assert (made, skipped) == (1, [])
+    made, skipped, notices = make_photos(tmp_path / "people", tmp_path / "out", Photos(size=256, detector="mtcnn"))
+    assert (made, skipped, notices) == (1, [], [])
     found = records(tmp_path / "out")[f"ada/{file.name}"].record.faces
     assert [one.id for one in found] == ["ada"]
     assert found[0].landmarks[0][0] < found[0].landmarks[1][0] and found[0].box[2] - found[0].box[0] > 80
+
+
+@pytest.mark.parametrize("suffix", ["png", "heic"])
+def test_a_lying_photo_of_whatever_format_is_turned_upright_and_listed(tmp_path, capsys, suffix):
+    people = tmp_path / "people"
+    people.mkdir()
+    photo = Image.open(portrait()).convert("RGB").resize((512, 512))
+    lying = photo.transpose(Image.Transpose.ROTATE_90)
+    if suffix == "heic":
+        package = pytest.importorskip("pillow_heif", reason="pillow-heif is not installed")
+        package.from_pillow(lying).save(people / "lying.heic", quality=95)
+    else:
+        lying.save(people / "lying.png")
+    words = ["dataset", "photos", str(people), "--output", str(tmp_path / "out"), "--size", "256"]
+    words += ["--detector", "mtcnn", "--processes", "1", "--kind", "png"]
+    assert commands.run(commands.parse(words)) == 0
+    sample = records(tmp_path / "out")[f"lying.{suffix}"]
+    upright = np.asarray(photo.resize((256, 256), Image.Resampling.BOX)).astype(int)
+    assert np.abs(sample.image - upright).mean() < 4
+    eyes, mouth = np.mean(sample.record.faces[0].landmarks[:2], 0), np.mean(sample.record.faces[0].landmarks[3:], 0)
+    assert mouth[1] - eyes[1] > 40 > abs(mouth[0] - eyes[0])
+    assert sample.record.extra["notices"] == ["it was turned by 90° to the right"]
+    listed = (tmp_path / "out" / "photos-notices.txt").read_text(encoding="utf-8")
+    assert listed == f"'lying.{suffix}': it was turned by 90° to the right\n"
+    said = capsys.readouterr().out
+    assert "photos-notices.txt" in said and "     1  it was turned by 90° to the right" in said
 
 
 # -------------------------------------------------------------------------------------------------------------- check

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -14,7 +14,9 @@ from numpy.typing import NDArray
 from lib_portrait.checkpoints.hashes import file_sha256
 from lib_portrait.errors import PortraitError
 from lib_portrait.faces.alignment import align_face
+from lib_portrait.faces.detection import RULES, Detector, detect_in_photo, turned
 from lib_portrait.faces.images import decode_image
+from lib_portrait.faces.order import TURNS
 from lib_portrait.request import Limits, Photo
 from trainer.dataset import find_photos, label_of
 from trainer.evaluation.prompts import Prompt
@@ -153,7 +155,7 @@ def _seed(*numbers: int) -> int:
 
 
 class Folder(Population):
-    """Photographs in a sub-folder for each person; one more folder, woman or man, may say their word.
+    """Photographs in a sub-folder for each person, turned upright; one more folder, woman or man, may say their word.
 
     The first photos by name are the references, the last one is none: it is what results are held against and what
     stands for a real picture.
@@ -161,8 +163,11 @@ class Folder(Population):
 
     obeys = False
 
-    def __init__(self, folder: Path, references: int):
-        """references: the most photos that will be given of one person. Raises PortraitError when nobody has enough."""
+    def __init__(self, folder: Path, references: int, detector: Detector, say: Callable[[str], object] = print):
+        """references: the most photos that will be given of one person. detector: tells which way is up.
+
+        Raises PortraitError when nobody has enough.
+        """
         photos: dict[tuple[str, str], list[Path]] = {}
         for name in find_photos(folder):
             who, word = label_of(name)
@@ -179,6 +184,8 @@ class Folder(Population):
         self.people = [Person(*who) for who in enough]
         self.source = f"people of {folder.name}"
         self._photos = list(enough.values())
+        self._detector, self._say = detector, say
+        self._turns: dict[Path, int] = {}
 
     def photo(self, person: int, number: int) -> Picture:
         photos = self._photos[person]
@@ -195,10 +202,14 @@ class Folder(Population):
         return np.concatenate([np.asarray(image, np.uint8) for image in scaled], axis=1)
 
     def stamp(self, people: Sequence[int]) -> str:
-        return " ".join(file_sha256(self._photos[person][-1]) for person in people)
+        return " ".join([RULES, *(file_sha256(self._photos[person][-1]) for person in people)])
 
-    @staticmethod
-    def _read(path: Path) -> Image:
+    def _read(self, path: Path) -> Image:
         limits = Limits()
         with path.open("rb") as file:
-            return decode_image(file.read(limits.photo_bytes + 1), str(path), limits)
+            image = decode_image(file.read(limits.photo_bytes + 1), str(path), limits)
+        if path not in self._turns:
+            self._turns[path], _ = detect_in_photo(image, self._detector)
+            if self._turns[path]:
+                self._say(f"{path} was turned {TURNS[self._turns[path]]}.")
+        return np.asarray(turned(image, self._turns[path]), np.uint8)

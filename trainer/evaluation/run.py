@@ -271,7 +271,8 @@ def open_people(settings: Settings, size: int) -> Population:
         raise PortraitError(
             "people", f"there is no folder {folder}", f"Give {HELD_OUT}, {TRAINED} or a folder of photos."
         )
-    return Folder(folder, settings.extent.photos(settings.protocols))
+    detector = open_detector(_detector(settings), [MODELS])
+    return Folder(folder, settings.extent.photos(settings.protocols), detector)
 
 
 def _of_world(settings: Settings) -> bool:
