@@ -21,6 +21,7 @@ from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
 from lib_portrait.checkpoints.formats import read_tensors, write_tensors
 from lib_portrait.errors import PortraitError
+from lib_portrait.faces.weights import all_finite, not_finite
 from lib_portrait.standalone import layout
 
 WORLD = Path(__file__).resolve().parents[2] / "models" / "world"
@@ -113,7 +114,8 @@ def load_model(checkpoint: Path, device: torch.device | str = "cpu", dtype: torc
     """The model in a single file (.safetensors, or .ckpt read weights-only), with the .yaml beside it if there is one.
 
     dtype: of UNet and text encoder. Raises PortraitError: no such file (404), damaged, of another kind of model
-    (SDXL, SD 2, inpainting, LoRA, ...), weights that are missing or do not fit the description, no tokenizer (500).
+    (SDXL, SD 2, inpainting, LoRA, ...), weights that are missing, not finite or do not fit the description, no
+    tokenizer (500).
     """
     checkpoint = Path(checkpoint)
     tensors = read_tensors(checkpoint, inside="state_dict").tensors
@@ -276,7 +278,10 @@ def _fill(
                 f"{key(name)} has the shape {tuple(tensor.shape)} instead of {tuple(wanted.shape)}",
                 "If it is no plain SD 1.x model, put its .yaml beside it.",
             )
-        filled[name] = tensor.to(device, dtype)
+        narrowed = tensor.to(dtype)
+        if not all_finite(narrowed):
+            raise not_finite(field, key(name) if dtype == tensor.dtype else f"{key(name)} in {dtype}")
+        filled[name] = narrowed.to(device)
     network.load_state_dict(filled, assign=True)
     for name, buffer in list(network.named_buffers()):
         if buffer.is_meta:
