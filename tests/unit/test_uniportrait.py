@@ -350,7 +350,7 @@ SPOILT = {
     ),
     "router for another context": (1, of_shape(f"{AT}1.to_k_router.0.weight", 96, 40), r"instead of \(any, 48\)"),
     "router of two widths": (1, of_shape(f"{AT}1.to_k_router.2.weight", 31, 96), r"\(31, 96\) instead of \(32, 96\)"),
-    "router bias": (1, of_shape(f"{AT}1.to_q_router.0.bias", 63), r"\(63,\) instead of \(64\)"),
+    "router bias": (1, of_shape(f"{AT}1.to_q_router.0.bias", 63), r"\(63,\) instead of \(64,\)"),
     "router where there is no ID attention": (
         1,
         lambda tensors: tensors.update({f"{AT}0.{name}": tensors[f"{AT}1.{name}"] for name in ROUTER_LAYERS}),
