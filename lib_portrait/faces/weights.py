@@ -98,7 +98,7 @@ def not_finite(field: str, name: str) -> PortraitError:
     return PortraitError(
         field,
         f"{name} holds infinities or NaN, which a training that failed or a conversion to half precision leaves",
-        "Fetch the file again, or use another.",
+        "Fetch the file again, or use another: see the README's table of weights.",
     )
 
 

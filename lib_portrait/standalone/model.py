@@ -282,7 +282,7 @@ def _fill(
             )
         narrowed = tensor.to(dtype)
         if not all_finite(narrowed):
-            raise not_finite(field, key(name) if dtype == tensor.dtype else f"{key(name)} in {dtype}")
+            raise not_finite(field, f"{key(name)} in {dtype}" if all_finite(tensor) else key(name))
         filled[name] = narrowed.to(device)
     network.load_state_dict(filled, assign=True)
     for name, buffer in list(network.named_buffers()):
