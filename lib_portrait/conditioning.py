@@ -139,9 +139,8 @@ class Conditioner:
         if self._adapter is None or self._adapter[0] != key:
             faceid = read_tensors(kit.faceid, "faceid").tensors
             router = read_tensors(kit.router, "router").tensors if kit.router is not None else None
-            adapter = Adapter.from_tensors(faceid, router)
-            adapter.embedding.float()
-            self._adapter = (key, adapter)
+            names = kit.faceid.name, kit.router.name if kit.router is not None else "router"
+            self._adapter = (key, Adapter.from_tensors(faceid, router, names))
         return self._adapter[1]
 
     def _encoder(self, kit: Kit, device: torch.device | str, dtype: torch.dtype) -> FaceEncoder:

@@ -12,6 +12,7 @@ from lib_portrait.errors import PortraitError
 from lib_portrait.faces.features import FaceEncoder
 from lib_portrait.faces.recognition import Backbone, backbone_from_state_dict
 from lib_portrait.faces.vision import VisionTower, vision_from_state_dict
+from lib_portrait.faces.weights import check_finite
 from lib_portrait.standalone.model import load_model, load_tokenizer
 from trainer.architectures import world_vae
 from trainer.features import Encode, Frozen
@@ -39,8 +40,10 @@ def frozen_networks(
     else:
         assert vae is not None
         network, source = world_vae(), vae
+        tensors = read_tensors(vae).tensors
+        check_finite(tensors, vae.name)
         try:
-            network.load_state_dict(read_tensors(vae).tensors)
+            network.load_state_dict(tensors)
         except RuntimeError:
             raise PortraitError(
                 "vae", f"{vae.name} does not hold the world's VAE", "Use the export of the recipe vae."

@@ -11,10 +11,10 @@ import shutil
 from pathlib import Path
 
 import torch
-from safetensors.torch import load_file
 
 from lib_portrait.checkpoints.formats import read_tensors, write_tensors
 from lib_portrait.errors import PortraitError
+from lib_portrait.faces.weights import check_finite, fitting
 from lib_portrait.standalone.model import make_model, save_model
 from trainer.architectures import world_text_encoder, world_unet, world_vae
 from trainer.recipes.base import latent_scale
@@ -31,10 +31,12 @@ PHOTO_SIZE = 256
 def checkpoint(vae: Path, base: Path, target: Path) -> None:
     """The exports of the recipes `vae` and `base` as one file with ldm's names, and its .yaml."""
     networks = {"unet": world_unet(), "text_encoder": world_text_encoder(), "vae": world_vae()}
-    tensors = {**load_file(base), **{f"vae.{key}": tensor for key, tensor in load_file(vae).items()}}
+    tensors = read_tensors(base).tensors
+    parts = {"vae": read_tensors(vae).tensors}
+    for name in ("unet", "text_encoder"):
+        parts[name] = {key.removeprefix(f"{name}."): t for key, t in tensors.items() if key.startswith(f"{name}.")}
     for name, network in networks.items():
-        own = {key.removeprefix(f"{name}."): t for key, t in tensors.items() if key.startswith(f"{name}.")}
-        network.load_state_dict(own)
+        network.load_state_dict(fitting(network, parts[name], (vae if name == "vae" else base).name))
     networks["vae"].register_to_config(scaling_factor=latent_scale(vae))
     save_model(make_model(**networks), target)
 
@@ -48,6 +50,8 @@ def between(first: Path, second: Path, share: float, target: Path) -> None:
     if not 0 <= share <= 1:
         raise PortraitError("between", f"a share of {share} was given", "Give one of 0 to 1.")
     begin, end = read_tensors(first), read_tensors(second)
+    for one in (begin, end):
+        check_finite(one.tensors, one.path.name)
     sizes = [{name: tensor.shape for name, tensor in one.tensors.items()} for one in (begin, end)]
     if sizes[0] != sizes[1]:
         raise PortraitError("between", f"{first} and {second} hold other layers", "Give two files of one lineage.")
@@ -65,6 +69,7 @@ def reduced(file: Path, rank: int, target: Path) -> None:
     if rank < 1:
         raise PortraitError("rank", f"{rank} was given", "Give a whole number of 1 or more.")
     stored = read_tensors(file)
+    check_finite(stored.tensors, file.name)
     tensors = of_rank(stored.tensors, rank)
     if all(tensor is tensors[name] for name, tensor in stored.tensors.items()):
         raise PortraitError("rank", f"{file.name} has no LoRA of a rank above {rank}", "Take the file as it is.")

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from lib_portrait.attention.sites import Site
 from lib_portrait.checkpoints.formats import read_tensors
 from lib_portrait.errors import PortraitError
+from lib_portrait.faces.weights import check_finite
 from lib_portrait.methods.uniportrait import IDEmbedding
 from trainer.uniportrait_rule import SiteLayers
 
@@ -43,7 +44,9 @@ def begin_with_faceid(recipe: nn.Module, faceid: Path) -> None:
     other sizes.
     """
     rank = next(len(own) for name, own in recipe.named_parameters() if name.endswith("_lora.down.weight"))
-    tensors = of_rank({name: t.float() for name, t in read_tensors(faceid, "faceid").tensors.items()}, rank)
+    stored = read_tensors(faceid, "faceid").tensors
+    check_finite(stored, faceid.name)
+    tensors = of_rank({name: t.float() for name, t in stored.items()}, rank)
     try:
         recipe.load_state_dict(tensors)
     except RuntimeError as error:
@@ -60,6 +63,7 @@ def begin_with_router(recipe: nn.Module, file: Path) -> None:
     Raises PortraitError for a file of other sizes.
     """
     tensors = {name: t.float() for name, t in read_tensors(file, "router").tensors.items() if "_router." in name}
+    check_finite(tensors, file.name)
     own = {name: tensor.shape for name, tensor in recipe.state_dict().items() if "_router." in name}
     if {name: tensor.shape for name, tensor in tensors.items()} != own:
         raise PortraitError(
@@ -73,17 +77,21 @@ def begin_with_router(recipe: nn.Module, file: Path) -> None:
 def second_stage(faceid: Path | None, sites: list[Site]) -> tuple[IDEmbedding, nn.ModuleDict, nn.ModuleDict]:
     """The first stage's ID embedding and identity attention, frozen, and the layers that stage 2 trains.
 
-    Raises PortraitError for no file, and for one of another model.
+    Raises PortraitError for no file, and for one of another model, without LoRA or with values that are not finite.
     """
     if faceid is None:
         raise PortraitError("faceid", "stage 2 builds on stage 1", "Give --faceid uniportrait-faceid_NAME.safetensors.")
     tensors = read_tensors(faceid, "faceid").tensors
+    check_finite(tensors, faceid.name)
     under = {
         prefix: {k[len(prefix) :]: v.float() for k, v in tensors.items() if k.startswith(prefix)}
         for prefix in ("faceid_proj.", "faceid_adapter.")
     }
-    embedding = IDEmbedding.from_tensors(under["faceid_proj."], "faceid")
-    rank = next(v.shape[0] for k, v in under["faceid_adapter."].items() if k.endswith("to_q_lora.down.weight"))
+    embedding = IDEmbedding.from_tensors(under["faceid_proj."], faceid.name)
+    ranks = [v.shape[0] for k, v in under["faceid_adapter."].items() if k.endswith("to_q_lora.down.weight")]
+    if not ranks:
+        raise PortraitError("faceid", f"{faceid.name} holds no LoRA", "Give the export of stage 1.")
+    rank = ranks[0]
     identity, trained = site_layers(sites, rank), site_layers(sites, rank)
     for site in sites:
         if site.cross:

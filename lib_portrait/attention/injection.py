@@ -139,13 +139,17 @@ class Injection:
     def inject(self) -> Injection:
         if self.injected:
             raise RuntimeError("this injection is in place already")
-        # In front of all other hooks, so that whoever else reads the context finds it without our marks.
-        self._handles.append(self.unet.register_forward_pre_hook(self._enter_call, prepend=True, with_kwargs=True))
-        self._handles.append(self.unet.register_forward_hook(self._leave_call))
-        for module, around in self._arounds:
-            override = _Override(module, around, self.call)
-            override.install()
-            self._overrides.append(override)
+        try:
+            # In front of all other hooks, so that whoever else reads the context finds it without our marks.
+            self._handles.append(self.unet.register_forward_pre_hook(self._enter_call, prepend=True, with_kwargs=True))
+            self._handles.append(self.unet.register_forward_hook(self._leave_call))
+            for module, around in self._arounds:
+                override = _Override(module, around, self.call)
+                override.install()
+                self._overrides.append(override)
+        except BaseException:
+            self.eject()
+            raise
         return self
 
     def eject(self) -> None:

@@ -159,7 +159,7 @@ def _kept(known: KnownWeight, target: Path, expected: str | None) -> Path:
         raise PortraitError(
             known.filename,
             f"another file of this name is in {target.parent}, not the one published at {known.url}",
-            "Move it away or delete it, then download again.",
+            "Move it away, then download again.",
             409,
         )
     return target

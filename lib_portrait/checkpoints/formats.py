@@ -4,8 +4,9 @@ In memory a checkpoint is flat: the official ``{"faceid_proj": {...}, "faceid_ad
 ``faceid_proj.latents`` and ``faceid_adapter.1.to_k_faceid.weight``. Which dots were dictionaries is kept in the
 metadata entry `LAYOUT`, so that a pickle can be rebuilt as it was.
 
-Files are hostile until checked. Pickles go through torch's weights-only unpickler and nothing else, and torch is kept
-from the two file kinds for which old releases leave it (TorchScript archives, legacy tar files).
+Files are hostile until checked. Pickles go through torch's weights-only unpickler, or for models, which carry more than
+tensors, through `placeholders`; torch is kept from the two file kinds for which old releases leave the former
+(TorchScript archives, legacy tar files).
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
+from pickle import UnpicklingError
 from typing import TYPE_CHECKING, Any
 
 from lib_portrait.checkpoints import registry
@@ -47,6 +49,8 @@ NESTING = 8
 KEY_LENGTH = 1000
 # Tied weights make the tensors add up to more than the file; anything past this is a file made to fill the memory.
 INFLATION = 4
+
+MORE_THAN_TENSORS = "Use a .safetensors file of it: of a model, the WebUI's Checkpoint Merger makes one."
 
 # torch/serialization.py: MAGIC_NUMBER 0x1950a86a20f9469cfc6c, pickled as a LONG1 of ten bytes, little-endian.
 LEGACY_MAGIC = bytes.fromhex("6cfc9c46f9206aa85019")
@@ -113,8 +117,9 @@ def read_tensors(
 ) -> Checkpoint:
     """The checkpoint in `path`, whose content must be what the file's suffix says.
 
-    role: when given, tensors of another role are refused. hash_cache: see `Checkpoint`. inside: the dictionary of a
-    pickle that is read, where it has one of that name; step counters and the like beside it are then left out.
+    role: when given, tensors of another role are refused. hash_cache: see `Checkpoint`. inside: for the checkpoint of a
+    model, the dictionary of a pickle that is read, where it has one of that name; then whatever is no tensor is left
+    out, be it numbers, objects of Lightning or of NumPy (in torch's older format, only what stands beside it).
     Raises PortraitError naming the file: missing (404), empty, truncated, foreign, not only tensors, of another role.
     """
     path = Path(path)
@@ -266,10 +271,15 @@ def _read_pickle(path: Path, kind: str, inside: str | None = None) -> tuple[dict
     if kind == TORCH_ZIP:
         _check_zip(path)
     with _parsing(path):
-        nested = load(str(path), map_location="cpu", weights_only=True, mmap=kind == TORCH_ZIP)
+        if inside is not None and kind == TORCH_ZIP:
+            from lib_portrait.checkpoints import placeholders
+
+            nested = load(str(path), map_location="cpu", pickle_module=placeholders, weights_only=False, mmap=True)
+        else:
+            nested = load(str(path), map_location="cpu", weights_only=True, mmap=kind == TORCH_ZIP)
     if inside is not None and isinstance(nested, dict) and isinstance(nested.get(inside), dict):
         nested = nested[inside]
-    tensors, layout = _flatten(path, nested)
+    tensors, layout = _flatten(path, nested, tensors_only=inside is not None)
     total = sum(tensor.numel() * tensor.element_size() for tensor in tensors.values())
     if total > INFLATION * path.stat().st_size:
         raise _bad(path, f"its tensors claim {total} bytes, far more than the file has")
@@ -299,8 +309,11 @@ def _check_zip(path: Path) -> None:
         raise _bad(path, f"it is a packed archive of {unpacked} bytes; torch never packs its files")
 
 
-def _flatten(path: Path, nested: Any) -> tuple[dict[str, Tensor], Layout]:
-    """Flat tensors and the paths of the dictionaries they stood in. Anything but tensors in dictionaries is refused."""
+def _flatten(path: Path, nested: Any, tensors_only: bool = False) -> tuple[dict[str, Tensor], Layout]:
+    """Flat tensors and the paths of the dictionaries they stood in.
+
+    Anything but tensors in dictionaries is refused, or with `tensors_only` left out.
+    """
     import torch
 
     tensors: dict[str, Tensor] = {}
@@ -314,6 +327,8 @@ def _flatten(path: Path, nested: Any) -> tuple[dict[str, Tensor], Layout]:
             if len(names) > NESTING or len(layout) > TENSORS:
                 raise _bad(path, "its dictionaries are nested without end")
             for name, value in node.items():
+                if tensors_only and not (isinstance(name, str) and isinstance(value, (dict, torch.Tensor))):
+                    continue
                 if not isinstance(name, str) or not name or len(where) + len(name) >= KEY_LENGTH:
                     raise _bad(path, f"the key {_shown(name)} is no tensor name")
                 if any(isinstance(node.get(outer), dict) for outer in _outer(name)):
@@ -502,18 +517,21 @@ def _parsing(path: Path) -> Iterator[None]:
     except PortraitError:
         raise
     except Exception as error:
-        raise _bad(path, f"it is damaged, or holds more than tensors ({_first_line(error)})") from error
+        reason = _first_line(error)
+        if isinstance(error, UnpicklingError) and reason.startswith("Unsupported"):
+            raise _bad(path, f"it holds more than tensors ({reason})", MORE_THAN_TENSORS) from error
+        raise _bad(path, f"it is damaged, or holds more than tensors ({reason})") from error
 
 
 def _bad(path: Path, problem: str, remedy: str | None = None) -> PortraitError:
-    return PortraitError(path.name, problem, remedy or f"Delete {path}, then {_source(path)}.")
+    return PortraitError(path.name, problem, remedy or f"Move {path} away, then {_source(path)}; or use another file.")
 
 
 def _source(path: Path) -> str:
     """Where a file of this name comes from."""
     for weight in registry.select(path.name):
         return f"run: {registry.download_command(weight)}, or take it from {weight.url}"
-    return "get it anew from where it was published"
+    return "get it anew from where it came from"
 
 
 def _first_line(error: Exception) -> str:

@@ -97,29 +97,36 @@ class FaceEncoder:
         resized = [functional.interpolate(tap, size=size, mode="bilinear", align_corners=False) for tap in taps[:-1]]
         intrinsic = _tokens(taps[-1])
         structure = torch.cat([_tokens(torch.cat(resized, dim=1)), clip], dim=-1)
-        if not (intrinsic.isfinite().all() and structure.isfinite().all()):
-            raise PortraitError(
-                "weights",
-                f"the face networks give infinite or undefined features in {self.dtype}",
-                "Fetch their files again, or run without half precision (--no-half).",
-                status_code=500,
-            )
+        self._check(intrinsic, structure)
         pairs = zip(intrinsic.cpu(), structure.cpu(), strict=True)
         return [FaceFeatures(own.clone(), its.clone()) for own, its in pairs]
 
     @torch.inference_mode(False)
     @torch.no_grad()
     def zero(self) -> FaceFeatures:
-        """The features of no face, for the unconditional tokens: intrinsic 0, structure [0; CLIP(pixels of 0)]."""
+        """The features of no face, for the unconditional tokens: intrinsic 0, structure [0; CLIP(pixels of 0)].
+
+        Raises PortraitError as `encode` does.
+        """
         backbone, vision = self._networks
         size = vision.image_size
         clip = vision.penultimate(torch.zeros(1, 3, size, size, device=self.device, dtype=self.dtype))[0].cpu()
+        self._check(clip)
         _, *taps, last = backbone.widths
         grid = backbone.image_size // 2 ** (len(taps) + 1)
         return FaceFeatures(
             intrinsic=clip.new_zeros(grid**2, last),
             structure=torch.cat([clip.new_zeros(len(clip), sum(taps)), clip], dim=-1),
         )
+
+    def _check(self, *features: Tensor) -> None:
+        if not all(bool(each.isfinite().all()) for each in features):
+            raise PortraitError(
+                "weights",
+                f"the face networks give infinite or undefined features in {self.dtype}",
+                "Fetch their files again, or run without half precision (--no-half).",
+                status_code=500,
+            )
 
 
 def _tokens(maps: Tensor) -> Tensor:

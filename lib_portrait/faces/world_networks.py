@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from lib_portrait.checkpoints.formats import read_tensors, write_tensors
 from lib_portrait.errors import PortraitError
+from lib_portrait.faces.weights import check_finite
 
 Network = TypeVar("Network", bound=nn.Module)
 SIDE = 128
@@ -91,6 +92,7 @@ def read_network(path: Path, kind: str) -> tuple[dict[str, Tensor], dict[str, An
 
 def filled(network: Network, tensors: Mapping[str, Tensor], path: Path, kind: str) -> Network:
     """The network with these tensors, to look at pictures with. Raises PortraitError where they do not fit."""
+    check_finite(tensors, path.name)
     try:
         network.load_state_dict(tensors)
     except RuntimeError as error:

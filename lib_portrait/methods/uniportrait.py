@@ -11,9 +11,10 @@ Notation: N identities, T ID tokens each (16), D context width (768), H heads of
 
 from __future__ import annotations
 
+import logging
 import math
 import re
-from collections.abc import Callable, Hashable, Mapping, Sequence
+from collections.abc import Callable, Collection, Hashable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import cast
 
@@ -25,10 +26,26 @@ from lib_portrait.attention.injection import Around, Call
 from lib_portrait.attention.rows import POSITIVE
 from lib_portrait.attention.sites import Site
 from lib_portrait.errors import PortraitError
+from lib_portrait.faces.weights import checked, fill
 
 PROJECTIONS = ("to_q", "to_k", "to_v", "to_out")
 # The names the linear layers have inside an attention layer of the UNet.
 PATHS = {"to_q": "to_q", "to_k": "to_k", "to_v": "to_v", "to_out": "to_out.0"}
+
+# What stands before the names of tensors in the released files, and the names that a site has there.
+EMBEDDING, SITES = "faceid_proj.", "faceid_adapter."
+ID_ATTENTION = ("to_k_faceid.weight", "to_v_faceid.weight")
+ROUTER_LAYERS = (
+    *(f"{name}.{part}" for name in ("to_q_router", "to_k_router") for part in ("0.weight", "0.bias", "2.weight")),
+    "aggr_router.weight",
+    "aggr_router.bias",
+)
+_LORA = tuple(f"{name}_lora.{part}.weight" for name in PROJECTIONS for part in ("up", "down"))
+FACEID_NAMES, ROUTER_NAMES = frozenset(_LORA + ID_ATTENTION), frozenset(_LORA + ROUTER_LAYERS)
+
+FAMILY = "Load a Stable Diffusion checkpoint of the adapter's family (SD1.5 for uniportrait sd15)."
+
+log = logging.getLogger(__name__)
 
 
 # ----------------------------------------------------------------------------------------------- ID embedding, sec. 3.2
@@ -103,26 +120,28 @@ class IDEmbedding(nn.Module):
     def from_tensors(tensors: Mapping[str, Tensor], field: str = "checkpoint") -> IDEmbedding:
         """The module a ``faceid_proj`` state dict describes; every size is read off the tensors.
 
-        Raises PortraitError when names or shapes are not those of an ID embedding.
+        field: the file's name. Raises PortraitError when names, shapes or values are not those of an ID embedding.
         """
         try:
             _, count, width = tensors["latents"].shape
-            depth = 1 + max(int(key.split(".")[1]) for key in tensors if key.startswith("layers."))
-            module = IDEmbedding(
-                intrinsic=tensors["proj_id.0.weight"].shape[1],
-                structure=tensors["proj_clip.0.weight"].shape[1],
-                tokens=count,
-                width=width,
-                output=tensors["proj_out.weight"].shape[0],
-                depth=depth,
-                ff_factor=tensors["layers.0.2.1.weight"].shape[0] // width,
-            )
-            module.load_state_dict(dict(tensors))
-        except (KeyError, ValueError, IndexError, RuntimeError) as error:
-            raise PortraitError(
-                field, f"its ID embedding is not UniPortrait's ({error})", "Use an unmodified UniPortrait faceid file."
-            ) from None
-        return module.eval().requires_grad_(False)
+            layers = {int(key.split(".")[1]) for key in tensors if key.startswith("layers.")}
+            with torch.device("meta"):
+                module = IDEmbedding(
+                    intrinsic=tensors["proj_id.0.weight"].shape[1],
+                    structure=tensors["proj_clip.0.weight"].shape[1],
+                    tokens=count,
+                    width=width,
+                    output=tensors["proj_out.weight"].shape[0],
+                    depth=len(layers),
+                    ff_factor=tensors["layers.0.2.1.weight"].shape[0] // width,
+                )
+        except (KeyError, ValueError, IndexError, ZeroDivisionError) as error:
+            raise _unlike(field, f"its ID embedding is not UniPortrait's ({error})") from None
+        odd = sorted(set(tensors) - set(module.state_dict()))
+        if odd:
+            raise _unlike(field, f"its ID embedding is not UniPortrait's ({EMBEDDING}{odd[0]} has no place in it)")
+        fill(module, tensors, field, EMBEDDING)
+        return module.float()
 
     def forward(
         self, intrinsic: Tensor, structure: Tensor, beta: float | Tensor = 1.0, keep: Tensor | None = None
@@ -195,41 +214,53 @@ class SiteWeights:
 
 @dataclass(frozen=True)
 class Adapter:
-    """A UniPortrait adapter: the ID embedding and the weights of every attention site, by site number."""
+    """A UniPortrait adapter: the ID embedding and the weights of every attention site, by site number.
+
+    files: the names of the faceid file and the router file that it was read from.
+    """
 
     embedding: IDEmbedding
     sites: dict[int, SiteWeights]
+    files: tuple[str, str] = ("faceid", "router")
 
     @property
     def has_router(self) -> bool:
-        return all(weights.router is not None for weights in self.sites.values() if weights.key is not None)
+        return any(weights.router is not None for weights in self.sites.values())
 
     @staticmethod
-    def from_tensors(faceid: Mapping[str, Tensor], router: Mapping[str, Tensor] | None) -> Adapter:
+    def from_tensors(
+        faceid: Mapping[str, Tensor], router: Mapping[str, Tensor] | None, files: tuple[str, str] = ("faceid", "router")
+    ) -> Adapter:
         """An adapter from the flat tensors of the released files.
 
         faceid: ``faceid_proj.*`` and ``faceid_adapter.{site}.*`` (LoRA for one ID, W_k^id, W_v^id);
-        router: ``faceid_adapter.{site}.*`` (the router, and the LoRA for several IDs, there named ``lora``), or None.
-        Raises PortraitError when the files are not what they should be.
+        router: ``faceid_adapter.{site}.*`` (the router, and the LoRA for several IDs, there named ``lora``), or None;
+        files: the names of the two. Tensors of other names are left out, and the log names them.
+        Raises PortraitError naming file and tensor when one is missing, does not fit the others, or is not finite.
         """
-        embedding = IDEmbedding.from_tensors(_under(faceid, "faceid_proj."), "faceid")
-        single = _by_site(_under(faceid, "faceid_adapter."), "faceid")
-        multi = _by_site(_under(router, "faceid_adapter."), "router") if router is not None else {}
-        if router is not None and not any("aggr_router.weight" in tensors for tensors in multi.values()):
-            raise PortraitError("router", "the file holds no ID router", "Use UniPortrait's router file.")
+        embedding = IDEmbedding.from_tensors(_under(faceid, EMBEDDING), files[0])
+        single = _by_site(_under(faceid, SITES), files[0], FACEID_NAMES)
+        multi = _by_site(_under(router, SITES), files[1], ROUTER_NAMES) if router is not None else {}
+        if router is not None and not any(name in ROUTER_LAYERS for tensors in multi.values() for name in tensors):
+            raise PortraitError(files[1], "the file holds no ID router", "Use UniPortrait's router file.")
         if not any("to_k_faceid.weight" in tensors for tensors in single.values()):
-            raise PortraitError("faceid", "the file holds no ID attention", "Use UniPortrait's faceid file.")
+            raise PortraitError(files[0], "the file holds no ID attention", "Use UniPortrait's faceid file.")
+        _, count, _ = embedding.latents.shape
+        width = embedding.norm_out.weight.shape[0]
         sites = {}
         for index in sorted({*single, *multi}):
-            own, other = single.get(index, {}), multi.get(index, {})
-            sites[index] = SiteWeights(
-                lora_single=_low_rank(own),
-                lora_multi=_low_rank(other),
-                key=own.get("to_k_faceid.weight"),
-                value=own.get("to_v_faceid.weight"),
-                router=_router(other),
-            )
-        return Adapter(embedding, sites)
+            own = _SiteTensors(files[0], index, single.get(index, {}))
+            other = _SiteTensors(files[1], index, multi.get(index, {}))
+            key = value = routed = None
+            if own.any_of(ID_ATTENTION):
+                key = own.take("to_k_faceid.weight", None, width)
+                value = own.take("to_v_faceid.weight", *key.shape)
+            if router is not None and (key is not None or other.any_of(ROUTER_LAYERS)):
+                routed = _router(other, count, width)
+                if key is None:
+                    raise _unlike(files[1], f"it has a router at site {index}, where {files[0]} has no ID attention")
+            sites[index] = SiteWeights(_low_rank(own), _low_rank(other), key, value, routed)
+        return Adapter(embedding, sites, files)
 
     def check_fits(self, sites: Sequence[Site]) -> None:
         """Raises PortraitError unless the adapter was made for a UNet with these attention sites."""
@@ -241,58 +272,112 @@ class Adapter:
             if found != (site.inner, site.context):
                 raise PortraitError(
                     "checkpoint",
-                    f"the adapter was made for another kind of model: it has {len(own)} ID attentions, the loaded "
+                    f"{self.files[0]} was made for another kind of model: it has {len(own)} ID attentions, the loaded "
                     f"model {len(cross)} text attentions; at {site.path} it has {found}, the model "
                     f"{(site.inner, site.context)}",
-                    "Load a Stable Diffusion checkpoint of the adapter's family (SD1.5 for uniportrait sd15).",
+                    FAMILY,
                 )
-        if len(own) != len(cross):
+        if len(own) != len(cross) or not set(self.sites) <= {site.index for site in sites}:
             raise PortraitError(
                 "checkpoint",
-                f"the adapter has {len(own)} ID attentions, the loaded model {len(cross)} text attentions",
-                "Load a Stable Diffusion checkpoint of the adapter's family (SD1.5 for uniportrait sd15).",
+                f"{self.files[0]} was made for another kind of model: it has {len(own)} ID attentions, the loaded "
+                f"model {len(cross)} text attentions, among {len(self.sites)} and {len(sites)} attention layers",
+                FAMILY,
             )
+        for site in sites:
+            self._check_layers(site)
+
+    def _check_layers(self, site: Site) -> None:
+        """Raises PortraitError unless LoRA and router of a site fit its linear layers."""
+        weights = self.sites.get(site.index, SiteWeights())
+        wanted = {
+            "to_q": (site.inner, site.channels),
+            "to_k": (site.inner, site.context),
+            "to_v": (site.inner, site.context),
+            "to_out": (site.channels, site.inner),
+        }
+        found = [
+            (file, f"{name}_lora", (pair.up.shape[0], pair.down.shape[1]), wanted[name])
+            for file, pairs in zip(self.files, (weights.lora_single, weights.lora_multi), strict=True)
+            for name, pair in pairs.items()
+        ]
+        if weights.router is not None:
+            hidden, width = weights.router.theta[0].shape
+            found.append((self.files[1], "to_q_router.0.weight", (hidden, width), (hidden, site.channels)))
+        for file, name, shape, fitting in found:
+            if shape != fitting:
+                raise PortraitError(
+                    "checkpoint",
+                    f"{SITES}{site.index}.{name} in {file} is made for a layer of shape ({shape[0]}, {shape[1]}), the "
+                    f"loaded model has ({fitting[0]}, {fitting[1]}) at {site.path}",
+                    FAMILY,
+                )
+
+
+@dataclass(frozen=True)
+class _SiteTensors:
+    """The tensors that one file holds for one site."""
+
+    file: str
+    index: int
+    tensors: Mapping[str, Tensor]
+
+    def any_of(self, names: Collection[str]) -> bool:
+        return any(name in self.tensors for name in names)
+
+    def take(self, name: str, *shape: int | None) -> Tensor:
+        """The tensor of that name and shape, None for any size. Raises PortraitError when it is not like that."""
+        return checked(self.tensors, name, shape, self.file, f"{SITES}{self.index}.")
 
 
 def _under(tensors: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:
     return {key[len(prefix) :]: tensor for key, tensor in tensors.items() if key.startswith(prefix)}
 
 
-def _by_site(tensors: Mapping[str, Tensor], field: str) -> dict[int, dict[str, Tensor]]:
+def _by_site(tensors: Mapping[str, Tensor], file: str, known: Collection[str]) -> dict[int, dict[str, Tensor]]:
+    """The tensors of known names by site. Others are left out with a warning: the official code leaves them out too."""
     found: dict[int, dict[str, Tensor]] = {}
+    others = []
     for key, tensor in tensors.items():
         number, _, name = key.partition(".")
         if not re.fullmatch(r"[0-9]{1,4}", number):
-            raise PortraitError(field, f"{key!r} is no key of an adapter", "Use an unmodified UniPortrait file.")
-        found.setdefault(int(number), {})[name] = tensor
+            raise _unlike(file, f"{key[:80]!r} is no key of an adapter")
+        if name in known:
+            found.setdefault(int(number), {})[name] = tensor
+        else:
+            others.append(f"{SITES}{key}"[:80])
+    if others:
+        log.warning("%s: %d tensors are not read, the first is %s", file, len(others), others[0])
     return found
 
 
-def _low_rank(tensors: Mapping[str, Tensor]) -> dict[str, LowRank]:
-    return {
-        name: LowRank(up=tensors[f"{name}_lora.up.weight"], down=tensors[f"{name}_lora.down.weight"])
-        for name in PROJECTIONS
-        if f"{name}_lora.up.weight" in tensors and f"{name}_lora.down.weight" in tensors
-    }
+def _low_rank(site: _SiteTensors) -> dict[str, LowRank]:
+    pairs = {}
+    for name in PROJECTIONS:
+        up, down = f"{name}_lora.up.weight", f"{name}_lora.down.weight"
+        if site.any_of((up, down)):
+            first = site.take(down, None, None)
+            pairs[name] = LowRank(up=site.take(up, None, first.shape[0]), down=first)
+    return pairs
 
 
-def _router(tensors: Mapping[str, Tensor]) -> Router | None:
-    if "aggr_router.weight" not in tensors:
-        return None
-    try:
-        return Router(
-            theta=_two_layers(tensors, "to_q_router"),
-            phi=_two_layers(tensors, "to_k_router"),
-            aggregate=(tensors["aggr_router.weight"], tensors["aggr_router.bias"]),
-        )
-    except KeyError as error:
-        raise PortraitError(
-            "router", f"its router lacks {error}", "Use UniPortrait's router file, downloaded whole."
-        ) from None
+def _router(site: _SiteTensors, tokens: int, width: int) -> Router:
+    """tokens: T. width: D."""
+    theta = _two_layers(site, "to_q_router", None, None)
+    phi = _two_layers(site, "to_k_router", width, theta[2].shape[0])
+    return Router(theta, phi, (site.take("aggr_router.weight", 1, tokens), site.take("aggr_router.bias", 1)))
 
 
-def _two_layers(tensors: Mapping[str, Tensor], name: str) -> tuple[Tensor, Tensor, Tensor]:
-    return tensors[f"{name}.0.weight"], tensors[f"{name}.0.bias"], tensors[f"{name}.2.weight"]
+def _two_layers(
+    site: _SiteTensors, name: str, inside: int | None, outside: int | None
+) -> tuple[Tensor, Tensor, Tensor]:
+    weight = site.take(f"{name}.0.weight", None, inside)
+    hidden = weight.shape[0]
+    return weight, site.take(f"{name}.0.bias", hidden), site.take(f"{name}.2.weight", outside, hidden)
+
+
+def _unlike(file: str, problem: str) -> PortraitError:
+    return PortraitError(file, problem, "Use an unmodified UniPortrait file, downloaded whole.")
 
 
 # --------------------------------------------------------------------------------------------- conditions of a sampling

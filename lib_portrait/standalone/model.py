@@ -21,6 +21,7 @@ from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
 from lib_portrait.checkpoints.formats import read_tensors, write_tensors
 from lib_portrait.errors import PortraitError
+from lib_portrait.faces.weights import all_finite, not_finite
 from lib_portrait.standalone import layout
 
 WORLD = Path(__file__).resolve().parents[2] / "models" / "world"
@@ -110,10 +111,11 @@ def make_model(unet: UNet2DConditionModel, vae: AutoencoderKL, text_encoder: CLI
 
 
 def load_model(checkpoint: Path, device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32) -> Model:
-    """The model in a single file (.safetensors, or .ckpt read weights-only), with the .yaml beside it if there is one.
+    """The model in a single file with the .yaml beside it if there is one; of a .ckpt only tensors are read.
 
     dtype: of UNet and text encoder. Raises PortraitError: no such file (404), damaged, of another kind of model
-    (SDXL, SD 2, inpainting, LoRA, ...), weights that are missing or do not fit the description, no tokenizer (500).
+    (SDXL, SD 2, inpainting, LoRA, ...), weights that are missing, not finite or do not fit the description, no
+    tokenizer (500).
     """
     checkpoint = Path(checkpoint)
     tensors = read_tensors(checkpoint, inside="state_dict").tensors
@@ -174,15 +176,17 @@ def _read_yaml(path: Path) -> dict[str, Any]:
     """The description beside a checkpoint, or SD1's where there is none."""
     try:
         if path.stat().st_size > YAML_BYTES:
-            raise PortraitError(path.name, "it is larger than any description of a model", f"Remove {path}.")
+            raise PortraitError(
+                path.name, "it is larger than any description of a model", f"Correct {path} or move it away."
+            )
         config = yaml.safe_load(path.read_text("utf-8"))
     except FileNotFoundError:
         return layout.SD1
     except (OSError, ValueError, yaml.YAMLError, RecursionError) as error:
         reason = str(error).splitlines()[0][:200]
-        raise PortraitError(path.name, f"it cannot be read ({reason})", f"Correct or remove {path}.") from None
+        raise PortraitError(path.name, f"it cannot be read ({reason})", f"Correct {path} or move it away.") from None
     if not isinstance(config, dict):
-        raise PortraitError(path.name, "it describes no model", f"Correct or remove {path}.")
+        raise PortraitError(path.name, "it describes no model", f"Correct {path} or move it away.")
     return config
 
 
@@ -205,7 +209,7 @@ def _checked(config: Mapping[str, Any], field: str) -> tuple[dict[str, Any], dic
         raise PortraitError(field, f"its .yaml describes another kind of model ({kind})", _REMEDY)
     numbers = [params[name] for name in ("scale_factor", "linear_start", "linear_end", "timesteps", "image_size")]
     if not all(isinstance(number, (int, float)) and 0 < number < 1e6 for number in numbers):
-        raise PortraitError(field, f"its .yaml has unusable numbers ({numbers})", "Correct or remove the .yaml.")
+        raise PortraitError(field, f"its .yaml has unusable numbers ({numbers})", "Correct the .yaml or move it away.")
     options = text.get("params") or {}
     if text.get("target") == layout.WORLD_TEXT_TARGET:
         text_config = _world_text()
@@ -276,7 +280,10 @@ def _fill(
                 f"{key(name)} has the shape {tuple(tensor.shape)} instead of {tuple(wanted.shape)}",
                 "If it is no plain SD 1.x model, put its .yaml beside it.",
             )
-        filled[name] = tensor.to(device, dtype)
+        narrowed = tensor.to(dtype)
+        if not all_finite(narrowed):
+            raise not_finite(field, f"{key(name)} in {dtype}" if all_finite(tensor) else key(name))
+        filled[name] = narrowed.to(device)
     network.load_state_dict(filled, assign=True)
     for name, buffer in list(network.named_buffers()):
         if buffer.is_meta:

@@ -54,7 +54,8 @@ def sample(
 
     Size, steps and sampler must be the same for all; a row's noise depends on its seed alone. routing collects where
     the people went, a row a picture. on_step: told after every step how many of how many are done.
-    Raises PortraitError for samplings that cannot be made, and when the people do not fit the model.
+    Raises PortraitError for samplings that cannot be made, when the people do not fit the model, and when it answers
+    with infinities or NaN.
     """
     check(samplings)
     first = samplings[0]
@@ -64,6 +65,8 @@ def sample(
     if guided:
         kinds = {NEGATIVE: [one.negative_prompt for one in samplings], **kinds}
     contexts = {kind: encode_prompts(model, prompts) for kind, prompts in kinds.items()}
+    for context in contexts.values():
+        _check_finite(context, "the text encoder", "of the prompt")
     if conditioning is not None:
         contexts = {kind: mark(context, kind) for kind, context in contexts.items()}
     context = torch.cat(list(contexts.values()))
@@ -83,6 +86,7 @@ def sample(
                 without, predicted = predicted.chunk(2)
                 predicted = without + guidance * (predicted - without)
             latents = scheduler.step(predicted, t, latents).prev_sample
+            _check_finite(latents, "the UNet", f"at step {step + 1} of {first.steps}")
             on_step(step + 1, first.steps)
     return _decode(model, latents)
 
@@ -148,9 +152,21 @@ def _injected(
         yield injection
 
 
+def _check_finite(values: Tensor, network: str, where: str) -> None:
+    """Raises PortraitError (500) for infinities and NaN, which would become a black picture."""
+    if not bool(values.isfinite().all()):
+        raise PortraitError(
+            "model",
+            f"{network} gives infinite or undefined numbers {where}",
+            "Use another checkpoint or adapter, or lower the guidance and the people's scales.",
+            500,
+        )
+
+
 def _decode(model: Model, latents: Tensor) -> list[np.ndarray]:
     scaled = latents / model.vae.config.scaling_factor
     # A few at a time: at full size the decoder takes more memory than the UNet.
     decoded = torch.cat([model.vae.decode(part).sample for part in scaled.split(DECODED_AT_ONCE)])
+    _check_finite(decoded, "the VAE", "of the finished picture")
     pixels = ((decoded / 2 + 0.5).clamp(0, 1) * 255).round().to(torch.uint8)
     return list(pixels.permute(0, 2, 3, 1).cpu().numpy())

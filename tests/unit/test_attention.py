@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 from torch import nn
 
 from lib_portrait.attention import NEGATIVE, POSITIVE, Injection, find_sites, mark, spatial_shape, unmark
+from lib_portrait.attention.injection import _Override
 from lib_portrait.errors import PortraitError
 from tests.parity.unets import DATA, diffusers_unet, ldm_unet
 
@@ -95,6 +96,21 @@ def test_both_layouts_give_the_same_sites() -> None:
 def test_a_network_without_such_blocks_is_refused() -> None:
     with pytest.raises(PortraitError, match="not a Stable Diffusion UNet"):
         find_sites(nn.Linear(2, 2))
+
+
+def test_an_injection_that_fails_halfway_leaves_nothing(unet: nn.Module, monkeypatch: pytest.MonkeyPatch) -> None:
+    before, injection, installed = attributes(unet), Injection(unet, Doubling()), _Override.install
+
+    def install(override: _Override) -> None:
+        if len(injection._overrides) == 3:
+            raise RuntimeError("this module takes no attributes")
+        installed(override)
+
+    monkeypatch.setattr(_Override, "install", install)
+    with pytest.raises(RuntimeError, match="takes no attributes"):
+        injection.inject()
+    assert attributes(unet) == before
+    assert not injection.injected
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])

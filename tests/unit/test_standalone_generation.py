@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 
 from lib_portrait import commands
 from lib_portrait.commands import generate
@@ -377,6 +377,20 @@ def test_command_lines_that_make_no_sense_are_refused(
         run(*arguments)
     assert caught.value.code == 2
     assert told in capsys.readouterr().err
+
+
+def test_a_checkpoint_with_nan_gives_an_error_and_no_picture(
+    world: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    tensors = load_file(world / "world.safetensors")
+    tensors["first_stage_model.decoder.conv_out.bias"][0] = torch.nan
+    save_file(tensors, tmp_path / "spoilt.safetensors")
+    (tmp_path / "spoilt.yaml").write_bytes((world / "world.yaml").read_bytes())
+    output = tmp_path / "out"
+    code = run("--checkpoint", tmp_path / "spoilt.safetensors", "--prompt", "a man", "--output", output, *FAST)
+    assert code != 0
+    assert "spoilt.safetensors: first_stage_model.decoder.conv_out.bias holds infinities" in capsys.readouterr().err
+    assert not list(output.rglob("*.png"))
 
 
 @pytest.mark.parametrize("gone", ["WORLD_CHECKPOINT", "WORLD"])

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import math
 import os
+import re
 import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 import yaml
@@ -224,6 +227,47 @@ def test_other_models_are_refused_by_what_they_are(tmp_path: Path, keys: dict[st
     save_file({key: torch.zeros(2, channels, 3, 3) for key, channels in keys.items()}, tmp_path / "other.safetensors")
     with pytest.raises(PortraitError, match=told):
         load_model(tmp_path / "other.safetensors")
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "dtype"),
+    [
+        (f"{layout.UNET}out.2.bias", math.nan, torch.float32),
+        (f"{layout.VAE}decoder.conv_out.bias", -math.inf, torch.float32),
+        (f"{layout.TEXT}final_layer_norm.weight", math.nan, torch.float32),
+        # What is finite in the file and not in half precision, in which the model would run.
+        (f"{layout.UNET}out.2.bias", 1e6, torch.float16),
+    ],
+)
+def test_values_that_are_not_finite_are_refused_by_name(
+    saved: Path, tmp_path: Path, name: str, value: float, dtype: torch.dtype
+) -> None:
+    tensors = {key: tensor.float() for key, tensor in load_file(saved).items()}
+    # Nobody looks at what is no weight of the networks: schedules of other models hold infinities.
+    tensors["sqrt_recip_alphas_cumprod"] = torch.full((1000,), math.inf)
+    path = tmp_path / "spoilt.safetensors"
+    path.with_suffix(".yaml").write_bytes(saved.with_suffix(".yaml").read_bytes())
+    save_file(tensors, path)
+    load_model(path, dtype=dtype)
+    tensors[name][-1] = value
+    save_file(tensors, path)
+    with pytest.raises(PortraitError, match=rf"^spoilt\.safetensors: {re.escape(name)}.* holds infinities or NaN"):
+        load_model(path, dtype=dtype)
+    if value == 1e6:
+        load_model(path)
+
+
+def test_a_ckpt_with_lightning_s_and_numpy_s_objects_is_the_same_model(
+    saved: Path, loaded: Model, tmp_path: Path
+) -> None:
+    path = tmp_path / "small.ckpt"
+    path.with_suffix(".yaml").write_bytes(saved.with_suffix(".yaml").read_bytes())
+    state = {**load_file(saved), "steps": np.int64(3)}
+    torch.save({"state_dict": state, "callbacks": {Path: np.float64(1)}, "loops": [np.arange(3), Path("x")]}, path)
+    again = load_model(path)
+    for name, network in networks(loaded).items():
+        theirs = networks(again)[name].state_dict()
+        assert all(theirs[key].equal(tensor) for key, tensor in network.state_dict().items())
 
 
 def changed(saved: Path, folder: Path, *path: str, value: Any) -> Path:

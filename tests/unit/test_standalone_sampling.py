@@ -206,6 +206,32 @@ def test_impossible_samplings_are_refused(model: Model, changes: dict[str, Any],
         sample(model, [Sampling("a woman", **{**SIZE, **changes})])
 
 
+@pytest.mark.parametrize(
+    ("network", "weight", "told"),
+    [
+        ("text_encoder", "final_layer_norm.bias", "model: the text encoder gives infinite .* of the prompt"),
+        ("unet", "conv_out.bias", "model: the UNet gives infinite .* at step 1 of 3"),
+        ("vae", "decoder.conv_out.bias", "model: the VAE gives infinite .* of the finished picture"),
+    ],
+)
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+@pytest.mark.parametrize("sampler", ["ddim", "euler", "dpm++2m"])
+def test_there_is_no_black_picture(
+    model: Model, network: str, weight: str, told: str, value: float, sampler: str
+) -> None:
+    """As half precision may bring forth from weights that are all finite."""
+    spoilt = next(p for name, p in getattr(model, network).named_parameters() if name.endswith(weight))
+    kept = spoilt.detach().clone()
+    try:
+        with torch.no_grad():
+            spoilt[0] = value
+        with pytest.raises(PortraitError, match=told):
+            sample(model, [Sampling("a woman", sampler=sampler, **SIZE)])
+    finally:
+        with torch.no_grad():
+            spoilt.copy_(kept)
+
+
 def test_one_batch_has_one_size_and_something_in_it(model: Model) -> None:
     with pytest.raises(PortraitError, match="nothing to draw"):
         sample(model, [])

@@ -3,16 +3,27 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 
 import pytest
 import torch
 import torch.nn.functional as F
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 from torch import nn
 
 from lib_portrait.attention import NEGATIVE, POSITIVE, Injection, find_sites, mark
 from lib_portrait.errors import PortraitError
-from lib_portrait.methods.uniportrait import Adapter, IDEmbedding, Person, RoutingMaps, UniPortraitRule, interpolate
+from lib_portrait.faces.weights import STRETCH, all_finite
+from lib_portrait.methods.uniportrait import (
+    ROUTER_LAYERS,
+    Adapter,
+    IDEmbedding,
+    Person,
+    RoutingMaps,
+    UniPortraitRule,
+    interpolate,
+)
 from tests.parity.unets import diffusers_unet, flatten, ldm_unet, load_bin
 from tests.unit.test_attention import attributes
 
@@ -279,7 +290,11 @@ def cut(tensors: Mapping[str, torch.Tensor], part: str) -> dict[str, torch.Tenso
 
 @pytest.mark.parametrize(
     ("part", "message"),
-    [("faceid_proj.latents", "ID embedding"), ("layers.0.1", "ID embedding"), ("to_k_faceid", "no ID attention")],
+    [
+        ("faceid_proj.latents", "ID embedding"),
+        ("layers.0.1", r"proj\.layers\.0\.1\.norm1\.weight is"),
+        ("to_k_faceid", "no ID attention"),
+    ],
 )
 def test_incomplete_faceid_files_are_refused(part: str, message: str) -> None:
     with pytest.raises(PortraitError, match=message):
@@ -290,6 +305,127 @@ def test_incomplete_faceid_files_are_refused(part: str, message: str) -> None:
 def test_incomplete_router_files_are_refused(part: str) -> None:
     with pytest.raises(PortraitError, match="router"):
         Adapter.from_tensors(files()[0], cut(files()[1], part))
+
+
+NAMES = ("uniportrait-faceid_x.bin", "uniportrait-router_x.bin")
+AT = "faceid_adapter."
+
+
+def without(name: str) -> Callable[[dict[str, torch.Tensor]], None]:
+    return lambda tensors: [tensors.pop(key) for key in list(tensors) if key.startswith(name)]
+
+
+def of_shape(name: str, *shape: int) -> Callable[[dict[str, torch.Tensor]], None]:
+    return lambda tensors: tensors.update({name: torch.zeros(shape)})
+
+
+def with_one(name: str, value: float) -> Callable[[dict[str, torch.Tensor]], None]:
+    def change(tensors: dict[str, torch.Tensor]) -> None:
+        tensors[name] = tensors[name].clone()
+        tensors[name].view(-1)[-1] = value
+
+    return change
+
+
+# What was done to which file (0: faceid, 1: router), and the tensor, what was found and what is wanted.
+SPOILT = {
+    "value missing at one site": (0, without(f"{AT}1.to_v_faceid"), r"1\.to_v_faceid\.weight is missing"),
+    "key missing at one site": (0, without(f"{AT}1.to_k_faceid"), r"1\.to_k_faceid\.weight is missing"),
+    "value of another width": (0, of_shape(f"{AT}1.to_v_faceid.weight", 16, 48), r"\(16, 48\) instead of \(32, 48\)"),
+    "key of another context": (0, of_shape(f"{AT}1.to_k_faceid.weight", 32, 40), r"\(32, 40\) instead of \(any, 48\)"),
+    "LoRA without down": (0, without(f"{AT}2.to_q_lora.down"), r"2\.to_q_lora\.down\.weight is missing"),
+    "LoRA without up": (1, without(f"{AT}2.to_out_lora.up"), r"2\.to_out_lora\.up\.weight is missing"),
+    "LoRA of two ranks": (0, of_shape(f"{AT}2.to_q_lora.up.weight", 32, 7), r"\(32, 7\) instead of \(any, 8\)"),
+    "LoRA of one dimension": (0, of_shape(f"{AT}2.to_q_lora.down.weight", 32), r"\(32,\) instead of \(any, any\)"),
+    "LoRA of rank 0": (0, of_shape(f"{AT}2.to_q_lora.down.weight", 0, 32), r"\(0, 32\) instead of \(any, any\)"),
+    "LoRA of another input": (0, of_shape(f"{AT}2.to_q_lora.down.weight", 8, 31), r"\(32, 31\).*\(32, 32\) at input"),
+    "LoRA of another output": (1, of_shape(f"{AT}3.to_out_lora.up.weight", 31, 8), r"\(31, 32\).*\(32, 32\) at input"),
+    "router at all sites but one": (1, without(f"{AT}1."), r"1\.to_q_router\.0\.weight is missing"),
+    "router without aggregation": (1, without(f"{AT}1.aggr_router.weight"), r"1\.aggr_router\.weight is missing"),
+    "router for other tokens": (1, of_shape(f"{AT}1.aggr_router.weight", 1, 16), r"\(1, 16\) instead of \(1, 4\)"),
+    "router for other channels": (
+        1,
+        of_shape(f"{AT}1.to_q_router.0.weight", 64, 31),
+        r"\(64, 31\).*\(64, 32\) at",
+    ),
+    "router for another context": (1, of_shape(f"{AT}1.to_k_router.0.weight", 96, 40), r"instead of \(any, 48\)"),
+    "router of two widths": (1, of_shape(f"{AT}1.to_k_router.2.weight", 31, 96), r"\(31, 96\) instead of \(32, 96\)"),
+    "router bias": (1, of_shape(f"{AT}1.to_q_router.0.bias", 63), r"\(63,\) instead of \(64,\)"),
+    "router where there is no ID attention": (
+        1,
+        lambda tensors: tensors.update({f"{AT}0.{name}": tensors[f"{AT}1.{name}"] for name in ROUTER_LAYERS}),
+        "router at site 0, where uniportrait-faceid_x.bin has no ID attention",
+    ),
+    "NaN in the router": (1, with_one(f"{AT}1.to_q_router.0.weight", float("nan")), r"1\.to_q_router.* NaN"),
+    "infinity in a LoRA": (0, with_one(f"{AT}1.to_q_lora.up.weight", -float("inf")), r"1\.to_q_lora\.up.*infinit"),
+    "NaN in the embedding": (0, with_one("faceid_proj.latents", float("nan")), r"faceid_proj\.latents .*NaN"),
+    "embedding of another width": (0, of_shape("faceid_proj.proj_in.bias", 3), r"proj_in\.bias has no place"),
+    "whole numbers": (
+        0,
+        lambda tensors: tensors.update({f"{AT}1.to_k_faceid.weight": torch.ones(32, 48, dtype=torch.int32)}),
+        r"1\.to_k_faceid\.weight holds torch\.int32",
+    ),
+    "site that the model lacks": (
+        0,
+        lambda tensors: tensors.update({f"{AT}77.{name}": tensors[f"{AT}0.{name}"] for name in LORA}),
+        "another kind of model.*33 and 32 attention layers",
+    ),
+    "width 0": (0, of_shape("faceid_proj.latents", 1, 4, 0), "ID embedding"),
+}
+LORA = ("to_q_lora.up.weight", "to_q_lora.down.weight")
+
+
+@pytest.mark.parametrize("case", SPOILT)
+def test_spoilt_file_is_refused_by_tensor_and_nothing_stays_on_the_unet(unet, case: str) -> None:
+    which, spoil, words = SPOILT[case]
+    pair, before = files(), attributes(unet)
+    spoil(pair[which])
+    with pytest.raises(PortraitError, match=words) as caught:
+        Adapter.from_tensors(*pair, NAMES).check_fits(find_sites(unet))
+    assert NAMES[which] in caught.value.detail
+    assert attributes(unet) == before
+
+
+@given(st.data())
+@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+def test_no_tensor_of_either_file_can_be_spoilt_unnoticed(unet, data: st.DataObject) -> None:
+    pair = files()
+    which = data.draw(st.integers(0, 1))
+    name = data.draw(st.sampled_from(sorted(pair[which])))
+    tensor = pair[which].pop(name)
+    changes: dict[str, torch.Tensor | None] = {
+        "missing": None,
+        "longer": torch.cat([tensor, tensor[:1]]),
+        "deeper": tensor[None],
+        "NaN": tensor * float("nan"),
+        "infinite": tensor + float("inf"),
+        "whole": tensor.int(),
+    }
+    changed = changes[data.draw(st.sampled_from(sorted(changes)))]
+    if changed is not None:
+        pair[which][name] = changed
+    with pytest.raises(PortraitError):
+        Adapter.from_tensors(*pair, NAMES).check_fits(find_sites(unet))
+
+
+def test_tensors_of_unknown_names_are_left_out_and_named_in_the_log(caplog: pytest.LogCaptureFixture) -> None:
+    faceid, router = files()
+    router[f"{AT}1.to_k_ip.weight"] = torch.zeros(3)
+    Adapter.from_tensors(faceid, router, NAMES)
+    assert caplog.messages == [f"{NAMES[1]}: 1 tensors are not read, the first is {AT}1.to_k_ip.weight"]
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("count", [0, 1, 5, STRETCH, STRETCH + 1])
+def test_one_number_that_is_not_finite_is_found_anywhere(dtype: torch.dtype, count: int) -> None:
+    numbers = torch.full((count,), torch.finfo(dtype).max, dtype=dtype)
+    numbers[1::2] *= -1
+    assert all_finite(numbers)
+    for place in {0, count // 2, count - 1} if count else ():
+        for value in (float("nan"), float("inf"), -float("inf")):
+            spoilt = numbers.clone()
+            spoilt[place] = value
+            assert not all_finite(spoilt)
 
 
 @pytest.mark.parametrize(("count", "width", "output"), [(4, 48, 48), (16, 64, 96), (1, 128, 32)])

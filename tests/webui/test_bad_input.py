@@ -143,9 +143,9 @@ def refused(answer: Any, field: str, word: str) -> None:
 
 
 def test_the_readme_counts_these_cases() -> None:
-    """All of both lists, and the SDXL model."""
+    """All of the three lists, and the SDXL model."""
     assert len({name for name, *_ in CASES}) == len(CASES)
-    number = len(CASES) + len(FILES) + 1
+    number = len(CASES) + len(FILES) + len(SPOILT) + 1
     assert f"| Requests and weight files that must be refused, through the API | {number} of {number} |" in README
 
 
@@ -245,6 +245,56 @@ def test_a_bad_weight_file_is_refused(
             file.unlink(missing_ok=True)
     log = (server.scratch / "server.log").read_text(errors="replace")
     assert "code from a checkpoint ran" not in log
+
+
+# Files whose tensors do not fit each other or the UNet, or hold no numbers: what is done to which file of the adapter
+# (0: faceid, 1: router) at one site that attends to the text, and a word of the message.
+Tensors = dict[str, torch.Tensor]
+
+
+def cut(tensors: Tensors, *parts: str) -> Tensors:
+    return {key: value for key, value in tensors.items() if not all(part in key for part in parts)}
+
+
+def undefined(tensors: Tensors, part: str) -> Tensors:
+    return {key: value * torch.nan if part in key else value for key, value in tensors.items()}
+
+
+SPOILT: list[tuple[str, int, Callable[[Tensors], Tensors], str]] = [
+    ("no value at one site", 0, lambda t: cut(t, ".1.to_v_faceid"), "1.to_v_faceid.weight is missing"),
+    ("half a LoRA pair", 0, lambda t: cut(t, ".1.to_q_lora.down"), "1.to_q_lora.down.weight is missing"),
+    ("a LoRA for another layer", 0, lambda t: swapped(t, ".1.to_q_lora.up", (7, 8)), "1.to_q_lora"),
+    ("NaN in the embedding", 0, lambda t: undefined(t, "latents"), "latents holds infinities or NaN"),
+    ("a router for other tokens", 1, lambda t: swapped(t, ".1.aggr_router.weight", (1, 99)), "(1, 99) instead of (1, "),
+    ("a router that lacks a site", 1, lambda t: cut(t, "_adapter.1.", "router"), "is missing"),
+    ("NaN in the router", 1, lambda t: undefined(t, ".1.to_q_router.0.weight"), "holds infinities or NaN"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("name", "which", "spoil", "word"), SPOILT, ids=[case[0] for case in SPOILT])
+def test_an_adapter_that_does_not_fit_itself_is_refused(
+    server: Client,
+    world: World,
+    people: dict[str, str],
+    name: str,
+    which: int,
+    spoil: Callable[[Tensors], Tensors],
+    word: str,
+) -> None:
+    folder = world.models / "Portrait"
+    metadata = {"backbone": f"{KIT}_backbone.safetensors", "vision": f"{KIT}_vision.safetensors"}
+    written = [folder / f"uniportrait-{role}_bad.safetensors" for role in ("faceid", "router")]
+    both = [{"photos": [people["ada"]]}, {"photos": [people["ada"]]}]
+    try:
+        for place, file in enumerate(written):
+            tensors = load_file(folder / file.name.replace("_bad", f"_{KIT}"))
+            save_file(spoil(tensors) if place == which else tensors, file, metadata)
+        refused(server.generate({"checkpoint": "bad", "identities": both}), "", word)
+        assert written[which].name in server.generate({"checkpoint": "bad", "identities": both}).detail
+    finally:
+        for file in written:
+            file.unlink(missing_ok=True)
+    assert server.generate(ask({"photos": [people["ada"]]})).status == 200
 
 
 def test_an_sdxl_model_is_refused(server: Client, people: dict[str, str]) -> None:

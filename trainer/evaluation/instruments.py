@@ -22,7 +22,7 @@ from lib_portrait.faces.alignment import align_face
 from lib_portrait.faces.detection import DETECTORS, Detector, Face, detect_faces
 from lib_portrait.faces.features import clip_view, pixels_of, recognition_view
 from lib_portrait.faces.recognition import backbone_from_state_dict
-from lib_portrait.faces.weights import beside, fill
+from lib_portrait.faces.weights import beside, check_finite, fill
 from trainer.evaluation.people import Image, Picture
 
 Floats = NDArray[np.floating]
@@ -241,7 +241,9 @@ def _open_clip(name: str, path: Path, device: torch.device | str) -> Clip:
         raise PortraitError("clip", f"open_clip knows no model {name!r}", "Use one of its names, such as ViT-L-14.")
     model, _, preprocess = open_clip.create_model_and_transforms(name, pretrained=None, device=device)
     # Read here, for open_clip would also take pickles that run code.
-    missing, _ = model.load_state_dict(read_tensors(path).tensors, strict=False)
+    tensors = read_tensors(path).tensors
+    check_finite(tensors, path.name)
+    missing, _ = model.load_state_dict(tensors, strict=False)
     if missing:
         raise PortraitError("clip", f"{path.name} lacks {missing[0]}", f"Give the weights of {name}.")
     model.eval()

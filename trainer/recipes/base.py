@@ -11,11 +11,11 @@ from collections.abc import Mapping
 from pathlib import Path
 
 import torch
-from safetensors.torch import load_file
 from torch import Tensor
 
-from lib_portrait.checkpoints.formats import read_header, write_tensors
+from lib_portrait.checkpoints.formats import read_header, read_tensors, write_tensors
 from lib_portrait.errors import PortraitError
+from lib_portrait.faces.weights import fitting
 from trainer.architectures import world_text_encoder, world_unet, world_vae
 from trainer.diffusion import Noising, add_face_weight, emphasised
 from trainer.drawing import STEPS, draw, guided
@@ -76,11 +76,10 @@ class BaseRecipe(Recipe):
         self.dropped, self.gamma, self.face_weight, self.noising = dropped, gamma, face_weight, Noising()
         self.unet, self.text_encoder = world_unet(), world_text_encoder()
         if initial is not None:
-            tensors = load_file(initial)
+            tensors = read_tensors(initial).tensors
             for name, network in self.networks().items():
-                network.load_state_dict(
-                    {k.removeprefix(f"{name}."): v for k, v in tensors.items() if k.startswith(name)}
-                )
+                own = {k.removeprefix(f"{name}."): v for k, v in tensors.items() if k.startswith(name)}
+                network.load_state_dict(fitting(network, own, initial.name, f"{name}."))
         self.text_encoder.requires_grad_(not fixed_text)
         # Not a child: it is not trained, and only draws pictures for the log.
         self._vae = [vae]
@@ -117,7 +116,7 @@ class BaseRecipe(Recipe):
         noise = draws.randn(*self.data.features.latents.shape[1:])[:8]
         latent = draw(noise, torch.zeros(8, dtype=torch.long, device=draws.device), STEPS, self.noising, predict)
         vae = world_vae()
-        vae.load_state_dict(load_file(self._vae[0]))
+        vae.load_state_dict(fitting(vae, read_tensors(self._vae[0]).tensors, self._vae[0].name))
         pictures = vae.eval().to(draws.device).decode(latent / self.scale).sample / 2 + 0.5
         return {"captions": torch.cat([torch.cat(list(half), dim=2) for half in pictures.chunk(2)], dim=1)}
 

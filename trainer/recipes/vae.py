@@ -20,11 +20,11 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from diffusers import AutoencoderKL
-from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from lib_portrait.checkpoints.formats import read_tensors, write_tensors
 from lib_portrait.faces.recognition import Backbone, backbone_from_state_dict
+from lib_portrait.faces.weights import fitting
 from trainer.architectures import world_vae
 from trainer.draws import Draws
 from trainer.loop import Recipe, Settings
@@ -119,7 +119,7 @@ class VAERecipe(Recipe):
         self.kl, self.halved, self.decoder_only = kl, halved, decoder_only
         self.vae = world_vae()
         if initial is not None:
-            self.vae.load_state_dict(load_file(initial))
+            self.vae.load_state_dict(fitting(self.vae, read_tensors(initial).tensors, initial.name))
         self.perceptual = perceptual
         # In a list: it is not trained, and no child.
         self._recognition: list[Backbone] = []

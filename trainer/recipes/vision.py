@@ -14,11 +14,11 @@ from pathlib import Path
 import cv2
 import numpy as np
 import torch
-from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from lib_portrait.checkpoints.formats import write_tensors
+from lib_portrait.checkpoints.formats import read_tensors, write_tensors
 from lib_portrait.faces.features import clip_view, pixels_of
+from lib_portrait.faces.weights import fitting
 from trainer.architectures import CONTEXT, world_text_encoder, world_vision
 from trainer.draws import Draws
 from trainer.features import END, Features
@@ -63,8 +63,9 @@ class VisionRecipe(Recipe):
         self.text_projection = nn.Linear(CONTEXT, CONTEXT, bias=False)
         self.logit_scale = nn.Parameter(torch.tensor(2.659))
         text = world_text_encoder().eval().requires_grad_(False)
-        tensors = load_file(base)
-        text.load_state_dict({k.removeprefix("text_encoder."): v for k, v in tensors.items() if k.startswith("text_")})
+        tensors = read_tensors(base).tensors
+        own = {k.removeprefix("text_encoder."): v for k, v in tensors.items() if k.startswith("text_")}
+        text.load_state_dict(fitting(text, own, base.name, "text_encoder."))
         self._text = [text]
         self.data = CaptionedPictures(Shards.under(data), config.image_size)
 
