@@ -59,6 +59,19 @@ class Conditioner:
         """Forgets loaded weights."""
         self._adapter = self._networks = None
 
+    def check(self, request: PortraitRequest) -> Kit:
+        """The request's weight files, once they are known to be there and its photos to have the faces asked for.
+
+        Raises PortraitError, and loads nothing but the face detector.
+        """
+        kit = self.store.kit(request.checkpoint)
+        if len(request.identities) > 1:
+            kit.routed()
+        for i, identity in enumerate(request.identities):
+            for field, photo in _photos(identity, f"identities[{i}]"):
+                self.faces.crop(photo, field)
+        return kit
+
     @torch.no_grad()
     def prepare(
         self,
@@ -74,19 +87,16 @@ class Conditioner:
         Raises PortraitError naming the photo, mask or file at
         fault: no face, unknown hash, missing or foreign weights, weights that do not belong together.
         """
-        kit = self.store.kit(request.checkpoint)
-        if len(request.identities) > 1:
-            kit.routed()
         # The cheap checks of the whole request come before the networks are loaded.
+        report("finding faces")
+        kit = self.check(request)
         regions = [
             self._region(identity.region, f"identities[{i}].region", size)
             for i, identity in enumerate(request.identities)
         ]
         notices = _left_out(request)
-        report("finding faces")
         for i, identity in enumerate(request.identities):
             for field, photo in _photos(identity, f"identities[{i}]"):
-                self.faces.crop(photo, field)
                 notices += self.faces.notices(photo, field)
         adapter = self._load_adapter(kit, report)
         encoder = self._encoder(kit, device, dtype, report)

@@ -127,7 +127,7 @@ class _Close:
 
     def __call__(self) -> None:
         global _open
-        p = self._p()
+        p: Any = self._p()
         p.__dict__.pop("close", None)
         if _open is not None and _open() is self._job:
             _open = None
