@@ -16,7 +16,8 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
-from tests.webui.server import Client
+from lib_portrait.webui.values import IDENTITY_FIELDS
+from tests.webui.server import Client, plotted
 from tests.webui.world import KIT, World
 
 pytestmark = pytest.mark.webui
@@ -110,6 +111,64 @@ CASES: list[Case] = [
     ("a list instead of an object", lambda ada: [ask({"photos": [ada]})], "", ""),
 ]  # fmt: skip
 
+LATE = {"steps": 6}
+IMAGE = {"init_images": [text(image(size=(128, 128)))]}
+
+
+def positional(photos: list[str]) -> list[Any]:
+    """The panel's values for one person a photo, as a list of the API has them."""
+    values = [True, "UniPortrait", KIT, 0.7, 1.0, False]
+    for photo in photos:
+        values += [None, [photo], *[None] * (len(IDENTITY_FIELDS) - 2)]
+    return values
+
+
+def plot(axis: str, values: str) -> dict[str, Any]:
+    return {"script_name": "x/y/z plot", "script_args": [axis, values]}
+
+
+# What was honoured in part, or drawn without somebody: the request, or all of `args`, and what stands beside it.
+Asked = tuple[str, Callable[[str], Any], dict[str, Any], str, str]
+ASKED: list[Asked] = [
+    ("window after the last step", lambda ada: ask({"photos": [ada], "start": 0.99}), {"steps": 20},
+     "identities[0].start", "start at 0.95 or before"),
+    ("window after the last of few steps", lambda ada: ask({"photos": [ada], "start": 0.8}), {"steps": 4},
+     "identities[0].start", "start at 0.75 or before"),
+    ("window between two steps", lambda ada: ask({"photos": [ada], "start": 0.51, "end": 0.54}), LATE,
+     "identities[0].start", "0.17, 0.333, 0.5"),
+    ("the second person's window", lambda ada: ask({"photos": [ada]}, {"photos": [ada], "start": 0.97}), LATE,
+     "identities[1].start", "start at 0.83 or before"),
+    ("window after the last step that DDIM draws", lambda ada: ask({"photos": [ada], "start": 0.83}),
+     {**LATE, "sampler_name": "DDIM"}, "identities[0].start", "start at 0.66 or before"),
+    ("one step of DDIM", lambda ada: ask({"photos": [ada]}), {"steps": 1, "sampler_name": "DDIM"}, "steps", "no step"),
+    ("one step of PLMS", lambda ada: ask({"photos": [ada]}), {"steps": 1, "sampler_name": "PLMS"}, "steps", "no step"),
+    ("denoising strength 0", lambda ada: ask({"photos": [ada]}),
+     {**IMAGE, "denoising_strength": 0, "sampler_name": "DDIM"}, "steps", "denoising strength of 0,"),
+    ("denoising strength next to 0", lambda ada: ask({"photos": [ada]}),
+     {**IMAGE, "denoising_strength": 0.05, "sampler_name": "DDIM", "steps": 10}, "steps", "denoising strength of 0.05"),
+    ("two request objects", lambda ada: [ask({"photos": [ada]}), ask({"photos": [ada]})], {}, "args[1]", "identities"),
+    ("an object after the request", lambda ada: [ask({"photos": [ada]}), {"nonsense": 1}], {}, "args[1]", "one"),
+    ("a list after the request", lambda ada: [ask({"photos": [ada]}), [ada]], {}, "args[1]", "one"),
+    ("more people in a list than tabs", lambda ada: positional([ada] * 5), {}, "args[78]", "4 people"),
+    ("a refiner of another family", lambda ada: ask({"photos": [ada]}),
+     {"refiner_checkpoint": "sdxl", "refiner_switch_at": 0.5}, "refiner", "sdxl.safetensors"),
+    ("a hires checkpoint of another family", lambda ada: ask({"photos": [ada]}),
+     {"enable_hr": True, "hr_checkpoint_name": "sdxl", "hr_upscaler": "Latent", "denoising_strength": 0.7},
+     "hires checkpoint", "sdxl.safetensors"),
+    ("a plot over a person who is not there", lambda ada: ask({"photos": [ada]}, {"photos": [ada]}),
+     plot("[Portrait] Scale of identity 4", "0.5,1"), "identities[3].scale", "2 identities"),
+    ("a plot over a checkpoint that is not there", lambda ada: ask({"photos": [ada]}),
+     plot("[Portrait] Checkpoint", "nope"), "checkpoint", "nope"),
+    ("a plot with a value out of range", lambda ada: ask({"photos": [ada]}), plot("[Portrait] ID scale", "0.2,3"),
+     "scale", "0 to 2"),
+    ("a plot of our axis with a faceless photo", lambda ada: ask({"photos": [text(image())]}),
+     plot("[Portrait] ID scale", "0.2,1"), "identities[0].photos[0]", "no face"),
+    ("a plot of another axis with a faceless photo", lambda ada: ask({"photos": [text(image())]}), plot("Steps", "2,3"),
+     "identities[0].photos[0]", "no face"),
+    ("a plot in which no cell has a step for the person", lambda ada: ask({"photos": [ada], "start": 0.9}),
+     plot("Steps", "2,3"), "identities[0].start", "no step"),
+]  # fmt: skip
+
 
 def refused(answer: Any, field: str, word: str) -> None:
     assert 400 <= answer.status < 600, "a picture was given as if nothing were wrong"
@@ -121,8 +180,8 @@ def refused(answer: Any, field: str, word: str) -> None:
 
 
 def test_there_are_enough_cases() -> None:
-    assert len(CASES) + len(FILES) >= 40
-    assert len({name for name, *_ in CASES}) == len(CASES)
+    assert len(CASES) + len(ASKED) + len(FILES) >= 80
+    assert len({name for name, *_ in [*CASES, *ASKED]}) == len(CASES) + len(ASKED)
 
 
 @pytest.mark.parametrize(("name", "make", "field", "word"), CASES, ids=[case[0] for case in CASES])
@@ -135,6 +194,33 @@ def test_a_bad_request_is_refused(
     else:
         answer = server.generate(alwayson_scripts={"Portrait": {"args": [value]}})
         refused(answer, field, word)
+
+
+@pytest.mark.parametrize(("name", "make", "beside", "field", "word"), ASKED, ids=[case[0] for case in ASKED])
+def test_what_would_be_drawn_without_somebody_is_refused(
+    server: Client,
+    people: dict[str, str],
+    name: str,
+    make: Callable[[str], Any],
+    beside: dict[str, Any],
+    field: str,
+    word: str,
+) -> None:
+    value = make(people["ada"])
+    beside = plotted(server, beside) if "script_name" in beside else beside
+    args = value if isinstance(value, list) else [value]
+    before = len(log_of(server))
+    answer = server.generate(alwayson_scripts={"Portrait": {"args": args}}, **beside)
+    refused(answer, field, word)
+    assert answer.status == 422
+    if "script_name" not in beside:
+        said = [line for line in log_of(server)[before:].splitlines() if line.startswith("***")]
+        assert said == [f"*** Portrait: {answer.detail}"], "one line in the console"
+        assert "Traceback" not in log_of(server)[before:]
+
+
+def log_of(server: Client) -> str:
+    return (server.scratch / "server.log").read_text(errors="replace")
 
 
 def test_and_a_good_one_is_not(server: Client, people: dict[str, str]) -> None:
