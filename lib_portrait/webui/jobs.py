@@ -25,12 +25,11 @@ _open: weakref.ref[Job] | None = None
 
 @dataclass
 class Job:
-    """plot: the X/Y/Z plot draws it. cells: how many of its pictures were begun with Portrait. in_cells, in_extensions:
-    what failed in a cell and was shown there, and what failed where an extension drew."""
+    """plot: the X/Y/Z plot draws it. cells: of each of its cells, by the number of its session, what failed and was shown
+    there, or None. in_extensions: what failed where an extension drew."""
 
     plot: bool
-    cells: int = 0
-    in_cells: list[PortraitError] = field(default_factory=list)
+    cells: dict[int, PortraitError | None] = field(default_factory=dict)
     in_extensions: list[PortraitError] = field(default_factory=list)
 
     def settle(self, p: Any) -> None:
@@ -38,12 +37,13 @@ class Job:
         others: the API gives them, and the page keeps them for *Send to*."""
         if self.in_extensions:
             raise self.in_extensions[0]
-        if self.in_cells and len(self.in_cells) == self.cells:
-            raise self.in_cells[0]
-        if self.in_cells:
-            counted = Counter(str(error) for error in self.in_cells)
+        faults = [error for error in self.cells.values() if error is not None]
+        if faults and len(faults) == len(self.cells):
+            raise faults[0]
+        if faults:
+            counted = Counter(str(error) for error in faults)
             p.extra_generation_params[FAULTS_KEY] = " ".join(
-                f"{count} of {self.cells} cells: {text}" for text, count in counted.items()
+                f"{count} of {len(self.cells)} cells: {text}" for text, count in counted.items()
             )
 
 
@@ -60,11 +60,8 @@ def begin(p: Any) -> None:
     _open = weakref.ref(job)
 
 
-def begin_picture(p: Any) -> None:
-    """`before_process` of what has a request. Copies of the first object are closed like the host's own."""
-    job, inner = _job_of(p)
-    if job is not None and not inner:
-        job.cells += 1
+def release_copy(p: Any) -> None:
+    """Has a copy of the object that a job began with closed like the host's own."""
     close = p.__dict__.get("close")
     if isinstance(close, _Close) and not close.belongs_to(p):
         del p.close
@@ -76,11 +73,13 @@ def is_cell(p: Any) -> bool:
     return job is not None and job.plot and not inner
 
 
-def met(p: Any, error: PortraitError) -> None:
-    """Keeps a fault that somebody may catch on its way."""
+def sampled(p: Any, session: int, error: PortraitError | None = None) -> None:
+    """Keeps that a session has sampled, or failed to, for somebody may catch the fault on its way."""
     job, inner = _job_of(p)
-    if job is not None and (inner or job.plot):
-        (job.in_extensions if inner else job.in_cells).append(error)
+    if job is not None and inner and error is not None:
+        job.in_extensions.append(error)
+    elif job is not None and job.plot and not inner:
+        job.cells[session] = job.cells.get(session) or error
 
 
 def draw_fault(p: Any, error: PortraitError) -> Any:
