@@ -25,8 +25,8 @@ _open: weakref.ref[Job] | None = None
 
 @dataclass
 class Job:
-    """plot: the X/Y/Z plot draws it. cells: of each of its cells, by the number of its session, what failed and was shown
-    there, or None. in_extensions: what failed where an extension drew."""
+    """plot: the X/Y/Z plot draws it. cells: of each of its cells, by the number of its session, what failed and was
+    shown there, or None. in_extensions: what failed where an extension drew."""
 
     plot: bool
     cells: dict[int, PortraitError | None] = field(default_factory=dict)

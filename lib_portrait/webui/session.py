@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import itertools
 import re
 import sys
 import weakref
@@ -36,24 +37,24 @@ if TYPE_CHECKING:
 
 INFOTEXT_KEY = "Portrait"
 NOTICES_KEY = "Portrait notices"
-NO_STEPS_REMEDY = (
-    "Raise the sampling steps or the denoising strength; DDIM and PLMS draw a step less than they are asked."
-)
+NO_STEPS_REMEDY = "Raise the sampling steps or the denoising strength; DDIM and PLMS draw one step less than that."
 # How often these call the UNet their numbers do not say.
 UNCOUNTED_SAMPLERS = ("DPM adaptive", "Restart")
 _ATTRIBUTE = "portrait_session"
+_numbers = itertools.count()
 _TEXT_KEYS = r"model\.diffusion_model\..*\.attn2\.to_k\.weight"
 
 
 class Session:
     """One request while the WebUI processes it.
 
-    request: what was asked for, or None if it could not even be read. tabs: the panel's tabs that its identities come
+    number: its own. request: what was asked for, or None if it could not even be read. tabs: the panel's tabs that its identities come
     from. failure: the first fault, to be raised where the host lets it through. maps: the mean routing map of every
     sampling done so far, (rows, N, h, w).
     """
 
     def __init__(self, request: PortraitRequest | None, tabs: Sequence[int], failure: Exception | None):
+        self.number = next(_numbers)
         self.request = request
         self.tabs = tabs
         self.failure = failure
@@ -163,10 +164,8 @@ class Session:
             return
         if self._expected == 0:
             denoising = getattr(p, "denoising_strength", None)
-            strength = "" if denoising is None else f" and a denoising strength of {denoising:g}"
-            problem = (
-                f"{p.sampler_name} drew no step, with {p.steps} sampling steps{strength}, so nobody is in the picture"
-            )
+            strength = "" if denoising is None else f", denoising strength {denoising:g}"
+            problem = f"{p.sampler_name} drew no step, so nobody is in the picture (sampling steps {p.steps}{strength})"
             raise PortraitError("steps", problem, NO_STEPS_REMEDY)
         if self._seen + self._calls() < self._expected:
             raise PortraitError(
@@ -326,11 +325,13 @@ class _Guard:
             return self.host()(*args, **kwargs)
         try:
             if self._name == "sample":
-                return session.sample(p, self.host(), *args, **kwargs)
+                result = session.sample(p, self.host(), *args, **kwargs)
+                jobs.sampled(p, session.number)
+                return result
             session.check()
         except PortraitError as error:
             fault = refusal(_known(error, session.tabs), p)
-            jobs.met(p, fault)
+            jobs.sampled(p, session.number, fault)
             if jobs.is_cell(p):
                 return jobs.draw_fault(p, fault)
             # Where this installation is at fault, the traceback tells more than the words.
@@ -380,7 +381,7 @@ def begin(p: Any, values: Sequence[Any]) -> None:
         request = parse_request(form, services.limits())
     except Exception as error:
         failure = _known(error, tabs)
-    jobs.begin_picture(p)
+    jobs.release_copy(p)
     setattr(p, _ATTRIBUTE, Session(request, tabs, failure))
     for name in ("init", "sample"):
         setattr(p, name, _Guard(p, name))

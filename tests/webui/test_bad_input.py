@@ -143,9 +143,9 @@ ASKED: list[Asked] = [
     ("one step of DDIM", lambda ada: ask({"photos": [ada]}), {"steps": 1, "sampler_name": "DDIM"}, "steps", "no step"),
     ("one step of PLMS", lambda ada: ask({"photos": [ada]}), {"steps": 1, "sampler_name": "PLMS"}, "steps", "no step"),
     ("denoising strength 0", lambda ada: ask({"photos": [ada]}),
-     {**IMAGE, "denoising_strength": 0, "sampler_name": "DDIM"}, "steps", "denoising strength of 0,"),
+     {**IMAGE, "denoising_strength": 0, "sampler_name": "DDIM"}, "steps", "denoising strength 0)"),
     ("denoising strength next to 0", lambda ada: ask({"photos": [ada]}),
-     {**IMAGE, "denoising_strength": 0.05, "sampler_name": "DDIM", "steps": 10}, "steps", "denoising strength of 0.05"),
+     {**IMAGE, "denoising_strength": 0.05, "sampler_name": "DDIM", "steps": 10}, "steps", "denoising strength 0.05)"),
     ("two request objects", lambda ada: [ask({"photos": [ada]}), ask({"photos": [ada]})], {}, "args[1]", "identities"),
     ("an object after the request", lambda ada: [ask({"photos": [ada]}), {"nonsense": 1}], {}, "args[1]", "one"),
     ("a list after the request", lambda ada: [ask({"photos": [ada]}), [ada]], {}, "args[1]", "one"),
@@ -212,7 +212,7 @@ def test_what_would_be_drawn_without_somebody_is_refused(
     before = len(log_of(server))
     answer = server.generate(alwayson_scripts={"Portrait": {"args": args}}, **beside)
     refused(answer, field, word)
-    assert answer.status == 422
+    assert answer.status in (404, 422), "the request is at fault, not this installation"
     if "script_name" not in beside:
         said = [line for line in log_of(server)[before:].splitlines() if line.startswith("***")]
         assert said == [f"*** Portrait: {answer.detail}"], "one line in the console"

@@ -1,4 +1,4 @@
-"""Where a person is left out on purpose, in some cells of a plot, or by an extension that draws on its own: it is said."""
+"""Who is left out on purpose, in some cells of a plot, or by an extension that draws on its own: it is said."""
 
 from __future__ import annotations
 
