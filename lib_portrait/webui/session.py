@@ -48,9 +48,9 @@ _TEXT_KEYS = r"model\.diffusion_model\..*\.attn2\.to_k\.weight"
 class Session:
     """One request while the WebUI processes it.
 
-    number: its own. request: what was asked for, or None if it could not even be read. tabs: the panel's tabs that its identities come
-    from. failure: the first fault, to be raised where the host lets it through. maps: the mean routing map of every
-    sampling done so far, (rows, N, h, w).
+    number: its own. request: what was asked for, or None if it could not even be read. tabs: the panel's tabs that its
+    identities come from. failure: the first fault, to be raised where the host lets it through. maps: the mean routing
+    map of every sampling done so far, (rows, N, h, w).
     """
 
     def __init__(self, request: PortraitRequest | None, tabs: Sequence[int], failure: Exception | None):
