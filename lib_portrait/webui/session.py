@@ -11,38 +11,31 @@ from __future__ import annotations
 import copy
 import dataclasses
 import itertools
-import re
 import sys
 import weakref
 from collections.abc import Callable, Hashable, Mapping, Sequence
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from modules import devices, errors, sd_models, sd_samplers, shared
-from modules.processing import StableDiffusionProcessingImg2Img
-from modules.sd_samplers_common import setup_img2img_steps
+from modules import devices, errors, shared
 
 from lib_portrait.attention import NEGATIVE, POSITIVE, Injection, find_sites, mark
 from lib_portrait.checkpoints.store import AUTOMATIC, EMBEDDED
 from lib_portrait.errors import Notice, PortraitError
 from lib_portrait.request import PortraitRequest, check_window, parse_request, to_infotext
-from lib_portrait.webui import adetailer, axes, jobs, panel, services, world
+from lib_portrait.webui import adetailer, axes, jobs, panel, services, upcoming, world
 from lib_portrait.webui import values as layout
 from lib_portrait.webui.refusal import refusal
 
 if TYPE_CHECKING:
     from lib_portrait.conditioning import Conditioning
-    from lib_portrait.methods.uniportrait import Adapter, UniPortraitRule
+    from lib_portrait.methods.uniportrait import UniPortraitRule
 
 INFOTEXT_KEY = "Portrait"
 NOTICES_KEY = "Portrait notices"
 NO_STEPS_REMEDY = "Raise the sampling steps or the denoising strength; DDIM and PLMS draw one step less than that."
-# How often these call the UNet their numbers do not say.
-UNCOUNTED_SAMPLERS = ("DPM adaptive", "Restart")
 _ATTRIBUTE = "portrait_session"
 _numbers = itertools.count()
-_TEXT_KEYS = r"model\.diffusion_model\..*\.attn2\.to_k\.weight"
 
 
 class Session:
@@ -90,8 +83,8 @@ class Session:
         finally:
             shared.state.textinfo = None
         conditioning.adapter.check_fits(find_sites(unet))
-        for role, name in _checkpoints_to_come(p):
-            _check_checkpoint(conditioning.adapter, role, name)
+        for role, name in upcoming.checkpoints(p):
+            upcoming.check_checkpoint(conditioning.adapter, role, name)
         self._conditioning = conditioning
         self._rule = conditioning.rule()
 
@@ -111,7 +104,7 @@ class Session:
         assert self._rule is not None and self.request is not None
         from lib_portrait.methods.uniportrait import RoutingMaps
 
-        self._check_windows(_steps_to_come(p))
+        self._check_windows(upcoming.steps(p))
         self._rule.routing = RoutingMaps() if self.request.show_routing else None
         self._rule.drawn.clear()
         self._sampling = True
@@ -222,59 +215,6 @@ def resolved(request: PortraitRequest) -> PortraitRequest:
 
 def _show_progress(text: str) -> None:
     shared.state.textinfo = f"Portrait: {text}"
-
-
-def _steps_to_come(p: Any) -> list[float]:
-    """Where the steps of `p.sample` may lie, each as the share of its sampling; none where that is not known before."""
-    passes = []
-    if isinstance(p, StableDiffusionProcessingImg2Img):
-        # The host counts as many steps as this, and one less for the samplers without sigmas.
-        passes.append((p.sampler_name, setup_img2img_steps(p)[1] + 1))
-    else:
-        passes.append((p.sampler_name, p.steps))
-    if getattr(p, "enable_hr", False):
-        passes.append((p.hr_sampler_name or p.sampler_name, p.hr_second_pass_steps or p.steps))
-    found = []
-    for name, steps in passes:
-        config = sd_samplers.find_sampler_config(name)
-        if config is None or config.name in UNCOUNTED_SAMPLERS:
-            return []
-        total = config.total_steps(steps)
-        found += [step / total for step in range(total)]
-    return found
-
-
-def _checkpoints_to_come(p: Any) -> list[tuple[str, str]]:
-    """What the host will switch to in mid-sampling: the field's name in the page, and the checkpoint's."""
-    found = []
-    if p.refiner_checkpoint and (p.refiner_switch_at or 0.0) < 1.0:
-        found.append(("refiner", p.refiner_checkpoint))
-    if getattr(p, "enable_hr", False) and getattr(p, "hr_checkpoint_name", None):
-        found.append(("hires checkpoint", p.hr_checkpoint_name))
-    return found
-
-
-def _check_checkpoint(adapter: Adapter, role: str, name: str) -> None:
-    """Raises PortraitError if the text attentions in this checkpoint's file are not those that the adapter is for.
-
-    Looks into the header of safetensors files only; others are found out when they are loaded.
-    """
-    from lib_portrait.checkpoints.formats import read_header
-
-    info = sd_models.get_closet_checkpoint_match(name)
-    path = Path(info.filename) if info is not None else None
-    if path is None or path.suffix.lower() != ".safetensors":
-        return
-    entries, _ = read_header(path)
-    found = sorted(shape for key, (_, shape) in entries.items() if re.fullmatch(_TEXT_KEYS, key))
-    wanted = sorted(tuple(weights.key.shape) for weights in adapter.sites.values() if weights.key is not None)
-    if found and found != wanted:
-        raise PortraitError(
-            role,
-            f"{path.name} is another kind of model than the adapter is made for: it has {len(found)} text attentions "
-            f"with contexts of width {found[0][1]}, the adapter {len(wanted)} with {wanted[0][1]}",
-            f"Choose a {role} of the same family as the main checkpoint, or none.",
-        )
 
 
 def _marked(cond: Any, kind: int) -> Any:
