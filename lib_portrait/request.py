@@ -323,7 +323,7 @@ def check_window(path: str, start: float, end: float, steps: Iterable[float]) ->
     if not reached or any(takes_part(start, end, step) for step in reached):
         return
     nearest = min(reached, key=lambda step: max(start - step, step - end))
-    shown = [f"{step:.3g}" for step in reached]
+    shown = [f"{round(step, 2):g}" for step in reached]
     listed = ", ".join(shown if len(shown) <= 8 else [*shown[:3], "...", shown[-1]])
     # Two digits, on the side on which the step is.
     below = math.floor(nearest * 100 + 1e-9) / 100

@@ -33,7 +33,7 @@ if TYPE_CHECKING:
 
 INFOTEXT_KEY = "Portrait"
 NOTICES_KEY = "Portrait notices"
-NO_STEPS_REMEDY = "Raise the sampling steps or the denoising strength; DDIM and PLMS draw one step less than that."
+NO_STEPS_REMEDY = "Raise the sampling steps or the denoising strength; DDIM and PLMS may draw one step less than that."
 _ATTRIBUTE = "portrait_session"
 _numbers = itertools.count()
 
