@@ -5,7 +5,7 @@ Both hosts come through here, so that a request means the same in the WebUI and 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -60,6 +60,19 @@ class Conditioner:
         """Forgets loaded weights."""
         self._adapter = self._networks = None
 
+    def check(self, request: PortraitRequest) -> Kit:
+        """The request's weight files, once they are known to be there and its photos to have the faces asked for.
+
+        Raises PortraitError, and loads nothing but the face detector.
+        """
+        kit = self.store.kit(request.checkpoint)
+        if len(request.identities) > 1:
+            kit.routed()
+        for i, identity in enumerate(request.identities):
+            for field, photo in _photos(identity, f"identities[{i}]"):
+                self.faces.crop(photo, field)
+        return kit
+
     @torch.no_grad()
     def prepare(
         self,
@@ -67,27 +80,27 @@ class Conditioner:
         size: tuple[int, int],
         device: torch.device | str = "cpu",
         dtype: torch.dtype = torch.float32,
+        report: Callable[[str], None] = lambda text: None,
     ) -> Conditioning:
         """The request's conditioning for pictures of `size` (width, height) pixels.
 
-        device, dtype: where and in what the face networks run. Raises PortraitError naming the photo, mask or file at
+        device, dtype: where and in what the face networks run. report: told what is being done, before it takes long.
+        Raises PortraitError naming the photo, mask or file at
         fault: no face, unknown hash, missing or foreign weights, weights that do not belong together.
         """
-        kit = self.store.kit(request.checkpoint)
-        if len(request.identities) > 1:
-            kit.routed()
         # The cheap checks of the whole request come before the networks are loaded.
+        report("finding faces")
+        kit = self.check(request)
         regions = [
             self._region(identity.region, f"identities[{i}].region", size)
             for i, identity in enumerate(request.identities)
         ]
-        notices: list[Notice] = []
+        notices = _left_out(request)
         for i, identity in enumerate(request.identities):
             for field, photo in _photos(identity, f"identities[{i}]"):
-                self.faces.crop(photo, field)
                 notices += self.faces.notices(photo, field)
-        adapter = self._load_adapter(kit)
-        encoder = self._encoder(kit, device, dtype)
+        adapter = self._load_adapter(kit, report)
+        encoder = self._encoder(kit, device, dtype, report)
         zero = self.faces.zero(encoder)
         self._check_widths(kit, adapter, zero)
         people = []
@@ -134,19 +147,23 @@ class Conditioner:
             )
         return mask
 
-    def _load_adapter(self, kit: Kit) -> Adapter:
+    def _load_adapter(self, kit: Kit, report: Callable[[str], None]) -> Adapter:
         key = _stamp(kit.faceid, kit.router)
         if self._adapter is None or self._adapter[0] != key:
+            report(_loading("the adapter", kit.faceid, kit.router))
             faceid = read_tensors(kit.faceid, "faceid").tensors
             router = read_tensors(kit.router, "router").tensors if kit.router is not None else None
             names = kit.faceid.name, kit.router.name if kit.router is not None else "router"
             self._adapter = (key, Adapter.from_tensors(faceid, router, names))
         return self._adapter[1]
 
-    def _encoder(self, kit: Kit, device: torch.device | str, dtype: torch.dtype) -> FaceEncoder:
+    def _encoder(
+        self, kit: Kit, device: torch.device | str, dtype: torch.dtype, report: Callable[[str], None]
+    ) -> FaceEncoder:
         def networks() -> tuple[Backbone, VisionTower]:
             key = _stamp(kit.backbone, kit.vision)
             if self._networks is None or self._networks[0] != key:
+                report(_loading("the face networks", kit.backbone, kit.vision))
                 backbone = backbone_from_state_dict(read_tensors(kit.backbone, "backbone").tensors, kit.backbone.name)
                 checkpoint = read_tensors(kit.vision, "vision")
                 vision = vision_from_state_dict(checkpoint.tensors, checkpoint.metadata, kit.vision.name)
@@ -176,6 +193,21 @@ def _embed(adapter: Adapter, features: Sequence[FaceFeatures], beta: float) -> T
     return adapter.embedding(intrinsic[None], structure[None], beta)[0]
 
 
+def _left_out(request: PortraitRequest) -> list[Notice]:
+    """What of the adapter a scale of 0 leaves out."""
+    if request.scale == 0:
+        left_out = [Notice("scale", "it is 0: nobody is drawn")]
+    else:
+        left_out = [
+            Notice(f"identities[{i}].scale", "it is 0: this person is not drawn")
+            for i, identity in enumerate(request.identities)
+            if identity.scale == 0
+        ]
+    if request.lora_scale == 0:
+        left_out.append(Notice("lora_scale", "it is 0: the adapter's LoRA is left out"))
+    return left_out
+
+
 def _photos(identity: Identity, path: str) -> list[tuple[str, Photo]]:
     named = [(f"{path}.photos[{j}]", photo) for j, photo in enumerate(identity.photos)]
     for m, mix in enumerate(identity.mix):
@@ -192,3 +224,8 @@ def _coverage(low: float, high: float) -> Tensor:
 def _stamp(*paths: Path | None) -> tuple[object, ...]:
     """Changes when one of the files does."""
     return tuple((path, (stat := path.stat()).st_size, stat.st_mtime_ns) if path else None for path in paths)
+
+
+def _loading(what: str, *paths: Path | None) -> str:
+    size = sum(path.stat().st_size for path in paths if path is not None)
+    return f"loading {what} ({size / 2**30:.1f} GiB)" if size >= 2**29 else f"loading {what}"

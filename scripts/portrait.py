@@ -2,7 +2,7 @@
 
 from modules import script_callbacks, scripts
 
-from lib_portrait.webui import api, axes, panel, session, settings
+from lib_portrait.webui import api, axes, jobs, panel, session, settings
 
 
 class PortraitScript(scripts.Script):
@@ -14,6 +14,9 @@ class PortraitScript(scripts.Script):
 
     def ui(self, is_img2img):
         return panel.build(self, is_img2img)
+
+    def setup(self, p, *values):
+        jobs.begin(p)
 
     def before_process(self, p, *values):
         session.begin(p, values)

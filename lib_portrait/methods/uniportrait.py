@@ -27,6 +27,7 @@ from lib_portrait.attention.rows import POSITIVE
 from lib_portrait.attention.sites import Site
 from lib_portrait.errors import PortraitError
 from lib_portrait.faces.weights import checked, fill
+from lib_portrait.request import takes_part
 
 PROJECTIONS = ("to_q", "to_k", "to_v", "to_out")
 # The names the linear layers have inside an attention layer of the UNet.
@@ -399,7 +400,7 @@ class Person:
     region: Tensor | None = None
 
     def active(self, progress: float) -> bool:
-        return self.start <= progress and (progress < self.end or self.end >= 1.0)
+        return takes_part(self.start, self.end, progress)
 
 
 class RoutingMaps:
@@ -528,6 +529,8 @@ class UniPortraitRule:
         self.people = list(people)
         self.lora_scale = lora_scale
         self.routing = routing
+        self.drawn: set[int] = set()
+        """Who was added to positive rows with a strength above 0, by number; cleared by whoever starts a sampling."""
         self._states: dict[int, _SiteState] = {}
 
     # ---- what Injection asks
@@ -596,6 +599,8 @@ class UniPortraitRule:
             return attended
         if state.active != active or state.device != (q.device, q.dtype):
             self._prepare(site, state, active, q)
+        if POSITIVE in kinds:
+            self.drawn.update(i for i in active if self.people[i].scale > 0)
         regions = self._regions_at(site, call, state, q.shape[1]) if self._has_regions(active) else None
         added = torch.zeros_like(attended)
         for kind in dict.fromkeys(kinds):

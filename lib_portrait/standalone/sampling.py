@@ -17,6 +17,7 @@ from lib_portrait.attention import NEGATIVE, POSITIVE, Injection, find_sites, ma
 from lib_portrait.conditioning import Conditioning
 from lib_portrait.errors import PortraitError
 from lib_portrait.methods.uniportrait import RoutingMaps
+from lib_portrait.request import check_window
 from lib_portrait.standalone.model import Model
 
 SAMPLERS: dict[str, tuple[Any, dict[str, Any]]] = {
@@ -59,6 +60,10 @@ def sample(
     """
     check(samplings)
     first = samplings[0]
+    for i, person in enumerate(conditioning.people if conditioning is not None else ()):
+        if person.scale > 0:
+            steps = [step / first.steps for step in range(first.steps)]
+            check_window(f"identities[{i}]", person.start, person.end, steps)
     # Guidance of 1 is the prediction with the prompt; the other half of the batch would not be looked at.
     guided = any(one.guidance != 1 for one in samplings)
     kinds = {POSITIVE: [one.prompt for one in samplings]}

@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import dataclasses
 import re
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from lib_portrait.errors import PortraitError
-from lib_portrait.request import Identity, PortraitRequest
 
 # Where the axes leave their values on the host's processing object, for the session to merge into the request.
 ATTRIBUTE = "portrait_overrides"
@@ -72,14 +70,9 @@ def register() -> None:
 
 def _options(xyz: Any, identities: int) -> list[Any]:
     """The axes for a number of identities; `xyz` is the host's xyz_grid module."""
-    scale = _range(PortraitRequest, "scale")
-    lora = _range(PortraitRequest, "lora_scale")
-    structure = _range(Identity, "structure")
-    own = _range(Identity, "scale")
 
-    def numbers(name: str, key: str, limits: tuple[float, float]) -> Any:
-        label = f"{PREFIX} {name}"
-        return xyz.AxisOption(label, float, _setter(key), confirm=xyz.confirm_range(*limits, label))
+    def axis(name: str, kind: type, key: str, **options: Any) -> Any:
+        return xyz.AxisOption(f"{PREFIX} {name}", kind, _setter(key), confirm=_checker(key), **options)
 
     def checkpoints() -> list[str]:
         from lib_portrait.webui import services
@@ -87,12 +80,12 @@ def _options(xyz: Any, identities: int) -> list[Any]:
         return list(services.store().names())
 
     return [
-        numbers("ID scale", "scale", scale),
-        numbers("Structure scale", "identities[*].structure", structure),
-        numbers("LoRA scale", "lora_scale", lora),
+        axis("ID scale", float, "scale"),
+        axis("Structure scale", float, "identities[*].structure"),
+        axis("LoRA scale", float, "lora_scale"),
         # The cost makes the host vary it in the outermost loop: weights are read from disk when it changes.
-        xyz.AxisOption(f"{PREFIX} Checkpoint", str, _setter("checkpoint"), cost=0.5, choices=checkpoints),
-        *(numbers(f"Scale of identity {i + 1}", f"identities[{i}].scale", own) for i in range(identities)),
+        axis("Checkpoint", str, "checkpoint", cost=0.5, choices=checkpoints),
+        *(axis(f"Scale of identity {i + 1}", float, f"identities[{i}].scale") for i in range(identities)),
     ]
 
 
@@ -104,6 +97,12 @@ def _setter(key: str) -> Callable[[Any, Any, Sequence[Any]], None]:
     return apply
 
 
-def _range(form: type, name: str) -> tuple[float, float]:
-    spec = next(item for item in dataclasses.fields(form) if item.name == name)
-    return spec.metadata["low"], spec.metadata["high"]
+def _checker(key: str) -> Callable[[Any, Sequence[Any]], None]:
+    """What the host calls with an axis's values before the plot starts: in a cell it would print faults and go on."""
+
+    def confirm(p: Any, values: Sequence[Any]) -> None:
+        from lib_portrait.webui import session
+
+        session.check_axis(p, [{key: value} for value in values])
+
+    return confirm

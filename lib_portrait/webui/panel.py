@@ -44,7 +44,8 @@ def request_from_values(values: Sequence[Any]) -> dict[str, Any] | None:
 
 
 def build(script: Any, is_img2img: bool) -> list[Any]:
-    """Builds the panel inside the host's interface; its inputs in the order of `values`, those of N identities.
+    """Builds the panel inside the host's interface; its inputs in the order of `values`, those of N identities, and
+    after them one that nobody sees.
 
     Sets the script's `infotext_fields` and `paste_field_names`. The host calls `ui` again on the same script to ask
     for the defaults of its API: it gets the controls that are there.
@@ -81,6 +82,9 @@ def build(script: Any, is_img2img: bool) -> list[Any]:
         (pasted, lambda params: paste.message_update(params, identities, services.named)),
     ]
     script.paste_field_names = [read for name, read in zip(names, readers, strict=True) if paste.sendable(name)]
+    # Where a list of the API is longer than the panel, what comes next lands here, and is refused.
+    controls.append(gr.Textbox(value=layout.NOTHING_BEYOND, visible=False))
+    controls[-1].do_not_save_to_config = True
     return controls
 
 

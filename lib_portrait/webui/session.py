@@ -10,9 +10,10 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import itertools
 import sys
 import weakref
-from collections.abc import Callable, Hashable, Sequence
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -21,9 +22,10 @@ from modules import devices, errors, shared
 from lib_portrait.attention import NEGATIVE, POSITIVE, Injection, find_sites, mark
 from lib_portrait.checkpoints.store import AUTOMATIC, EMBEDDED
 from lib_portrait.errors import Notice, PortraitError
-from lib_portrait.request import PortraitRequest, parse_request, to_infotext
-from lib_portrait.webui import axes, panel, services, world
+from lib_portrait.request import PortraitRequest, check_window, parse_request, to_infotext
+from lib_portrait.webui import adetailer, axes, jobs, panel, services, upcoming, world
 from lib_portrait.webui import values as layout
+from lib_portrait.webui.refusal import refusal
 
 if TYPE_CHECKING:
     from lib_portrait.conditioning import Conditioning
@@ -31,18 +33,21 @@ if TYPE_CHECKING:
 
 INFOTEXT_KEY = "Portrait"
 NOTICES_KEY = "Portrait notices"
+NO_STEPS_REMEDY = "Raise the sampling steps or the denoising strength; DDIM and PLMS may draw one step less than that."
 _ATTRIBUTE = "portrait_session"
+_numbers = itertools.count()
 
 
 class Session:
     """One request while the WebUI processes it.
 
-    request: what was asked for, or None if it could not even be read. tabs: the panel's tabs that its identities come
-    from. failure: the first fault, to be raised where the host lets it through. maps: the mean routing map of every
-    sampling done so far, (rows, N, h, w).
+    number: its own. request: what was asked for, or None if it could not even be read. tabs: the panel's tabs that its
+    identities come from. failure: the first fault, to be raised where the host lets it through. maps: the mean routing
+    map of every sampling done so far, (rows, N, h, w).
     """
 
     def __init__(self, request: PortraitRequest | None, tabs: Sequence[int], failure: Exception | None):
+        self.number = next(_numbers)
         self.request = request
         self.tabs = tabs
         self.failure = failure
@@ -54,6 +59,7 @@ class Session:
         self._sampling = False
         self._expected = 0
         self._seen = 0
+        self._steps: set[float] = set()
 
     def fail(self, error: Exception) -> None:
         if self.failure is None:
@@ -69,11 +75,16 @@ class Session:
         unet = shared.sd_model.model.diffusion_model
         # Half precision only where the host itself uses it: face features decide who is seen.
         dtype = torch.float32 if devices.device.type == "cpu" else devices.dtype
-        request = self.request
-        if request.checkpoint == AUTOMATIC and world.is_world(shared.sd_model):
-            request = dataclasses.replace(request, checkpoint=EMBEDDED)
-        conditioning = services.conditioner().prepare(request, (p.width, p.height), devices.device, dtype)
+        request = resolved(self.request)
+        try:
+            conditioning = services.conditioner().prepare(
+                request, (p.width, p.height), devices.device, dtype, report=_show_progress
+            )
+        finally:
+            shared.state.textinfo = None
         conditioning.adapter.check_fits(find_sites(unet))
+        for role, name in upcoming.checkpoints(p):
+            upcoming.check_checkpoint(conditioning.adapter, role, name)
         self._conditioning = conditioning
         self._rule = conditioning.rule()
 
@@ -89,7 +100,7 @@ class Session:
 
     # ---- around the host's p.sample
 
-    def sample(self, run: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    def sample(self, p: Any, run: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         """Runs the host's sampling with the people injected; nothing of it is left when this returns or raises."""
         if self._sampling:
             # Another extension put its own wrapper around ours and ours around that: the outermost does the work.
@@ -98,14 +109,17 @@ class Session:
         assert self._rule is not None and self.request is not None
         from lib_portrait.methods.uniportrait import RoutingMaps
 
+        self._check_windows(upcoming.steps(p))
         self._rule.routing = RoutingMaps() if self.request.show_routing else None
+        self._rule.drawn.clear()
         self._sampling = True
         self._expected = self._seen = 0
+        self._steps.clear()
         try:
             self._enter(shared.sd_model.model.diffusion_model)
             result = run(*args, **kwargs)
             self.check()
-            self._check_seen()
+            self._check_seen(p)
             return result
         finally:
             self._leave()
@@ -135,11 +149,23 @@ class Session:
         # A fault found in a denoiser callback stops the picture here, one line of code later.
         self.check()
 
-    def _check_seen(self) -> None:
+    def _check_windows(self, steps: Sequence[float] | set[float]) -> None:
+        """Raises PortraitError if none of these steps lies in the window of somebody who is to be drawn."""
+        assert self._rule is not None
+        for i, person in enumerate(self._rule.people):
+            if person.scale > 0:
+                check_window(f"identities[{i}]", person.start, person.end, steps)
+
+    def _check_seen(self, p: Any) -> None:
         state = shared.state
         if state.interrupted or state.skipped or state.stopping_generation:
             return
-        if self._expected == 0 or self._seen + self._calls() < self._expected:
+        if self._expected == 0:
+            denoising = getattr(p, "denoising_strength", None)
+            strength = "" if denoising is None else f", denoising strength {denoising:g}"
+            problem = f"{p.sampler_name} drew no step, so nobody is in the picture (sampling steps {p.steps}{strength})"
+            raise PortraitError("steps", problem, NO_STEPS_REMEDY)
+        if self._seen + self._calls() < self._expected:
             raise PortraitError(
                 "Portrait",
                 f"of {self._expected} rows of the prompt only {self._seen + self._calls()} reached the UNet with the "
@@ -147,6 +173,17 @@ class Session:
                 "Switch off extensions that replace sampling or the UNet, and generate again.",
                 500,
             )
+        self._check_windows(self._steps)
+        assert self._rule is not None
+        for i, person in enumerate(self._rule.people):
+            if person.scale > 0 and (
+                i not in self._rule.drawn or (person.region is not None and not person.region.any())
+            ):
+                raise PortraitError(
+                    f"identities[{i}].region",
+                    "nothing of it lies in what was drawn, so this person is not in the picture",
+                    "Move the region into what is drawn, or leave this person out.",
+                )
 
     def _calls(self) -> int:
         return self._injection.calls.get(POSITIVE, 0) if self._injection is not None else 0
@@ -166,11 +203,23 @@ class Session:
             assert self._injection is not None
             denoiser = params.denoiser
             self._injection.progress = min(denoiser.step / max(denoiser.total_steps or 1, 1), 1.0)
+            self._steps.add(self._injection.progress)
             params.text_cond = _marked(params.text_cond, POSITIVE)
             params.text_uncond = _marked(params.text_uncond, NEGATIVE)
             self._expected += _rows(params.text_cond)
         except Exception as error:
             self.fail(_known(error, self.tabs))
+
+
+def resolved(request: PortraitRequest) -> PortraitRequest:
+    """The request, with the adapter of the embedded world for *automatic* where that is the loaded checkpoint."""
+    if request.checkpoint == AUTOMATIC and world.is_world(shared.sd_model):
+        return dataclasses.replace(request, checkpoint=EMBEDDED)
+    return request
+
+
+def _show_progress(text: str) -> None:
+    shared.state.textinfo = f"Portrait: {text}"
 
 
 def _marked(cond: Any, kind: int) -> Any:
@@ -214,13 +263,53 @@ class _Guard:
         return self._previous if self._previous is not None else getattr(type(p), self._name).__get__(p)
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        session: Session | None = getattr(self._p(), _ATTRIBUTE, None)
-        if session is None:
+        p = self._p()
+        session: Session | None = getattr(p, _ATTRIBUTE, None)
+        # What fails in a cell of a plot is drawn instead of its picture, which the host's own init prepares.
+        if session is None or (self._name == "init" and jobs.is_cell(p)):
             return self.host()(*args, **kwargs)
-        if self._name == "init":
+        try:
+            if self._name == "sample":
+                result = session.sample(p, self.host(), *args, **kwargs)
+                jobs.sampled(p, session.number)
+                return result
             session.check()
-            return self.host()(*args, **kwargs)
-        return session.sample(self.host(), *args, **kwargs)
+        except PortraitError as error:
+            fault = refusal(_known(error, session.tabs), p)
+            jobs.sampled(p, session.number, fault)
+            if jobs.is_cell(p):
+                return jobs.draw_fault(p, fault)
+            # Where this installation is at fault, the traceback tells more than the words.
+            raise fault from (error if fault.status_code >= 500 else None)
+        return self.host()(*args, **kwargs)
+
+
+def read_form(values: Sequence[Any]) -> tuple[Sequence[int], dict[str, Any] | None]:
+    """The panel's tabs in use and the request's JSON form, None where it is switched off: nothing of it is read then.
+
+    Raises PortraitError.
+    """
+    values = layout.nothing_beyond(values)
+    form = panel.request_from_values(values)
+    if form is None or form.get("enabled") is False:
+        return (), None
+    return layout.tabs_in_use(values), form
+
+
+def check_axis(p: Any, cells: Sequence[Mapping[str, Any]]) -> None:
+    """Raises PortraitError for what can be known of a plot before it starts: for each cell the values that an axis puts
+    into the request, and once for all the photos. Says nothing where Portrait is switched off."""
+    script = next(one for one in p.scripts.alwayson_scripts if one.title() == INFOTEXT_KEY)
+    tabs: Sequence[int] = ()
+    try:
+        tabs, form = read_form(p.script_args[script.args_from : script.args_to])
+        if form is None:
+            return
+        for cell in cells:
+            request = parse_request(axes.apply_overrides(form, cell, tabs), services.limits())
+            services.conditioner().check(resolved(request))
+    except PortraitError as error:
+        raise refusal(_known(error, tabs), p) from None
 
 
 def begin(p: Any, values: Sequence[Any]) -> None:
@@ -230,16 +319,14 @@ def begin(p: Any, values: Sequence[Any]) -> None:
     failure: Exception | None = None
     tabs: Sequence[int] = ()
     try:
-        tabs = layout.tabs_in_use(values)
-        form = panel.request_from_values(values)
+        tabs, form = read_form(values)
         if form is None:
             return
-        form = axes.apply_overrides(form, getattr(p, "portrait_overrides", {}), tabs)
+        form = axes.apply_overrides(form, getattr(p, axes.ATTRIBUTE, {}), tabs)
         request = parse_request(form, services.limits())
-        if not request.enabled:
-            return
     except Exception as error:
         failure = _known(error, tabs)
+    jobs.release_copy(p)
     setattr(p, _ATTRIBUTE, Session(request, tabs, failure))
     for name in ("init", "sample"):
         setattr(p, name, _Guard(p, name))
@@ -253,7 +340,7 @@ def prepare(p: Any) -> None:
     try:
         session.prepare(p)
         p.extra_generation_params[INFOTEXT_KEY] = session.infotext()
-        notices = [str(notice) for notice in session.notices()]
+        notices = [str(notice) for notice in [*session.notices(), *adetailer.notices(p)]]
         if notices:
             # The parameters reach the API's answer and the picture's file; the comments stand below the gallery.
             p.extra_generation_params[NOTICES_KEY] = " ".join(notices)
@@ -290,7 +377,7 @@ def forget(p: Any, keep_infotext: bool = False) -> None:
     """Takes everything of ours off a processing object: scripts process one several times, or copy it."""
     p.__dict__.pop(_ATTRIBUTE, None)
     if not keep_infotext:
-        for key in (INFOTEXT_KEY, NOTICES_KEY):
+        for key in (INFOTEXT_KEY, NOTICES_KEY, jobs.FAULTS_KEY):
             p.extra_generation_params.pop(key, None)
     for name in ("init", "sample"):
         guard = p.__dict__.get(name)
@@ -305,7 +392,7 @@ def session_of(p: Any) -> Session | None:
     return getattr(p, _ATTRIBUTE, None)
 
 
-def _known(error: Exception, tabs: Sequence[int]) -> Exception:
+def _known(error: Exception, tabs: Sequence[int]) -> PortraitError:
     """The error if it is meant for users, its field as the panel names it; else one that says whose fault it is."""
     if isinstance(error, PortraitError):
         return PortraitError(layout.said_of_tab(error.field, tabs), error.problem, error.remedy, error.status_code)

@@ -1,7 +1,8 @@
 """The panel's positional values and the request's JSON form, each from the other.
 
 The order of the values is also that of ``alwayson_scripts.Portrait.args`` where it is given as a list: GLOBAL_FIELDS,
-then IDENTITY_FIELDS once for each identity. It needs neither gradio nor the host, so that both are tested without them.
+then IDENTITY_FIELDS once for each identity. One control more stands at the end, that a list may not reach
+(`nothing_beyond`). It needs neither gradio nor the host, so that both are tested without them.
 """
 
 from __future__ import annotations
@@ -53,6 +54,8 @@ IDENTITY_FIELDS = (
     "mix2_weight",
 )
 MIXES = ("mix1", "mix2")
+# The value of the control after the last: the host cuts off without a word what comes later still.
+NOTHING_BEYOND = ""
 
 METHOD_NAMES = {"uniportrait": "UniPortrait"}
 ROUTED, BOX, MASK = "automatic", "box", "mask"
@@ -108,6 +111,25 @@ def request_from_values(values: Sequence[Any], limits: Limits | None = None) -> 
     used = (block for _, block in _blocks(values))
     request["identities"] = [_identity(block, f"identities[{index}]", limits) for index, block in enumerate(used)]
     return request
+
+
+def nothing_beyond(values: Sequence[Any]) -> Sequence[Any]:
+    """The panel's values without the last, which must be NOTHING_BEYOND. Raises PortraitError where something else is
+    there, or something beside a request object: none of it would be looked at."""
+    *own, beyond = values
+    several = 'Put all people into the list "identities" of one object: {"identities": [{...}, {...}]}.'
+    if own and isinstance(own[0], Mapping):
+        for index, value in enumerate([*own, beyond]):
+            if index and isinstance(value, (Mapping, list)):
+                raise PortraitError(f"args[{index}]", "one request object is all that args may hold", several)
+    elif beyond != NOTHING_BEYOND:
+        people = (len(own) - len(GLOBAL_FIELDS)) // len(IDENTITY_FIELDS)
+        raise PortraitError(
+            f"args[{len(own)}]",
+            f"the list is longer than the panel, which has {people} people",
+            f"Leave people out, raise the number in Settings > Portrait, or give one object. {several}",
+        )
+    return own
 
 
 def tabs_in_use(values: Sequence[Any]) -> list[int]:

@@ -154,3 +154,31 @@ def test_a_second_request_with_the_same_faces_loads_no_network(conditioner: Cond
     second = conditioner.prepare(request, SIZE).people[0]
     assert conditioner._networks is None
     assert torch.equal(first.tokens[POSITIVE], second.tokens[POSITIVE])
+
+
+def test_a_scale_of_0_is_noticed(conditioner: Conditioner) -> None:
+    def noticed(*identities: Identity, **changes) -> list[str]:
+        return [str(notice) for notice in conditioner.prepare(ask(*identities, **changes), SIZE).notices]
+
+    one, none = Identity((face(1),)), Identity((face(2),), scale=0.0)
+    assert noticed(one, none) == ["identities[1].scale: it is 0: this person is not drawn."]
+    assert noticed(one, none, scale=0.0) == ["scale: it is 0: nobody is drawn."]
+    assert noticed(one, lora_scale=0.0) == ["lora_scale: it is 0: the adapter's LoRA is left out."]
+    assert noticed(one) == []
+
+
+def test_what_takes_long_is_told_before(conditioner: Conditioner) -> None:
+    told: list[str] = []
+    conditioner.prepare(ask(Identity((face(11),))), SIZE, report=told.append)
+    assert told == ["finding faces", "loading the adapter", "loading the face networks"]
+    conditioner.prepare(ask(Identity((face(12),))), SIZE, report=told.append)
+    assert told[3:] == ["finding faces"], "the weights are kept"
+
+
+def test_checking_finds_faults_and_loads_nothing(conditioner: Conditioner) -> None:
+    assert conditioner.check(ask(Identity((face(1),)))).name == "small"
+    assert conditioner._adapter is None
+    with pytest.raises(PortraitError, match="no adapter|nosuch"):
+        conditioner.check(ask(Identity((face(1),)), checkpoint="nosuch"))
+    with pytest.raises(PortraitError, match="not kept"):
+        conditioner.check(ask(Identity((Photo("ab" * 32),))))

@@ -80,12 +80,7 @@ Script = namedtuple("Script", "path module")
 def host(monkeypatch):
     """The little of the host that registering needs; gives the plot's module."""
 
-    def confirm_range(low, high, label):
-        return low, high
-
-    plot = types.SimpleNamespace(
-        axis_options=[AxisOption("Nothing", str, None)], AxisOption=AxisOption, confirm_range=confirm_range
-    )
+    plot = types.SimpleNamespace(axis_options=[AxisOption("Nothing", str, None)], AxisOption=AxisOption)
     modules = types.ModuleType("modules")
     modules.scripts = types.SimpleNamespace(
         scripts_data=[Script("/x/other.py", types.SimpleNamespace()), Script("/x/scripts/xyz_grid.py", plot)]
@@ -133,7 +128,18 @@ def test_each_cell_of_the_plot_has_values_of_its_own(host):
     assert p.portrait_overrides == {"scale": 0.5}
 
 
-def test_ranges_are_those_of_the_request(host):
+def test_values_are_checked_before_the_plot_starts(host, monkeypatch):
     plot, _ = host
+    seen = []
+    session = types.ModuleType("session")
+    session.check_axis = lambda p, cells: seen.append((p, cells))
+    monkeypatch.setitem(sys.modules, "lib_portrait.webui.session", session)
+    monkeypatch.setattr("lib_portrait.webui.session", session, raising=False)
     axes.register()
-    assert {option.confirm for option in plot.axis_options if option.type is float} == {(0.0, 2.0)}
+    by_label = {option.label: option for option in plot.axis_options}
+    by_label["[Portrait] Scale of identity 2"].confirm("p", [0.5, 3.0])
+    by_label["[Portrait] Checkpoint"].confirm("p", ["nope"])
+    assert seen == [
+        ("p", [{"identities[1].scale": 0.5}, {"identities[1].scale": 3.0}]),
+        ("p", [{"checkpoint": "nope"}]),
+    ]

@@ -20,6 +20,7 @@ from lib_portrait.webui import values as layout
 from lib_portrait.webui.values import (
     box_from_text,
     box_to_text,
+    nothing_beyond,
     request_from_values,
     said_of_tab,
     tabs_in_use,
@@ -424,3 +425,30 @@ def test_changing_the_face_control_changes_pasted_photos():
     values[len(layout.GLOBAL_FIELDS) + layout.IDENTITY_FIELDS.index("face")] = "1st from left"
     changed = parse_request(request_from_values(values))
     assert [photo.face for photo in changed.identities[0].photos] == [0, 0]
+
+
+# ------------------------------------------------------------------------------------------------- nothing is dropped
+
+
+def test_the_control_after_the_last_is_taken_off():
+    values = panel(2)
+    assert nothing_beyond([*values, layout.NOTHING_BEYOND]) == values
+
+
+@pytest.mark.parametrize("beyond", [None, [HASH], "x", False])
+def test_a_list_longer_than_the_panel_is_refused(beyond):
+    with pytest.raises(PortraitError, match="2 people") as caught:
+        nothing_beyond([*panel(2), beyond])
+    assert caught.value.field == f"args[{len(panel(2))}]"
+    assert "identities" in caught.value.remedy
+
+
+@pytest.mark.parametrize("second", [{"identities": []}, {"nonsense": 1}, {}, [{"identities": []}]])
+@pytest.mark.parametrize("place", [1, 7, -1])
+def test_nothing_stands_beside_a_request_object(second, place):
+    values = [{"identities": [{"photos": [HASH]}]}, *panel(1)[1:], layout.NOTHING_BEYOND]
+    assert nothing_beyond(values)[0] is values[0]
+    values[place] = second
+    with pytest.raises(PortraitError, match="one request object") as caught:
+        nothing_beyond(values)
+    assert '{"identities": [{...}, {...}]}' in caught.value.remedy

@@ -242,3 +242,14 @@ def test_one_batch_has_one_size_and_something_in_it(model: Model) -> None:
 def test_what_a_long_prompt_loses_is_told(model: Model) -> None:
     with pytest.warns(UserWarning, match=r"has 103 tokens, the model reads 77; left out: 'very( very)* last'"):
         encode_prompts(model, ["very " * 100 + "last"])
+
+
+def test_a_person_whose_window_meets_no_step_is_refused(model: Model, conditioner: Conditioner) -> None:
+    late = Identity((face(1),), start=0.9)
+    with pytest.raises(PortraitError, match="start at 0.66 or before") as caught:
+        request = PortraitRequest((late,), checkpoint="small")
+        sample(model, [Sampling("a woman", **SIZE)], conditioner.prepare(request, (64, 64)))
+    assert caught.value.field == "identities[0].start"
+    # Who is not to be drawn at all need not take part.
+    request = PortraitRequest((late,), checkpoint="small", scale=0.0)
+    sample(model, [Sampling("a woman", **SIZE)], conditioner.prepare(request, (64, 64)))

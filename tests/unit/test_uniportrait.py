@@ -435,3 +435,13 @@ def test_sizes_of_the_id_embedding_are_read_off_the_file(count: int, width: int,
     intrinsic, structure = torch.randn(1, 5, 20), torch.randn(1, 6, 30)
     assert copy(intrinsic, structure).shape == (1, count, output)
     assert torch.equal(copy(intrinsic, structure, 0.3), source.eval()(intrinsic, structure, 0.3))
+
+
+def test_who_was_added_is_remembered(unet, adapter) -> None:
+    people = [person(1, end=0.3), person(2, start=0.6), person(3, scale=0.0)]
+    rule = UniPortraitRule(adapter, people)
+    with Injection(unet, rule) as injection:
+        for progress, drawn in ((0.4, set()), (0.1, {0}), (0.7, {0, 1})):
+            injection.progress = progress
+            run(unet)
+            assert rule.drawn == drawn

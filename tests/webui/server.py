@@ -197,6 +197,16 @@ def unlike_new(client: Client) -> dict[str, Any]:
     return changes(lasting(client.at_start), lasting(client.state()))
 
 
+def plotted(client: Client, body: Mapping[str, Any]) -> dict[str, Any]:
+    """A request to the host's X/Y/Z plot: of its arguments, X axis and values are given, by the axis's name."""
+    listed = client.call("/sdapi/v1/script-info").body
+    plot = next(one for one in listed if one["name"] == "x/y/z plot" and not one["is_img2img"])
+    axis, values = body["script_args"]
+    nothing, single_pictures, text = [0, "", []], [True, True, False], [False] * 4 + [0, True]
+    across = [plot["args"][0]["choices"].index(axis), values, []]
+    return {**body, "script_args": [*across, *nothing, *nothing, *single_pictures, *text]}
+
+
 def photo(path: Path) -> str:
     return base64.b64encode(path.read_bytes()).decode()
 

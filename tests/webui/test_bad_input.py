@@ -17,7 +17,8 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
-from tests.webui.server import ROOT, Client
+from lib_portrait.webui.values import IDENTITY_FIELDS
+from tests.webui.server import ROOT, Client, plotted
 from tests.webui.world import KIT, World
 
 pytestmark = pytest.mark.webui
@@ -132,6 +133,64 @@ CASES: list[Case] = [
     ("a film", lambda ada: ask({"photos": [text(b"\0\0\0\x18ftypmp42" + bytes(200))]}), "photos[0]", "not an image"),
 ]  # fmt: skip
 
+LATE = {"steps": 6}
+IMAGE = {"init_images": [text(image(size=(128, 128)))]}
+
+
+def positional(photos: list[str]) -> list[Any]:
+    """The panel's values for one person a photo, as a list of the API has them."""
+    values = [True, "UniPortrait", KIT, 0.7, 1.0, False]
+    for photo in photos:
+        values += [None, [photo], *[None] * (len(IDENTITY_FIELDS) - 2)]
+    return values
+
+
+def plot(axis: str, values: str) -> dict[str, Any]:
+    return {"script_name": "x/y/z plot", "script_args": [axis, values]}
+
+
+# What was honoured in part, or drawn without somebody: the request, or all of `args`, and what stands beside it.
+Asked = tuple[str, Callable[[str], Any], dict[str, Any], str, str]
+ASKED: list[Asked] = [
+    ("window after the last step", lambda ada: ask({"photos": [ada], "start": 0.99}), {"steps": 20},
+     "identities[0].start", "start at 0.95 or before"),
+    ("window after the last of few steps", lambda ada: ask({"photos": [ada], "start": 0.8}), {"steps": 4},
+     "identities[0].start", "start at 0.75 or before"),
+    ("window between two steps", lambda ada: ask({"photos": [ada], "start": 0.51, "end": 0.54}), LATE,
+     "identities[0].start", "0.17, 0.33, 0.5"),
+    ("the second person's window", lambda ada: ask({"photos": [ada]}, {"photos": [ada], "start": 0.97}), LATE,
+     "identities[1].start", "start at 0.83 or before"),
+    ("window after the last step that DDIM draws", lambda ada: ask({"photos": [ada], "start": 0.75}),
+     {"steps": 5, "sampler_name": "DDIM"}, "identities[0].start", "start at 0.6 or before"),
+    ("one step of DDIM", lambda ada: ask({"photos": [ada]}), {"steps": 1, "sampler_name": "DDIM"}, "steps", "no step"),
+    ("one step of PLMS", lambda ada: ask({"photos": [ada]}), {"steps": 1, "sampler_name": "PLMS"}, "steps", "no step"),
+    ("denoising strength 0", lambda ada: ask({"photos": [ada]}),
+     {**IMAGE, "denoising_strength": 0, "sampler_name": "DDIM"}, "steps", "denoising strength 0)"),
+    ("denoising strength next to 0", lambda ada: ask({"photos": [ada]}),
+     {**IMAGE, "denoising_strength": 0.05, "sampler_name": "DDIM", "steps": 10}, "steps", "denoising strength 0.05)"),
+    ("two request objects", lambda ada: [ask({"photos": [ada]}), ask({"photos": [ada]})], {}, "args[1]", "identities"),
+    ("an object after the request", lambda ada: [ask({"photos": [ada]}), {"nonsense": 1}], {}, "args[1]", "one"),
+    ("a list after the request", lambda ada: [ask({"photos": [ada]}), [ada]], {}, "args[1]", "one"),
+    ("more people in a list than tabs", lambda ada: positional([ada] * 5), {}, "args[78]", "4 people"),
+    ("a refiner of another family", lambda ada: ask({"photos": [ada]}),
+     {"refiner_checkpoint": "sdxl", "refiner_switch_at": 0.5}, "refiner", "sdxl.safetensors"),
+    ("a hires checkpoint of another family", lambda ada: ask({"photos": [ada]}),
+     {"enable_hr": True, "hr_checkpoint_name": "sdxl", "hr_upscaler": "Latent", "denoising_strength": 0.7},
+     "hires checkpoint", "sdxl.safetensors"),
+    ("a plot over a person who is not there", lambda ada: ask({"photos": [ada]}, {"photos": [ada]}),
+     plot("[Portrait] Scale of identity 4", "0.5,1"), "identities[3].scale", "2 identities"),
+    ("a plot over a checkpoint that is not there", lambda ada: ask({"photos": [ada]}),
+     plot("[Portrait] Checkpoint", "nope"), "checkpoint", "nope"),
+    ("a plot with a value out of range", lambda ada: ask({"photos": [ada]}), plot("[Portrait] ID scale", "0.2,3"),
+     "scale", "0 to 2"),
+    ("a plot of our axis with a faceless photo", lambda ada: ask({"photos": [text(image())]}),
+     plot("[Portrait] ID scale", "0.2,1"), "identities[0].photos[0]", "no face"),
+    ("a plot of another axis with a faceless photo", lambda ada: ask({"photos": [text(image())]}), plot("Steps", "2,3"),
+     "identities[0].photos[0]", "no face"),
+    ("a plot in which no cell has a step for the person", lambda ada: ask({"photos": [ada], "start": 0.9}),
+     plot("Steps", "2,3"), "identities[0].start", "no step"),
+]  # fmt: skip
+
 
 def refused(answer: Any, field: str, word: str) -> None:
     assert 400 <= answer.status < 600, "a picture was given as if nothing were wrong"
@@ -143,9 +202,9 @@ def refused(answer: Any, field: str, word: str) -> None:
 
 
 def test_the_readme_counts_these_cases() -> None:
-    """All of the three lists, and the SDXL model."""
-    assert len({name for name, *_ in CASES}) == len(CASES)
-    number = len(CASES) + len(FILES) + len(SPOILT) + 1
+    """All of the four lists, and the SDXL model."""
+    assert len({name for name, *_ in [*CASES, *ASKED]}) == len(CASES) + len(ASKED)
+    number = len(CASES) + len(ASKED) + len(FILES) + len(SPOILT) + 1
     assert f"| Requests and weight files that must be refused, through the API | {number} of {number} |" in README
 
 
@@ -159,6 +218,33 @@ def test_a_bad_request_is_refused(
     else:
         answer = server.generate(alwayson_scripts={"Portrait": {"args": [value]}})
         refused(answer, field, word)
+
+
+@pytest.mark.parametrize(("name", "make", "beside", "field", "word"), ASKED, ids=[case[0] for case in ASKED])
+def test_what_would_be_drawn_without_somebody_is_refused(
+    server: Client,
+    people: dict[str, str],
+    name: str,
+    make: Callable[[str], Any],
+    beside: dict[str, Any],
+    field: str,
+    word: str,
+) -> None:
+    value = make(people["ada"])
+    beside = plotted(server, beside) if "script_name" in beside else beside
+    args = value if isinstance(value, list) else [value]
+    before = len(log_of(server))
+    answer = server.generate(alwayson_scripts={"Portrait": {"args": args}}, **beside)
+    refused(answer, field, word)
+    assert answer.status in (404, 422), "the request is at fault, not this installation"
+    if "script_name" not in beside:
+        said = [line for line in log_of(server)[before:].splitlines() if line.startswith("***")]
+        assert said == [f"*** Portrait: {answer.detail}"], "one line in the console"
+        assert "Traceback" not in log_of(server)[before:]
+
+
+def log_of(server: Client) -> str:
+    return (server.scratch / "server.log").read_text(errors="replace")
 
 
 def test_and_a_good_one_is_not(server: Client, people: dict[str, str]) -> None:
