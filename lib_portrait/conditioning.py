@@ -114,7 +114,7 @@ class Conditioner:
         return interpolate(master, others, [mix.weight for mix in identity.mix])
 
     def _region(self, region: Region | None, field: str, size: tuple[int, int]) -> regions.Region | None:
-        """A region as the rule needs it. Raises PortraitError for a mask of another shape, and for a region that nobody fits in."""
+        """A region as the rule needs it. Raises PortraitError: a mask of another shape, or nobody would fit in."""
         if region is None:
             return None
         latent = (-(-size[1] // 8), -(-size[0] // 8))
