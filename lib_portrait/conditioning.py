@@ -58,6 +58,8 @@ class Conditioner:
         """Forgets loaded weights."""
         self._adapter = self._networks = None
 
+    # Networks are made with random weights before their own are read, and a host draws from the same random numbers.
+    @torch.random.fork_rng(devices=())
     @torch.no_grad()
     def prepare(
         self,

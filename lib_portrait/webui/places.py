@@ -102,7 +102,7 @@ def check_script(p: Any, request: PortraitRequest) -> None:
     if field and title.lower() in PIECEMEAL:
         raise PortraitError(
             field,
-            f"the script {title!r} draws the picture in pieces and does not tell where they lie",
+            f"the script {title} draws the picture in pieces and does not tell where they lie",
             "Leave the regions out, so that routing places the people in each piece, or do without the script.",
         )
 
@@ -122,4 +122,4 @@ def pictures(p: Any, processed: Any) -> list[Image.Image]:
 def notices(p: Any, request: PortraitRequest) -> list[Notice]:
     if not request.show_routing or shows_maps(p):
         return []
-    return [Notice("show_routing", f"the script {script_title(p)!r} has no place for routing maps, so none is shown")]
+    return [Notice("show_routing", f"the script {script_title(p)} has no place for routing maps, so none is shown")]

@@ -72,6 +72,14 @@ def test_people_carry_what_was_asked_for(conditioner: Conditioner) -> None:
     assert not torch.equal(one.tokens[NEGATIVE], two.tokens[NEGATIVE]), "another beta, other unconditional tokens"
 
 
+def test_the_host_s_random_numbers_are_where_they_were(conditioner: Conditioner) -> None:
+    """Loading networks draws some: the same request would give another picture the first time."""
+    torch.manual_seed(1)
+    before = torch.get_rng_state()
+    conditioner.prepare(ask(Identity((face(1),))), SIZE)
+    assert torch.equal(torch.get_rng_state(), before)
+
+
 def test_unconditional_tokens_depend_on_beta_alone(conditioner: Conditioner) -> None:
     one, two = tokens(conditioner, Identity((face(1),)), Identity((face(2),)), kind=NEGATIVE)
     assert torch.equal(one, two)

@@ -18,7 +18,7 @@ import torch
 from PIL import Image, ImageDraw
 
 from lib_portrait.routing_picture import OUTSIDE, colour_of
-from tests.webui.oracle import NOBODY, Oracle
+from tests.webui.oracle import Oracle
 from tests.webui.server import Answer, Client, Recording
 from tests.webui.test_matrix import encoded, half_mask, one, two
 from tests.webui.world import KIT
@@ -80,7 +80,7 @@ CELLS = [
     Cell("only masked, in the middle", inpainted((64, 0, 192, 128)), columns={(16, 16): 8}),
     Cell("only masked, off the middle", inpainted((96, 0, 224, 128)), columns={(16, 16): 4}),
     Cell("only masked, enlarged", inpainted((112, 32, 176, 96)), columns={(16, 16): 4}),
-    Cell("only masked, padded", inpainted((128, 32, 160, 64), inpaint_full_res_padding=16), columns={(16, 16): 4}),
+    Cell("only masked, padded", inpainted((104, 32, 136, 64), inpaint_full_res_padding=16), columns={(16, 16): 10}),
     Cell(
         "only masked, inverted",
         inpainted((0, 0, 64, 128), inpainting_mask_invert=1, width=192),
@@ -201,13 +201,15 @@ def test_scripts_that_draw_pieces_refuse_regions_and_take_people(
     refused = server.generate(placed(people, None, RIGHT), **changes)
     assert refused.status == 422
     assert refused.detail.startswith("identities[1].region: ")
-    assert f"the script {script!r} draws the picture in pieces" in refused.detail or script in refused.detail
+    assert f"the script {script} draws the picture in pieces" in refused.detail
+    # The host's VAE draws from random numbers that the request before has left.
+    server.generate(two(people), **changes)
     recording = server.record(two(people), sites=(), **changes)
     assert recording.answer.status == 200, recording.answer.detail
     assert "positive" in recording.kinds()
     # A map would be taken for a piece.
     shown = server.record(two(people, show_routing=True), sites=(), **changes)
-    assert shown.answer.images == recording.answer.images or pictures(shown.answer) == pictures(recording.answer)
+    assert pictures(shown.answer) == pictures(recording.answer)
     assert "no place for routing maps" in shown.answer.info["infotexts"][0]
 
 
@@ -257,7 +259,7 @@ def test_a_mask_s_grey_is_no_white(server: Client, oracle: Oracle, people: dict[
     recording = server.record(portrait)
     labels = labels_at(recording, oracle, portrait, 0)
     assert (labels[:, :8] == 0).all()
-    assert (labels[:, 8:] == NOBODY).all()
+    assert (labels[:, 8:] != 0).all()
     assert not torch.equal(recording.latents(), server.record(one(people)).latents())
 
 
@@ -311,20 +313,20 @@ def test_maps_stand_beside_inpaint_masks(server: Client, people: dict[str, str])
 
 
 def test_maps_are_saved_beside_the_pictures_on_request(server: Client, people: dict[str, str]) -> None:
-    output = Path(server.scratch) / "saved"
-    settings = {"samples_save": True, "save_to_dirs": False, "outdir_txt2img_samples": str(output)}
+    data = server.scratch / "data"
 
-    def saved(portrait: dict[str, Any], **more: Any) -> set[str]:
-        before = {path.name for path in output.glob("*")} if output.exists() else set()
-        answer = server.generate(portrait, save_images=True, override_settings={**settings, **more})
+    def saved(portrait: dict[str, Any], **more: Any) -> list[Path]:
+        before = set(data.rglob("*.png"))
+        settings = {"samples_save": True, **more}
+        answer = server.generate(portrait, save_images=True, override_settings=settings)
         assert answer.status == 200, answer.detail
-        return {path.name for path in output.glob("*")} - before
+        return sorted(set(data.rglob("*.png")) - before, key=lambda path: len(path.name))
 
     shown = {"checkpoint": KIT, **two(people, show_routing=True)}
     assert len(saved(shown)) == 1
     assert len(saved(two(people), portrait_save_maps=True)) == 1
-    first, second = sorted(saved(shown, portrait_save_maps=True), key=len)
-    assert second == first.removesuffix(".png") + "-portrait-map.png"
-    with Image.open(output / second) as image:
+    first, second = saved(shown, portrait_save_maps=True)
+    assert second == first.with_name(first.stem + "-portrait-map.png")
+    with Image.open(second) as image:
         assert image.width == 128 and image.height > 128
         assert "Portrait: " in image.info["parameters"]
