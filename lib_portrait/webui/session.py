@@ -58,6 +58,7 @@ class Session:
         self._injection: Injection | None = None
         self._door: Any = None
         self._sampling = False
+        self._latent = (0, 0)
         self._expected = 0
         self._seen = 0
 
@@ -147,6 +148,17 @@ class Session:
     def _at_the_door(self, unet: torch.nn.Module, args: tuple[Any, ...]) -> None:
         # A fault found in a denoiser callback stops the picture here, one line of code later.
         self.check()
+        assert self._injection is not None and self._rule is not None
+        call = self._injection.call
+        if call.kinds is not None and call.latent != self._latent:
+            # People without regions are routed in each piece; a region would have to know which one this is.
+            first = next((i for i, person in enumerate(self._rule.people) if person.region is not None), None)
+            if first is not None:
+                raise PortraitError(
+                    layout.said_of_tab(f"identities[{first}].region", self.tabs),
+                    "an extension sends the picture through the UNet in pieces and does not tell where they lie",
+                    "Leave the regions out, so that routing places the people, or switch tiled diffusion off.",
+                )
 
     def _check_places(self, p: Any) -> None:
         """Raises PortraitError if somebody's region lies outside of what is going to be painted."""
@@ -190,6 +202,7 @@ class Session:
             assert self._injection is not None and self._rule is not None
             denoiser = params.denoiser
             self._rule.place = places.sampled(denoiser.p)
+            self._latent = (params.x.shape[-2], params.x.shape[-1])
             self._injection.progress = min(denoiser.step / max(denoiser.total_steps or 1, 1), 1.0)
             params.text_cond = _marked(params.text_cond, POSITIVE)
             params.text_uncond = _marked(params.text_uncond, NEGATIVE)

@@ -18,6 +18,7 @@ import torch
 from PIL import Image, ImageDraw
 
 from lib_portrait.routing_picture import OUTSIDE, colour_of
+from tests.webui.browser import Page
 from tests.webui.oracle import Oracle
 from tests.webui.server import Answer, Client, Recording
 from tests.webui.test_matrix import encoded, half_mask, one, two
@@ -213,6 +214,14 @@ def test_scripts_that_draw_pieces_refuse_regions_and_take_people(
     assert "no place for routing maps" in shown.answer.info["infotexts"][0]
 
 
+def test_pieces_inside_a_step_refuse_regions_and_take_people(server: Client, people: dict[str, str]) -> None:
+    tiled = {"probe": {"tiles": True}, "sites": ()}
+    refused = server.record(placed(people, None, RIGHT), width=256, **tiled).answer
+    assert refused.status == 422
+    assert refused.detail.startswith("identities[1].region: an extension sends the picture through the UNet in pieces")
+    assert server.record(two(people), width=256, **tiled).answer.status == 200
+
+
 def pictures(answer: Answer) -> list[bytes]:
     return [np.asarray(opened(text)).tobytes() for text in answer.images]
 
@@ -330,3 +339,45 @@ def test_maps_are_saved_beside_the_pictures_on_request(server: Client, people: d
     with Image.open(second) as image:
         assert image.width == 128 and image.height > 128
         assert "Portrait: " in image.info["parameters"]
+
+
+# ------------------------------------------------------------------------------------------------------------- panel
+
+
+def test_a_new_canvas_has_the_shape_of_the_finished_picture(
+    driver: Any, server: Client, screenshots: Path, tmp_path: Path
+) -> None:
+    def size(tab: str) -> str:
+        return driver.execute_script("return portraitPictureSize(arguments[0])", tab)
+
+    page = Page(driver, server.base, screenshots)
+    page.small_picture()
+    assert size("txt2img") == "128 x 128"
+    page.click("#txt2img_hr > .label-wrap")
+    page.wait(lambda: page.one("#txt2img_hr_resize_x").is_displayed(), "hires fix")
+    page.set_number("txt2img_hr_resize_x", 256)
+    page.set_number("txt2img_hr_resize_y", 128)
+    assert size("txt2img") == "256 x 128"
+
+    picture = tmp_path / "wide.png"
+    opened(scene()).save(picture)
+    page.open_tab("img2img")
+    page.click("#mode_img2img > .tab-nav > button:nth-child(3)")
+    page.one("#img2maskimg input[type=file]").send_keys(str(picture))
+    page.wait(lambda: page.all("#img2maskimg img"), "the picture")
+    page.set_number("img2img_width", 128)
+    page.set_number("img2img_height", 128)
+    assert size("img2img") == "128 x 128"
+    page.click("#img2img_inpaint_full_res label:nth-of-type(2)")
+    page.wait(lambda: size("img2img") == "256 x 128", "the whole picture's size")
+    page.save("15-only-masked")
+
+
+def test_tabs_have_the_colours_of_the_maps(driver: Any, server: Client, screenshots: Path) -> None:
+    page = Page(driver, server.base, screenshots)
+    script = "return getComputedStyle(document.querySelector(arguments[0]), '::before').backgroundColor"
+    for number in (1, 2, 4):
+        found = driver.execute_script(script, f"{page.panel}_people > .tab-nav > button:nth-child({number})")
+        assert found == "rgb({}, {}, {})".format(*colour_of(number))
+    page.show(page.panel)
+    page.save("16-tabs")
