@@ -6,7 +6,8 @@ function portraitPictureSize(tab) {
     const shown = (selector) => [...gradioApp().querySelectorAll(selector)].find((element) => element.offsetParent);
     // Inpainting of the masked area only is pasted into the whole picture; hires fix may have another shape.
     if (shown("#img2img_inpaint_full_res input:checked")?.value === "Only masked" && tab === "img2img") {
-        const picture = shown("#mode_img2img img");
+        // The picture itself may be hidden behind what is painted over it.
+        const picture = shown("#mode_img2img > .tabitem")?.querySelector("img");
         if (picture) return `${picture.naturalWidth} x ${picture.naturalHeight}`;
     }
     if (gradioApp().querySelector(`#${tab}_hr-checkbox input`)?.checked && number("hr_resize_x") && number("hr_resize_y")) {

@@ -170,8 +170,9 @@ def test_soft_inpainting_follows_too(server: Client, oracle: Oracle, people: dic
     recording = server.record(portrait, **changes)
     assert "Soft inpainting enabled" in recording.answer.info["infotexts"][0]
     labels = labels_at(recording, oracle, portrait, 0)
-    assert (labels[:, :3] == 0).all()
-    assert (labels[:, -6:] == 1).all()
+    # A blurred edge widens the crop, which puts the border between the two into the fifth column.
+    assert (labels[:, :4] == 0).all()
+    assert (labels[:, 5:] == 1).all()
 
 
 def test_each_loop_of_loopback_follows(server: Client, oracle: Oracle, people: dict[str, str]) -> None:
