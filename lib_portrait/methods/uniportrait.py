@@ -401,9 +401,14 @@ class _FusedLinear:
 
 @dataclass(frozen=True)
 class _Regions:
-    """The active people's regions at one site. shares (1, n, A); overlap: whether more than one claims a position."""
+    """The active people's regions at one site.
+
+    shares (1, n, A), 0 for those without one, who are `free` (A) bool, or None where all have one.
+    overlap: whether more than one claims a position.
+    """
 
     shares: Tensor
+    free: Tensor | None
     overlap: bool
 
 
@@ -411,12 +416,14 @@ class _Regions:
 class _SiteState:
     """Keys, values and router keys of one site for one set of active people; and its query while the site runs.
 
-    key, value: per kind (G, H, T, d), one entry for each group of people whose tokens are equal.
+    key, value: per kind (G, H, T, d), one entry for each group of people whose tokens are equal; group_of: per kind
+    (A), the group of each active person.
     """
 
     active: tuple[int, ...] = ()
     device: object = None
     groups: dict[int, list[list[int]]] = field(default_factory=dict)
+    group_of: dict[int, Tensor] = field(default_factory=dict)
     key: dict[int, Tensor] = field(default_factory=dict)
     value: dict[int, Tensor] = field(default_factory=dict)
     router_key: dict[int, Tensor] = field(default_factory=dict)
@@ -604,11 +611,9 @@ class UniPortraitRule:
             first = first / first.sum(dim=-1, keepdim=True).clamp(min=1)
             left = 1 - first.sum(dim=-1, keepdim=True)
             shares = first + others * (left / others.sum(dim=-1, keepdim=True).clamp(min=1e-6)).clamp(max=1)
-        free = [self.people[i].region is None for i in state.active]
-        if any(free):
+        if regions.free is not None:
             left = (1 - shares.sum(dim=-1, keepdim=True)).clamp(min=0)
-            chosen = self._chosen(state, kind, hidden, torch.tensor(free, device=hidden.device))
-            shares = shares + left * _evenly(chosen, hidden)
+            shares = shares + left * _evenly(self._chosen(state, kind, hidden, regions.free), hidden)
         return shares.expand(hidden.shape[0], -1, -1)
 
     def _record(self, site: Site, call: Call, state: _SiteState, kind: int, shares: Tensor) -> None:
@@ -628,11 +633,8 @@ class UniPortraitRule:
         # theta's last layer is folded into the identities' keys, which saves one of its two matrix products.
         logits = F.gelu(F.linear(hidden.to(w_in.dtype), w_in, bias)) @ state.router_key[kind].T
         best = logits.masked_fill(~claims, -torch.inf).argmax(dim=-1)
-        groups = state.groups[kind]
-        numbers = torch.tensor(
-            [next(g for g, group in enumerate(groups) if i in group) for i in state.active], device=hidden.device
-        )
-        return (numbers == numbers[best].unsqueeze(-1)) & claims
+        group_of = state.group_of[kind]
+        return (group_of == group_of[best].unsqueeze(-1)) & claims
 
     # ---- what does not change from step to step
 
@@ -652,6 +654,8 @@ class UniPortraitRule:
                     same.append(person)
             distinct = torch.stack([tokens[active.index(group[0])] for group in groups])
             state.groups[kind] = groups
+            numbers = [next(g for g, group in enumerate(groups) if person in group) for person in active]
+            state.group_of[kind] = torch.tensor(numbers, device=q.device)
             for store, matrix in ((state.key, weights.key), (state.value, weights.value)):
                 projected = F.linear(distinct, matrix.to(q.device, torch.float32)).to(q.dtype)
                 store[kind] = site.split_heads(projected).contiguous()
@@ -680,7 +684,10 @@ class UniPortraitRule:
             resized = F.interpolate(maps[None], size=shape, mode="bilinear", align_corners=False)
             shares = resized.flatten(2).transpose(1, 2)
             overlap = bool((shares.sum(dim=-1) > 1 + OVERLAP).any())
-            state.regions[key] = _Regions(shares.to(state.key[next(iter(state.key))]), overlap)
+            reference = state.key[next(iter(state.key))]
+            free = [self.people[i].region is None for i in state.active]
+            freed = torch.tensor(free, device=reference.device) if any(free) else None
+            state.regions[key] = _Regions(shares.to(reference), freed, overlap)
         return state.regions[key]
 
 
