@@ -1,9 +1,19 @@
 // The Portrait panel's behaviour in the page. Names begin with "portrait": the WebUI has one global scope for all.
 
-// For "New canvas": the size that the picture will have, as the panel's text "width x height".
+// For "New canvas": the size that the finished picture will have, as the panel's text "width x height".
 function portraitPictureSize(tab) {
-    const side = (name) => gradioApp().querySelector(`#${tab}_${name} input[type=number]`)?.value ?? "";
-    return `${side("width")} x ${side("height")}`;
+    const number = (name) => Number(gradioApp().querySelector(`#${tab}_${name} input[type=number]`)?.value ?? 0);
+    const shown = (selector) => [...gradioApp().querySelectorAll(selector)].find((element) => element.offsetParent);
+    // Inpainting of the masked area only is pasted into the whole picture; hires fix may have another shape.
+    if (shown("#img2img_inpaint_full_res input:checked")?.value === "Only masked" && tab === "img2img") {
+        // The picture itself may be hidden behind what is painted over it.
+        const picture = shown("#mode_img2img > .tabitem")?.querySelector("img");
+        if (picture) return `${picture.naturalWidth} x ${picture.naturalHeight}`;
+    }
+    if (gradioApp().querySelector(`#${tab}_hr-checkbox input`)?.checked && number("hr_resize_x") && number("hr_resize_y")) {
+        return `${number("hr_resize_x")} x ${number("hr_resize_y")}`;
+    }
+    return `${number("width") || ""} x ${number("height") || ""}`;
 }
 
 // How many photos each identity has, in the tabs, and how many people there are, in the folded panel's title.

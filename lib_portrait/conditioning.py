@@ -12,6 +12,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from lib_portrait import regions
 from lib_portrait.attention import NEGATIVE, POSITIVE
 from lib_portrait.checkpoints.formats import read_tensors
 from lib_portrait.checkpoints.store import Kit, Store
@@ -23,8 +24,6 @@ from lib_portrait.faces.vision import VisionTower, vision_from_state_dict
 from lib_portrait.methods.uniportrait import Adapter, Person, RoutingMaps, UniPortraitRule, interpolate
 from lib_portrait.request import Identity, Photo, PortraitRequest, Region
 
-# Boxes are drawn on a square of this size, fine enough for any latent up to 4096 pixels wide.
-BOX_RESOLUTION = 512
 # How far a mask's aspect ratio may be from the picture's: pictures are rounded to multiples of 8.
 ASPECT_TOLERANCE = 0.04
 
@@ -73,6 +72,8 @@ class Conditioner:
                 self.faces.crop(photo, field)
         return kit
 
+    # Networks are made with random weights before their own are read, and a host draws from the same random numbers.
+    @torch.random.fork_rng(devices=())
     @torch.no_grad()
     def prepare(
         self,
@@ -82,20 +83,20 @@ class Conditioner:
         dtype: torch.dtype = torch.float32,
         report: Callable[[str], None] = lambda text: None,
     ) -> Conditioning:
-        """The request's conditioning for pictures of `size` (width, height) pixels.
+        """The request's conditioning for finished pictures of `size` (width, height) pixels, or of that proportion.
 
         device, dtype: where and in what the face networks run. report: told what is being done, before it takes long.
-        Raises PortraitError naming the photo, mask or file at
-        fault: no face, unknown hash, missing or foreign weights, weights that do not belong together.
+        Raises PortraitError naming the photo, mask or file at fault: no face, unknown hash, missing or foreign weights,
+        weights that do not belong together.
         """
         # The cheap checks of the whole request come before the networks are loaded.
         report("finding faces")
         kit = self.check(request)
-        regions = [
+        places = [
             self._region(identity.region, f"identities[{i}].region", size)
             for i, identity in enumerate(request.identities)
         ]
-        notices = _left_out(request)
+        notices = [*_left_out(request), *regions.overlaps(places)]
         for i, identity in enumerate(request.identities):
             for field, photo in _photos(identity, f"identities[{i}]"):
                 notices += self.faces.notices(photo, field)
@@ -110,7 +111,7 @@ class Conditioner:
                 NEGATIVE: _embed(adapter, [zero], identity.structure),
             }
             scale = request.scale * identity.scale
-            people.append(Person(tokens, scale, identity.start, identity.end, regions[i]))
+            people.append(Person(tokens, scale, identity.start, identity.end, places[i]))
         if self._networks is not None:
             # Between requests the accelerator's memory belongs to the host.
             for network in self._networks[1]:
@@ -128,23 +129,25 @@ class Conditioner:
         others = [tokens(mix.photos, f"{path}.mix[{j}].photos") for j, mix in enumerate(identity.mix)]
         return interpolate(master, others, [mix.weight for mix in identity.mix])
 
-    def _region(self, region: Region | None, field: str, size: tuple[int, int]) -> Tensor | None:
-        """(h, w) weights in [0, 1] of a region, at whatever resolution it comes in."""
+    def _region(self, region: Region | None, field: str, size: tuple[int, int]) -> regions.Region | None:
+        """A region as the rule needs it. Raises PortraitError: a mask of another shape, or nobody would fit in."""
         if region is None:
             return None
+        latent = (-(-size[1] // 8), -(-size[0] // 8))
         if region.box is not None:
-            left, top, right, bottom = region.box
-            across, down = _coverage(left, right), _coverage(top, bottom)
-            return down[:, None] * across[None, :]
+            regions.check_takes_part(region.box, field, torch.ones(latent))
+            return region.box
         assert region.mask is not None
-        mask = torch.from_numpy(self.faces.mask(region.mask, f"{field}.mask"))
+        field = f"{field}.mask"
+        mask = torch.from_numpy(self.faces.mask(region.mask, field))
         height, width = mask.shape
         if abs((width / height) / (size[0] / size[1]) - 1) > ASPECT_TOLERANCE:
             raise PortraitError(
-                f"{field}.mask",
+                field,
                 f"the mask is {width}x{height}, the picture {size[0]}x{size[1]}: their shapes differ",
                 "Draw the mask on a canvas of the picture's width and height (or any multiple of both).",
             )
+        regions.check_takes_part(mask, field, torch.ones(latent))
         return mask
 
     def _load_adapter(self, kit: Kit, report: Callable[[str], None]) -> Adapter:
@@ -213,12 +216,6 @@ def _photos(identity: Identity, path: str) -> list[tuple[str, Photo]]:
     for m, mix in enumerate(identity.mix):
         named += [(f"{path}.mix[{m}].photos[{j}]", photo) for j, photo in enumerate(mix.photos)]
     return named
-
-
-def _coverage(low: float, high: float) -> Tensor:
-    """How much of each of BOX_RESOLUTION equal intervals of [0, 1] lies between low and high."""
-    edges = torch.linspace(0, 1, BOX_RESOLUTION + 1)
-    return ((edges[1:].clamp(max=high) - edges[:-1].clamp(min=low)) * BOX_RESOLUTION).clamp(0, 1)
 
 
 def _stamp(*paths: Path | None) -> tuple[object, ...]:

@@ -27,8 +27,11 @@ from lib_portrait.attention.rows import POSITIVE
 from lib_portrait.attention.sites import Site
 from lib_portrait.errors import PortraitError
 from lib_portrait.faces.weights import checked, fill
+from lib_portrait.regions import WHOLE, Box, Region, coverage
 from lib_portrait.request import takes_part
 
+# By how much of a position regions must overlap for the router to be asked.
+OVERLAP = 0.01
 PROJECTIONS = ("to_q", "to_k", "to_v", "to_out")
 # The names the linear layers have inside an attention layer of the UNet.
 PATHS = {"to_q": "to_q", "to_k": "to_k", "to_v": "to_v", "to_out": "to_out.0"}
@@ -390,14 +393,14 @@ class Person:
 
     tokens: F_id of each kind of row ({POSITIVE: (T, D), NEGATIVE: (T, D)}); a kind that is absent gets no identity.
     scale: lambda of the decoupled cross-attention. start, end: share of the sampling in which it takes part, 0 to 1.
-    region: (h, w) weights of where it belongs, in [0, 1], or None to let the router decide.
+    region: where it belongs in the picture, or None to let the router decide.
     """
 
     tokens: dict[int, Tensor]
     scale: float = 1.0
     start: float = 0.0
     end: float = 1.0
-    region: Tensor | None = None
+    region: Region | None = None
 
     def active(self, progress: float) -> bool:
         return takes_part(self.start, self.end, progress)
@@ -482,21 +485,36 @@ class _FusedLinear:
         return fused, bias if getattr(self.module, "bias", None) is not None else None
 
 
+@dataclass(frozen=True)
+class _Regions:
+    """The active people's regions at one site.
+
+    shares (1, n, A), 0 for those without one, who are `free` (A) bool, or None where all have one.
+    overlap: whether more than one claims a position.
+    """
+
+    shares: Tensor
+    free: Tensor | None
+    overlap: bool
+
+
 @dataclass
 class _SiteState:
     """Keys, values and router keys of one site for one set of active people; and its query while the site runs.
 
-    key, value: per kind (G, H, T, d), one entry for each group of people whose tokens are equal.
+    key, value: per kind (G, H, T, d), one entry for each group of people whose tokens are equal; group_of: per kind
+    (A), the group of each active person.
     """
 
     active: tuple[int, ...] = ()
     device: object = None
     groups: dict[int, list[list[int]]] = field(default_factory=dict)
+    group_of: dict[int, Tensor] = field(default_factory=dict)
     key: dict[int, Tensor] = field(default_factory=dict)
     value: dict[int, Tensor] = field(default_factory=dict)
     router_key: dict[int, Tensor] = field(default_factory=dict)
     theta: tuple[Tensor, Tensor] | None = None
-    regions: dict[tuple[tuple[int, int], tuple[int, int]], Tensor] = field(default_factory=dict)
+    regions: dict[Hashable, _Regions] = field(default_factory=dict)
     query: Tensor | None = None
     hidden: Tensor | None = None
 
@@ -506,8 +524,10 @@ class UniPortraitRule:
 
     At every cross-attention: text attention + s * attention(q, W_k^id F, W_v^id F) before the output projection
     (decoupled cross-attention, sec. 3.2), where with several people each position attends to the one the router gives
-    it (eq. 2), or to those whose region it lies in. At every attention, self and cross: LoRA on q, k, v and out, one
+    it (eq. 2), or to the one whose region it lies in. At every attention, self and cross: LoRA on q, k, v and out, one
     set of weights for one person, another for several.
+
+    `place` is the part of the picture that the UNet samples at the moment, on all of which the people's regions lie.
 
     Raises PortraitError if several people are asked for and the adapter has no router.
     """
@@ -531,6 +551,8 @@ class UniPortraitRule:
         self.routing = routing
         self.drawn: set[int] = set()
         """Who was added to positive rows with a strength above 0, by number; cleared by whoever starts a sampling."""
+        self.place: Box = WHOLE
+        self._covered: dict[tuple[int, Box, tuple[int, int]], Tensor] = {}
         self._states: dict[int, _SiteState] = {}
 
     # ---- what Injection asks
@@ -625,7 +647,7 @@ class UniPortraitRule:
         kind: int,
         q: Tensor,
         hidden: Tensor,
-        regions: Tensor | None,
+        regions: _Regions | None,
     ) -> Tensor:
         """Sum over people of weight * attention to their tokens, for rows of one kind: (R, n, H * d)."""
         groups = state.groups[kind]
@@ -651,42 +673,58 @@ class UniPortraitRule:
         return out
 
     def _weights(
-        self, site: Site, call: Call, state: _SiteState, kind: int, hidden: Tensor, regions: Tensor | None
+        self, site: Site, call: Call, state: _SiteState, kind: int, hidden: Tensor, regions: _Regions | None
     ) -> Tensor:
         """How much each position belongs to each group of people, scales included: (R, n, G).
 
-        Regions override the router where they lie and are normalised to sum 1; people without a region share, by
-        routing (eq. 2), what no region covers.
+        A region gives its person the share of a position that lies inside it. What the regions leave is shared by the
+        people without one, by routing (eq. 2), or is nobody's. Where regions overlap the router decides between those
+        who claim the position: who is chosen gets their whole share, the others what that leaves.
         """
         active = state.active
-        free = [a for a, i in enumerate(active) if regions is None or self.people[i].region is None]
-        weights = hidden.new_zeros(hidden.shape[0], hidden.shape[1], len(active))
-        if free:
-            logits = self._route(state, kind, hidden, free)
-            weights[..., free] = F.one_hot(logits.argmax(dim=-1), len(free)).to(weights.dtype)
-        if regions is not None:
-            total = regions.sum(dim=-1, keepdim=True)
-            inside, covered = regions / total.clamp(min=1e-3), total.clamp(max=1)
-            if free:
-                inside, weights = inside * covered, weights * (1 - covered)
-            weights = weights + inside
+        if regions is None:
+            everybody = torch.ones(len(active), dtype=torch.bool, device=hidden.device)
+            weights = _evenly(self._chosen(state, kind, hidden, everybody), hidden)
+        else:
+            weights = self._shares(state, kind, hidden, regions)
         self._record(site, call, state, kind, weights)
         weights = weights * hidden.new_tensor([self.people[i].scale for i in active])
         groups = [[active.index(i) for i in group] for group in state.groups[kind]]
         return torch.stack([weights[..., group].sum(dim=-1) for group in groups], dim=-1)
+
+    def _shares(self, state: _SiteState, kind: int, hidden: Tensor, regions: _Regions) -> Tensor:
+        """The share of each position that each active person has with these regions: (R, n, A), at most 1 together."""
+        shares = regions.shares
+        if regions.overlap:
+            chosen = self._chosen(state, kind, hidden, shares > 0)
+            first, others = shares * chosen, shares * ~chosen
+            first = first / first.sum(dim=-1, keepdim=True).clamp(min=1)
+            left = 1 - first.sum(dim=-1, keepdim=True)
+            shares = first + others * (left / others.sum(dim=-1, keepdim=True).clamp(min=1e-6)).clamp(max=1)
+        if regions.free is not None:
+            left = (1 - shares.sum(dim=-1, keepdim=True)).clamp(min=0)
+            shares = shares + left * _evenly(self._chosen(state, kind, hidden, regions.free), hidden)
+        return shares.expand(hidden.shape[0], -1, -1)
 
     def _record(self, site: Site, call: Call, state: _SiteState, kind: int, shares: Tensor) -> None:
         """Gives the routing maps the shares (R, n, A) of the active people, while all people are active."""
         if self.routing is not None and kind == POSITIVE and len(state.active) == len(self.people):
             self.routing.add(site, call, shares)
 
-    def _route(self, state: _SiteState, kind: int, hidden: Tensor, free: list[int]) -> Tensor:
-        """The router's logits (eq. 3 before the softmax) for the `free` active people: (R, n, len(free))."""
-        if len(free) == 1:
-            return hidden.new_ones(*hidden.shape[:2], 1)
+    def _chosen(self, state: _SiteState, kind: int, hidden: Tensor, claims: Tensor) -> Tensor:
+        """Whom eq. 2 chooses among those who claim a position: (R, n, A) bool, of largest logit (eq. 3).
+
+        claims: bool, for all rows and positions or for each, of the A active people. People whose tokens are equal (the
+        unconditional ones), whom no router can tell apart, are chosen together. Nobody is where nobody claims.
+        """
+        if len(state.active) == 1:
+            return claims.expand(*hidden.shape[:2], 1)
         w_in, bias = state.theta  # type: ignore[misc]
         # theta's last layer is folded into the identities' keys, which saves one of its two matrix products.
-        return F.gelu(F.linear(hidden.to(w_in.dtype), w_in, bias)) @ state.router_key[kind][free].T
+        logits = F.gelu(F.linear(hidden.to(w_in.dtype), w_in, bias)) @ state.router_key[kind].T
+        best = logits.masked_fill(~claims, -torch.inf).argmax(dim=-1)
+        group_of = state.group_of[kind]
+        return (group_of == group_of[best].unsqueeze(-1)) & claims
 
     # ---- what does not change from step to step
 
@@ -706,6 +744,8 @@ class UniPortraitRule:
                     same.append(person)
             distinct = torch.stack([tokens[active.index(group[0])] for group in groups])
             state.groups[kind] = groups
+            numbers = [next(g for g, group in enumerate(groups) if person in group) for person in active]
+            state.group_of[kind] = torch.tensor(numbers, device=q.device)
             for store, matrix in ((state.key, weights.key), (state.value, weights.value)):
                 projected = F.linear(distinct, matrix.to(q.device, torch.float32)).to(q.dtype)
                 store[kind] = site.split_heads(projected).contiguous()
@@ -718,22 +758,30 @@ class UniPortraitRule:
     def _has_regions(self, active: Sequence[int]) -> bool:
         return any(self.people[i].region is not None for i in active)
 
-    def _regions_at(self, site: Site, call: Call, state: _SiteState, tokens: int) -> Tensor:
-        """The active people's regions at this site, (1, n, A); zero for people without one."""
+    def _coverage(self, person: int, latent: tuple[int, int]) -> Tensor:
+        """The person's region on the latent, (h, w); zero without one."""
+        key = (person, self.place, latent)
+        if key not in self._covered:
+            region = self.people[person].region
+            self._covered[key] = torch.zeros(latent) if region is None else coverage(region, latent, self.place)
+        return self._covered[key]
+
+    def _regions_at(self, site: Site, call: Call, state: _SiteState, tokens: int) -> _Regions:
         shape = call.shape_at(site, tokens)
-        if (call.latent, shape) not in state.regions:
-            maps = []
-            for i in state.active:
-                region = self.people[i].region
-                if region is None:
-                    maps.append(torch.zeros(shape).flatten())
-                    continue
-                image = region[None, None].float()
-                if region.shape[0] > call.latent[0] or region.shape[1] > call.latent[1]:
-                    # Fine masks are averaged down to the latent first: bilinear reduction alone would skip pixels.
-                    image = F.interpolate(image, size=call.latent, mode="area")
-                image = F.interpolate(image, size=shape, mode="bilinear", align_corners=False)
-                maps.append(image.flatten())
+        key = (self.place, call.latent, shape)
+        if key not in state.regions:
+            maps = torch.stack([self._coverage(i, call.latent) for i in state.active])
+            resized = F.interpolate(maps[None], size=shape, mode="bilinear", align_corners=False)
+            shares = resized.flatten(2).transpose(1, 2)
+            overlap = bool((shares.sum(dim=-1) > 1 + OVERLAP).any())
             reference = state.key[next(iter(state.key))]
-            state.regions[(call.latent, shape)] = torch.stack(maps, dim=-1)[None].to(reference)
-        return state.regions[(call.latent, shape)]
+            free = [self.people[i].region is None for i in state.active]
+            freed = torch.tensor(free, device=reference.device) if any(free) else None
+            state.regions[key] = _Regions(shares.to(reference), freed, overlap)
+        return state.regions[key]
+
+
+def _evenly(chosen: Tensor, like: Tensor) -> Tensor:
+    """Who was chosen for a position, (R, n, A) bool, as shares of it."""
+    shares = chosen.to(like.dtype)
+    return shares / shares.sum(dim=-1, keepdim=True).clamp(min=1)

@@ -15,7 +15,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from PIL import Image
+from PIL import Image, ImageFont
 
 from lib_portrait.checkpoints.store import EMBEDDED, Folders, Store
 from lib_portrait.conditioning import Conditioner
@@ -24,7 +24,7 @@ from lib_portrait.faces.service import FaceService
 from lib_portrait.faces.world_detector import world_detector
 from lib_portrait.methods.uniportrait import RoutingMaps
 from lib_portrait.request import AUTOMATIC, Limits, PortraitRequest, to_json
-from lib_portrait.routing_picture import COLOUR_NAMES, draw_routing
+from lib_portrait.routing_picture import Legend, draw_routing
 from lib_portrait.standalone.measuring import Likeness, Measurer, owners_of, shows_everybody
 from lib_portrait.standalone.model import WORLD, load_model
 from lib_portrait.standalone.sampling import Sampling, check, sample
@@ -97,14 +97,20 @@ class Studio:
         """A picture of the model's own size, but for what the settings say."""
         return Sampling(prompt, **{"width": self.model.size, "height": self.model.size, **settings})
 
-    def draw(self, request: PortraitRequest | None, samplings: Sequence[Sampling]) -> list[Drawn]:
-        """The pictures, with the request's people in all of them. Raises PortraitError."""
+    def draw(
+        self, request: PortraitRequest | None, samplings: Sequence[Sampling], names: Sequence[str] = ()
+    ) -> list[Drawn]:
+        """The pictures, with the request's people in all of them. names: theirs, for the legend of routing maps.
+
+        Raises PortraitError.
+        """
         check(samplings)
         first = samplings[0]
         conditioning = None
         if request is not None:
             conditioning = self.conditioner.prepare(request, (first.width, first.height), self.device, self.dtype)
             self._notice([*self._choices(request), *conditioning.notices])
+        legend = Legend(names, range(1, len(names) + 1), ImageFont.load_default)
         at_once = max(1, PIXELS_AT_ONCE // (first.width * first.height))
         drawn: list[Drawn] = []
         for begin in range(0, len(samplings), at_once):
@@ -116,9 +122,11 @@ class Studio:
             pictures = [Image.fromarray(one) for one in pixels]
             mean = routing.mean() if routing is not None else None
             shown = mean is not None and request is not None and request.show_routing
-            maps = draw_routing(pictures, [mean]) if mean is not None and shown else [None] * len(pictures)
+            maps = (
+                draw_routing(pictures, [mean], legend=legend) if mean is not None and shown else [None] * len(pictures)
+            )
             several = mean is not None and mean.shape[1] > 1
-            owners = [owners_of(own) for own in mean] if mean is not None and several else [None] * len(pictures)
+            owners = [owners_of(own) for own in mean] if mean is not None and several else none
             drawn += [Drawn(*one) for one in zip(batch, pictures, maps, owners, strict=True)]
         return drawn
 
@@ -351,7 +359,7 @@ def draw_prompts(
         people = [f"person {i + 1}" for i in range(len(crops))]
         faces = [Cell(Image.fromarray(crop), [name]) for name, own in zip(people, crops, strict=True) for crop in own]
         sections.append(Section("References", _rows(faces)))
-    drawn = studio.draw(request, samplings)
+    drawn = studio.draw(request, samplings, people)
     cells: list[list[Cell]] = [[] for _ in prompts]
     for number, one in enumerate(drawn):
         measured = comparison.likeness(one.picture, range(len(people)), one.owners) if comparison is not None else []
@@ -359,7 +367,7 @@ def draw_prompts(
         row = cells[number // count]
         row.append(Cell(one.picture, [f"seed {one.sampling.seed}", *_told(people, measured)]))
         if one.routing is not None:
-            row.append(Cell(one.routing, [_legend(people)]))
+            row.append(Cell(one.routing))
     sections += [Section(prompt, _rows(row)) for prompt, row in zip(prompts, cells, strict=True)]
     results.finish("Portraits", sections, _facts(studio, request, comparison))
 
@@ -434,10 +442,11 @@ def draw_world(
         both = both_words(people[i].word, people[j].word)
         prompts = [prompt.format(both=both) for prompt in PAIR_PROMPTS]
         row = [Cell(_opened(people[k].photos[0]), [f"reference: {people[k].name}"]) for k in (i, j)]
-        for one in studio.draw(request, [studio.sampling(prompt, settings) for prompt in prompts]):
+        names = [people[i].name, people[j].name]
+        for one in studio.draw(request, [studio.sampling(prompt, settings) for prompt in prompts], names):
             row.append(Cell(one.picture, measured(one, [i, j])))
             if one.routing is not None:
-                row.append(Cell(one.routing, [_legend([people[i].name, people[j].name])]))
+                row.append(Cell(one.routing))
         pairs.append(row)
     general = [prompt.replace("{word}", "…") for prompt in SINGLE_PROMPTS]
     before = ["", "another photo of this person"] if again else [""]
@@ -477,13 +486,6 @@ def _told(people: Sequence[str], measured: Sequence[Likeness]) -> list[str]:
                 wrong = ", more like somebody else of the picture"
             lines.append(f"{before}similarity {one.own:.2f}{others}{wrong}")
     return lines
-
-
-def _legend(people: Sequence[str]) -> str:
-    """Who has which colour of a routing map; beyond the named colours, that it is one."""
-    if len(people) > len(COLOUR_NAMES):
-        return "who was put where"
-    return ", ".join(f"{colour}: {name}" for colour, name in zip(COLOUR_NAMES, people))
 
 
 def _rows(cells: Sequence[Cell]) -> list[Sequence[Cell]]:

@@ -11,19 +11,22 @@ from __future__ import annotations
 import copy
 import dataclasses
 import itertools
+import re
 import sys
 import weakref
 from collections.abc import Callable, Hashable, Mapping, Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from modules import devices, errors, shared
+from modules import devices, errors, images, shared
 
 from lib_portrait.attention import NEGATIVE, POSITIVE, Injection, find_sites, mark
 from lib_portrait.checkpoints.store import AUTOMATIC, EMBEDDED
 from lib_portrait.errors import Notice, PortraitError
+from lib_portrait.regions import WHOLE, Box, check_takes_part
 from lib_portrait.request import PortraitRequest, check_window, parse_request, to_infotext
-from lib_portrait.webui import adetailer, axes, jobs, panel, services, upcoming, world
+from lib_portrait.webui import adetailer, axes, jobs, panel, places, services, settings, upcoming, world
 from lib_portrait.webui import values as layout
 from lib_portrait.webui.refusal import refusal
 
@@ -34,6 +37,7 @@ if TYPE_CHECKING:
 INFOTEXT_KEY = "Portrait"
 NOTICES_KEY = "Portrait notices"
 NO_STEPS_REMEDY = "Raise the sampling steps or the denoising strength; DDIM and PLMS may draw one step less than that."
+MAP_SUFFIX = "-portrait-map"
 _ATTRIBUTE = "portrait_session"
 _numbers = itertools.count()
 
@@ -52,11 +56,14 @@ class Session:
         self.tabs = tabs
         self.failure = failure
         self.maps: list[torch.Tensor] = []
+        self.place: Box = WHOLE
+        self._notices: list[Notice] = []
         self._conditioning: Conditioning | None = None
         self._rule: UniPortraitRule | None = None
         self._injection: Injection | None = None
         self._door: Any = None
         self._sampling = False
+        self._latent = (0, 0)
         self._expected = 0
         self._seen = 0
         self._steps: set[float] = set()
@@ -72,13 +79,15 @@ class Session:
     def prepare(self, p: Any) -> None:
         """Loads and computes everything the request needs, once, before the first sampling. Raises PortraitError."""
         assert self.request is not None
+        places.check_script(p, self.request)
+        self._notices = places.notices(p, self.request)
         unet = shared.sd_model.model.diffusion_model
         # Half precision only where the host itself uses it: face features decide who is seen.
         dtype = torch.float32 if devices.device.type == "cpu" else devices.dtype
         request = resolved(self.request)
         try:
             conditioning = services.conditioner().prepare(
-                request, (p.width, p.height), devices.device, dtype, report=_show_progress
+                request, places.picture_size(p), devices.device, dtype, report=_show_progress
             )
         finally:
             shared.state.textinfo = None
@@ -95,8 +104,16 @@ class Session:
 
     def notices(self) -> list[Notice]:
         """What the user should know of the request, fields as the panel names them where it comes from there."""
-        found = self._conditioning.notices if self._conditioning is not None else ()
-        return [Notice(layout.said_of_tab(notice.field, self.tabs), notice.text) for notice in found]
+        found = [*self._notices, *(self._conditioning.notices if self._conditioning is not None else ())]
+
+        def said(field: str) -> str:
+            return layout.said_of_tab(field, self.tabs)
+
+        # A notice's text may name another identity.
+        return [
+            Notice(said(one.field), re.sub(r"identities\[\d+\]", lambda match: said(match[0]), one.text))
+            for one in found
+        ]
 
     # ---- around the host's p.sample
 
@@ -110,6 +127,7 @@ class Session:
         from lib_portrait.methods.uniportrait import RoutingMaps
 
         self._check_windows(upcoming.steps(p))
+        self._check_places(p)
         self._rule.routing = RoutingMaps() if self.request.show_routing else None
         self._rule.drawn.clear()
         self._sampling = True
@@ -126,6 +144,7 @@ class Session:
             self._sampling = False
             if self._rule.routing is not None and (mean := self._rule.routing.mean()) is not None:
                 self.maps.append(mean)
+                self.place = self._rule.place
                 self._rule.routing = None
 
     def _enter(self, unet: torch.nn.Module) -> None:
@@ -148,6 +167,28 @@ class Session:
     def _at_the_door(self, unet: torch.nn.Module, args: tuple[Any, ...]) -> None:
         # A fault found in a denoiser callback stops the picture here, one line of code later.
         self.check()
+        assert self._injection is not None and self._rule is not None
+        call = self._injection.call
+        if call.kinds is not None and call.latent != self._latent:
+            # People without regions are routed in each piece; a region would have to know which one this is.
+            first = next((i for i, person in enumerate(self._rule.people) if person.region is not None), None)
+            if first is not None:
+                raise PortraitError(
+                    layout.said_of_tab(f"identities[{first}].region", self.tabs),
+                    "an extension sends the picture through the UNet in pieces and does not tell where they lie",
+                    "Leave the regions out, so that routing places the people, or switch tiled diffusion off.",
+                )
+
+    def _check_places(self, p: Any) -> None:
+        """Raises PortraitError if somebody's region lies outside of what is going to be painted."""
+        assert self._rule is not None
+        if places.is_detail(p):
+            return
+        painted, place = places.painted(p), places.sampled(p)
+        for i, person in enumerate(self._rule.people):
+            if person.region is not None:
+                field = layout.said_of_tab(f"identities[{i}].region", self.tabs)
+                check_takes_part(person.region, field, painted, place)
 
     def _check_windows(self, steps: Sequence[float] | set[float]) -> None:
         """Raises PortraitError if none of these steps lies in the window of somebody who is to be drawn."""
@@ -176,13 +217,11 @@ class Session:
         self._check_windows(self._steps)
         assert self._rule is not None
         for i, person in enumerate(self._rule.people):
-            if person.scale > 0 and (
-                i not in self._rule.drawn or (person.region is not None and not person.region.any())
-            ):
+            if person.scale > 0 and i not in self._rule.drawn:
                 raise PortraitError(
-                    f"identities[{i}].region",
-                    "nothing of it lies in what was drawn, so this person is not in the picture",
-                    "Move the region into what is drawn, or leave this person out.",
+                    f"identities[{i}]",
+                    "this person was added at no step, so the picture is without them",
+                    "Let their window begin earlier and end later, or leave this person out.",
                 )
 
     def _calls(self) -> int:
@@ -200,8 +239,10 @@ class Session:
                 # The refiner, or hires fix with a checkpoint of its own, has changed the model in mid-sampling.
                 self._leave()
                 self._enter(unet)
-            assert self._injection is not None
+            assert self._injection is not None and self._rule is not None
             denoiser = params.denoiser
+            self._rule.place = places.sampled(denoiser.p)
+            self._latent = (params.x.shape[-2], params.x.shape[-1])
             self._injection.progress = min(denoiser.step / max(denoiser.total_steps or 1, 1), 1.0)
             self._steps.add(self._injection.progress)
             params.text_cond = _marked(params.text_cond, POSITIVE)
@@ -363,14 +404,35 @@ def finish(p: Any, processed: Any) -> None:
     if session is None:
         return
     forget(p, keep_infotext=True)
-    if session.maps:
-        from lib_portrait.routing_picture import draw_routing
+    if session.maps and session.request is not None:
+        _add_maps(p, processed, session)
 
-        first = processed.index_of_first_image
-        pictures = processed.images[first : first + len(processed.all_prompts)]
-        for number, drawn in enumerate(draw_routing(pictures, session.maps)):
+
+def _add_maps(p: Any, processed: Any, session: Session) -> None:
+    """Draws the routing maps, saves them beside the saved pictures if the settings say so, and appends them."""
+    from lib_portrait.routing_picture import Legend, draw_routing
+
+    assert session.request is not None
+    numbers = session.tabs or range(1, len(session.request.identities) + 1)
+    legend = Legend([f"Identity {number}" for number in numbers], numbers, images.get_font)
+    pictures = places.pictures(p, processed)
+    for picture, drawn in zip(pictures, draw_routing(pictures, session.maps, session.place, legend)):
+        infotext = processed.infotexts[min(processed.images.index(picture), len(processed.infotexts) - 1)]
+        saved = getattr(picture, "already_saved_as", None)
+        if saved and settings.saves_maps():
+            file = Path(saved)
+            images.save_image(
+                drawn,
+                str(file.parent),
+                "",
+                info=infotext,
+                p=p,
+                forced_filename=file.stem + MAP_SUFFIX,
+                save_to_dirs=False,
+            )
+        if places.shows_maps(p):
             processed.images.append(drawn)
-            processed.infotexts.append(processed.infotexts[min(first + number, len(processed.infotexts) - 1)])
+            processed.infotexts.append(infotext)
 
 
 def forget(p: Any, keep_infotext: bool = False) -> None:

@@ -72,6 +72,12 @@ def on_ui_settings() -> None:
             "of faces larger than 224 pixels every pixel counts then; the published adapters were trained without"
         ),
     )
+    add(
+        "save_maps",
+        shared.OptionInfo(False, "Save routing maps beside the pictures", section=SECTION).info(
+            "where the panel's *Show routing map* is ticked; their file names end in -portrait-map"
+        ),
+    )
 
 
 def _option(name: str, default: object) -> object:
@@ -150,3 +156,8 @@ def detector() -> str | None:
     """The face detector's name, or None for the best one there is."""
     value = _option("detector", AUTOMATIC_DETECTOR)
     return value if isinstance(value, str) and value in DETECTORS[1:] else None
+
+
+def saves_maps() -> bool:
+    """Whether routing maps are saved beside the pictures."""
+    return _option("save_maps", False) is True

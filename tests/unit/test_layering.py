@@ -54,20 +54,22 @@ ROOMS = {
         f"{SERIALISED} {PICTURES} transformers facenet_pytorch insightface onnxruntime",
         "lib_portrait.errors lib_portrait.request lib_portrait.checkpoints",
     ),
+    "lib_portrait.regions": Room("torch", "lib_portrait.errors"),
     "lib_portrait.methods": Room(
-        "torch einops", "lib_portrait.errors lib_portrait.request lib_portrait.attention lib_portrait.faces"
+        "torch einops",
+        "lib_portrait.errors lib_portrait.request lib_portrait.attention lib_portrait.faces lib_portrait.regions",
     ),
     "lib_portrait.conditioning": Room(
         "torch numpy einops",
         "lib_portrait.errors lib_portrait.request lib_portrait.attention lib_portrait.faces lib_portrait.checkpoints "
-        "lib_portrait.methods",
+        "lib_portrait.methods lib_portrait.regions",
     ),
     "lib_portrait.picture_files": Room(),
-    "lib_portrait.routing_picture": Room("torch numpy PIL"),
+    "lib_portrait.routing_picture": Room("torch numpy PIL", "lib_portrait.regions"),
     "lib_portrait.standalone": Room(
         f"{SERIALISED} {PICTURES} diffusers transformers yaml",
         "lib_portrait.errors lib_portrait.request lib_portrait.attention lib_portrait.faces lib_portrait.checkpoints "
-        "lib_portrait.methods lib_portrait.conditioning lib_portrait.routing_picture",
+        "lib_portrait.methods lib_portrait.conditioning lib_portrait.regions lib_portrait.routing_picture",
     ),
     "lib_portrait.commands": Room(
         own="lib_portrait.errors lib_portrait.request lib_portrait.picture_files lib_portrait.checkpoints "
@@ -76,7 +78,7 @@ ROOMS = {
     "lib_portrait.webui": Room(
         "modules gradio ldm sgm k_diffusion networks fastapi starlette pydantic torch numpy PIL",
         "lib_portrait.errors lib_portrait.request lib_portrait.attention lib_portrait.faces lib_portrait.checkpoints "
-        "lib_portrait.methods lib_portrait.conditioning lib_portrait.routing_picture",
+        "lib_portrait.methods lib_portrait.conditioning lib_portrait.regions lib_portrait.routing_picture",
     ),
 }
 HEAVY = {"cv2", "transformers", "insightface", "onnxruntime", "facenet_pytorch", "open_clip", "diffusers"}

@@ -115,6 +115,8 @@ def test_without_arguments_the_world_s_people_are_shown(
     for entry in made["pictures"]:
         assert Image.open(tmp_path / "0001" / entry["file"]).size == (64, 64)
         assert ("routing" in entry) == (len(entry["people"]) == 2)
+        if "routing" in entry:
+            assert Image.open(tmp_path / "0001" / entry["routing"]).height > 64, "the legend stands below"
         assert all(-1 <= one["own"] <= 1 for one in entry["similarity"])
         assert all((one["others"] is None) == (len(entry["people"]) == 2) for one in entry["similarity"])
     assert "measured by world-measuring.safetensors" in made["measuring"]

@@ -148,6 +148,78 @@ def test_a_single_region_leaves_the_rest_alone_and_free_people_get_the_rest(unet
     assert torch.allclose(mixed[:, 8:], free[:, 8:], atol=1e-5)
 
 
+def shares_of(unet: nn.Module, adapter: Adapter, people: list[Person]) -> torch.Tensor:
+    """How much of each position each person has at the first site: (N, 16, 16)."""
+    maps = RoutingMaps(keep_all=True)
+    with_people(unet, adapter, people, routing=maps)
+    return maps.maps[(1, 0.5)][0]
+
+
+def test_a_mask_s_grey_is_a_share_and_the_rest_is_nobody_s(unet, adapter) -> None:
+    mask = half(True) + (3 / 255) * half(False)
+    alone = attention_of(unet, adapter, [person(1)], 0).view(16, 16, -1)
+    grey = attention_of(unet, adapter, [person(1, region=mask)], 0).view(16, 16, -1)
+    assert torch.allclose(grey[:, :8], alone[:, :8], atol=1e-5)
+    assert torch.allclose(grey[:, 8:], alone[:, 8:] * 3 / 255, atol=1e-5)
+    soft = torch.rand(16, 16, generator=torch.Generator().manual_seed(3))
+    assert torch.allclose(shares_of(unet, adapter, [person(1, region=soft)])[0], soft, atol=1e-5)
+    pair = shares_of(unet, adapter, [person(1, region=soft * 0.5), person(2, region=(1 - soft) * 0.5)])
+    assert torch.allclose(pair, torch.stack([soft, 1 - soft]) * 0.5, atol=1e-5)
+
+
+def test_what_a_grey_leaves_goes_to_those_without_a_region(unet, adapter) -> None:
+    soft = torch.rand(16, 16, generator=torch.Generator().manual_seed(3))
+    pair = shares_of(unet, adapter, [person(1, region=soft), person(2)])
+    assert torch.allclose(pair, torch.stack([soft, 1 - soft]), atol=1e-5)
+    trio = shares_of(unet, adapter, [person(1, region=soft), person(2), person(3)])
+    assert torch.allclose(trio[0], soft, atol=1e-5)
+    assert torch.allclose(trio[1:].amax(dim=0), 1 - soft, atol=1e-5), "one of the two, not a bit of both"
+
+
+def test_where_regions_overlap_routing_decides_between_those_who_claim_the_position(unet, adapter) -> None:
+    everywhere = torch.ones(16, 16)
+    routed = shares_of(unet, adapter, [person(1), person(2)])
+    both = shares_of(unet, adapter, [person(1, region=everywhere), person(2, region=everywhere)])
+    assert torch.equal(both, routed)
+    left, third = half(True), person(3, region=half(False))
+    trio = shares_of(unet, adapter, [person(1, region=left), person(2, region=everywhere), third])
+    assert ((trio == 0) | (trio == 1)).all()
+    assert torch.equal(trio.sum(dim=0), everywhere)
+    assert trio[2, :, :8].max() == 0, "who does not claim a position is not chosen for it"
+    assert torch.equal(trio[:2, :, :8], routed[:, :, :8])
+    assert trio[0, :, 8:].max() == 0
+    # A faint claim that wins takes no more than it claims.
+    faint = shares_of(unet, adapter, [person(1, region=everywhere * 0.1), person(2, region=everywhere)])
+    won = routed[0] == 1
+    assert torch.allclose(faint[0][won], torch.full((int(won.sum()),), 0.1), atol=1e-5)
+    assert faint[0][~won].max() == 0
+    assert torch.allclose(faint.sum(dim=0), everywhere, atol=1e-5)
+
+
+def test_unconditional_rows_have_the_same_total_where_regions_overlap(unet, adapter) -> None:
+    """They cannot be routed: their tokens are equal. A position that somebody has in whole must have them in whole."""
+    one, two = 0.5 + torch.rand(2, 16, 16, generator=torch.Generator().manual_seed(4)) / 2
+    pair = [person(1, region=one), person(2, region=two)]
+    single = [person(1, region=torch.ones(16, 16)), person(2, region=torch.zeros(16, 16))]
+    negative = [with_people(unet, adapter, people, kinds=(NEGATIVE,)) for people in (pair, single)]
+    assert torch.allclose(negative[0], negative[1], atol=1e-4)
+
+
+def test_regions_follow_the_part_of_the_picture_that_is_sampled(unet, adapter) -> None:
+    """The left half of the picture alone is sampled: all of it is the first person's."""
+    rule = UniPortraitRule(
+        adapter, [person(1, region=(0.0, 0.0, 0.5, 1.0)), person(2, region=half(False))], routing=RoutingMaps()
+    )
+    with Injection(unet, rule):
+        for place, expected in (((0.0, 0.0, 0.5, 1.0), [1.0, 0.0]), ((0.5, 0.5, 1.0, 1.0), [0.0, 1.0])):
+            rule.place = place
+            rule.routing = RoutingMaps()
+            run(unet)
+            mean = rule.routing.mean()
+            assert mean is not None
+            assert torch.allclose(mean.mean(dim=(0, 2, 3)), torch.tensor(expected), atol=1e-6)
+
+
 def test_scales_are_per_person(unet, adapter) -> None:
     left, right = person(1, region=half(True)), person(2, region=half(False))
     both = attention_of(unet, adapter, [left, right], 0)

@@ -4,7 +4,7 @@ It observes through `__call__` of the UNet and attention classes (set while arme
 nothing on any instance and sees what whoever wrapped an instance's `forward` made of it.
 
     POST /probe/arm       {"sites": [..], "fail": {"call": k, "site": i}, "interrupt": {"call": k},
-                           "callback_fails": bool}
+                           "callback_fails": bool, "tiles": bool}
     POST /probe/collect   {"file": PATH} -> what was seen, as JSON; tensors go into the safetensors file PATH
     GET  /probe/state     attributes, hooks, classes, weights, callbacks, live tensors, memory
     POST /probe/plant     {"what": "attribute" | "hook" | "weight" | "class" | "callback" | "tensor" | null}: a leak
@@ -79,6 +79,7 @@ class Recorder:
         self.fail = wishes.get("fail")
         self.interrupt = wishes.get("interrupt")
         self.callback_fails = bool(wishes.get("callback_fails"))
+        self.tiles = bool(wishes.get("tiles"))
         self.tensors: dict[str, torch.Tensor] = {}
         self.calls: list[dict[str, Any]] = []
         self.foreign: list[dict[str, Any]] = []
@@ -126,7 +127,12 @@ class Recorder:
             self.tensors[f"{number}.context"] = kept(unmarked(context))
         self.inside = True
         try:
-            out = call(module, *args, **kwargs)
+            if self.tiles:
+                # As extensions for large pictures do: the left and the right half one after the other.
+                halves = x.chunk(2, dim=-1)
+                out = torch.cat([call(module, half, *args[1:], **kwargs) for half in halves], dim=-1)
+            else:
+                out = call(module, *args, **kwargs)
         finally:
             self.inside = False
         if self.sites:

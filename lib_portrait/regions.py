@@ -1,0 +1,102 @@
+"""Where in the picture people belong, and how much of what is sampled that is.
+
+Regions lie on the finished picture, in fractions of its width and height. What a UNet samples may be another part of
+it: the crop of an inpainting at full resolution, or the first pass of a hires fix whose second one cuts off the edges.
+A `Box` says which, and may reach beyond 0 and 1.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from lib_portrait.errors import Notice, PortraitError
+
+# (left, top, right, bottom).
+Box = tuple[float, float, float, float]
+WHOLE: Box = (0.0, 0.0, 1.0, 1.0)
+# A region is a box, or the (h, w) shares of a mask, in [0, 1], over the whole picture.
+Region = Box | Tensor
+
+# Of a position: below this a person is not there. A mask's black may be some levels above 0, as JPEG leaves it.
+FAINTEST = 0.02
+# Of the picture: overlaps below this are how two outlines meet, not what somebody meant.
+SMALLEST_OVERLAP = 0.005
+# Positions along either side that overlaps are measured with.
+MEASURED = 256
+
+
+def coverage(region: Region, shape: tuple[int, int], place: Box = WHOLE) -> Tensor:
+    """How much of each of (h, w) equal positions of `place` lies inside the region: (h, w) float32 in [0, 1].
+
+    Beyond the picture's edge the region goes on as it is at the edge, as hosts fill a picture there.
+    """
+    left, top, right, bottom = place
+    if isinstance(region, Tensor):
+        height, width = region.shape
+        down, across = _shares(_edges(height), (top, bottom), shape[0]), _shares(_edges(width), (left, right), shape[1])
+        return (down @ region.to(down) @ across.T).float().clamp(0, 1)
+    down = _shares(_open(region[1], region[3]), (top, bottom), shape[0])
+    across = _shares(_open(region[0], region[2]), (left, right), shape[1])
+    return (down * across.T).float()
+
+
+def _edges(count: int) -> Tensor:
+    """The edges of `count` equal intervals of [0, 1], the outermost ones without end: (count + 1)."""
+    inner = torch.linspace(0, 1, count + 1, dtype=torch.float64)[1:-1]
+    return torch.cat([inner.new_tensor([-torch.inf]), inner, inner.new_tensor([torch.inf])])
+
+
+def _open(low: float, high: float) -> Tensor:
+    """The two edges of one interval, without end where it reaches the picture's edge: (2)."""
+    ends = (-torch.inf if low <= 0 else low, torch.inf if high >= 1 else high)
+    return torch.tensor(ends, dtype=torch.float64)
+
+
+def _shares(edges: Tensor, span: tuple[float, float], count: int) -> Tensor:
+    """How much of each of `count` equal parts of `span` lies between each two edges: (count, edges - 1) float64."""
+    ends = torch.linspace(*span, count + 1, dtype=torch.float64)
+    low = torch.maximum(ends[:-1, None], edges[None, :-1])
+    high = torch.minimum(ends[1:, None], edges[None, 1:])
+    return (high - low).clamp(min=0) * (count / (span[1] - span[0]))
+
+
+def check_takes_part(region: Region, field: str, seen: Tensor, place: Box = WHOLE) -> None:
+    """Raises PortraitError if somebody of this region could not be seen.
+
+    field: where the region stands in the request. seen: (h, w) in [0, 1], how much of each position of `place` is
+    painted.
+    """
+    shape = (seen.shape[0], seen.shape[1])
+    if (coverage(region, shape, place) * seen).max() >= FAINTEST:
+        return
+    if coverage(region, shape).max() < FAINTEST:
+        problem = "the region is too small, or its mask too dark, to put anybody there"
+        remedy = "Make it larger; in a mask, white is inside."
+    else:
+        problem = "the region lies wholly outside of what is painted, so this person could not take part"
+        remedy = "Let it reach into what is inpainted, or leave the person out."
+    raise PortraitError(field, problem, remedy)
+
+
+def overlaps(regions: Sequence[Region | None]) -> list[Notice]:
+    """One notice for each two people whose regions overlap: who they are and on how much of the picture."""
+    fields = [coverage(region, (MEASURED, MEASURED)) if region is not None else None for region in regions]
+    notices = []
+    for j, second in enumerate(fields):
+        for i, first in enumerate(fields[:j]):
+            if first is None or second is None:
+                continue
+            # Shares that fit into a position beside each other are no overlap: two soft outlines that meet.
+            share = (first + second - 1).clamp(min=0).mean().item()
+            if share >= SMALLEST_OVERLAP:
+                notices.append(
+                    Notice(
+                        f"identities[{j}].region",
+                        f"it overlaps that of identities[{i}] on {share:.0%} of the picture, where routing decides "
+                        "between the two",
+                    )
+                )
+    return notices
