@@ -9,25 +9,27 @@ from pathlib import Path
 
 import numpy as np
 
-from lib_portrait.errors import Notice, PortraitError
+from lib_portrait.errors import NoSuchFace, Notice, PortraitError
 from lib_portrait.faces.alignment import align_face, fit_aligned, template
 from lib_portrait.faces.cache import FeatureCache, PhotoCache, Recent
 from lib_portrait.faces.detection import Detector, Face, detect_faces, get_detector
 from lib_portrait.faces.features import FaceEncoder, FaceFeatures
 from lib_portrait.faces.images import decode_image, decode_mask
-from lib_portrait.request import LARGEST, Limits, Photo
+from lib_portrait.request import Limits, Photo
 
 
 @dataclass(frozen=True)
 class FoundFace:
     """A face of a photo: where it is, and its aligned crop (224, 224, 3) uint8 RGB.
 
-    notices: what a user should know of it, each a clause without a full stop.
+    notices: what a user should know of it, each a clause without a full stop. bystander: it is far smaller or less
+    sharp than the photo's main faces.
     """
 
     face: Face
     crop: np.ndarray
     notices: tuple[str, ...] = ()
+    bystander: bool = False
 
 
 class FaceService:
@@ -95,11 +97,7 @@ class FaceService:
         if photo.aligned or photo.face is None:
             return max(found, key=lambda one: one.face.area)
         if photo.face >= len(found):
-            raise PortraitError(
-                f"{field}.face",
-                f"face {photo.face} was asked for, but {len(found)} {'was' if len(found) == 1 else 'were'} found",
-                f'Give an index from 0 to {len(found) - 1}, counted from the left, or "{LARGEST}".',
-            )
+            raise NoSuchFace(f"{field}.face", photo.face, len(found))
         return found[photo.face]
 
     def features(self, photo: Photo, field: str, encoder: FaceEncoder) -> FaceFeatures:
