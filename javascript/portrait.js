@@ -72,7 +72,7 @@ document.addEventListener("click", (event) => {
 });
 
 // Which weights are missing depends on the checkpoint that is loaded: asked when the page is there, and after a change.
-let portraitCheckpoint;
+let portraitCheckpoint = false;
 function portraitLookAtWeights() {
     if (opts.sd_model_checkpoint === portraitCheckpoint) return;
     portraitCheckpoint = opts.sd_model_checkpoint;

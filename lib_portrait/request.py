@@ -161,7 +161,7 @@ def _identity(value: Any, path: str, limits: Limits) -> Identity:
     total = math.fsum(mix.weight for mix in identity.mix)
     if total > 1.0 + 1e-9:
         raise PortraitError(
-            f"{path}.mix", f"together they have a share of {total:g}", "Keep the sum of their shares at 1 or below."
+            f"{path}.mix", f"the shares add up to {total:g}", "Keep the sum of their shares at 1 or below."
         )
     return identity
 

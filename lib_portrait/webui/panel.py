@@ -460,7 +460,7 @@ def _kept_photo(entry: Any, limits: Limits) -> Photo:
 
 
 def draw_photos(kept: str, notice: str = "") -> list[Any]:
-    """The cards of the stored photos, and the message beside them: it goes when the list is another than it was about."""
+    """The cards of the stored photos, and the message beside them: gone when the list is not the one it was about."""
     stands = not notice or f'data-photos="{_digest(kept)}"' in notice
     return [found_html(kept), paste.UNCHANGED if stands else ""]
 

@@ -281,7 +281,7 @@ def stored_photos(stored: Any, path: str) -> list[Any]:
             stored = json.loads(text)
         except (json.JSONDecodeError, RecursionError):
             raise PortraitError(
-                path, "the list of photos is not JSON", "Remove this person's photos, then add them."
+                path, "the list of photos cannot be read", "Remove this person's photos, then add them."
             ) from None
     return _listed(stored)
 
