@@ -24,6 +24,8 @@ function portraitShowCounts() {
         const count = people === 1 ? "1 person" : people ? `${people} people` : "";
         portraitSetData(title, "portraitPeople", enabled ? count || "no photos yet" : count && `${count}, off`);
         portraitSetData(title, "portraitEnabled", enabled ? "yes" : "");
+        const weights = panel.querySelector(".portrait-weights :is(.portrait-warning, .portrait-error)");
+        portraitSetData(title, "portraitProblem", enabled && weights ? "yes" : "");
     }
 }
 

@@ -719,9 +719,11 @@ def weights_html(chosen: str, loaded: str | None) -> tuple[str, bool]:
     loadable = any(gap.known for gap in kit.missing)
     how = f"press <b>{layout.DOWNLOAD_NAME}</b>, or put them there by hand" if loadable else "put them there by hand"
     if not kit.usable:
-        return _missing_html(f"Weights of {escape(kit.name)} are missing: {how}.", kit.missing, "warning"), loadable
+        return _missing_html(
+            f"Weights are missing (adapter {escape(kit.name)}): {how}.", kit.missing, "warning"
+        ), loadable
     if kit.missing:
-        text = f"Several people in one picture need another file of {escape(kit.name)}: {how}."
+        text = f"For several people in one picture a file is missing (adapter {escape(kit.name)}): {how}."
         return _missing_html(text, kit.missing, "info"), loadable
     if loaded == world.WORLD:
         return message_html(WORLD_LOADED, "info"), False
