@@ -48,5 +48,5 @@ class NoSuchFace(PortraitError):
         super().__init__(
             field,
             f"face {face} was asked for, but {found} {'was' if found == 1 else 'were'} found",
-            f'Give an index from 0 to {found - 1}, counted from the left, or "largest".',
+            f'Give an index from 0 to {found - 1}, counted from the left, bystanders last, or "largest".',
         )

@@ -495,7 +495,9 @@ def found_html(kept: str) -> str:
             cards.append(_error_card(index, title, aligned, f"{said.problem}. {said.remedy}", faces))
             continue
         several = "" if aligned or len(found) == 1 else f" of {len(found)} faces"
-        caption = "aligned crop" if aligned else f"{layout.face_name(photo.face)}{several}" if several else "1 face"
+        # Bystanders are counted after the main faces, wherever they stand.
+        which = "Bystander" if chosen.bystander and photo.face is not None else layout.face_name(photo.face)
+        caption = "aligned crop" if aligned else f"{which}{several}" if several else "1 face"
         cards.append(_card(index, title, aligned, found, chosen, caption))
     return f'<div class="portrait-cards">{"".join(cards)}</div>' if cards else ""
 
@@ -534,7 +536,7 @@ def _faces_html(title: str, found: Sequence[Any], chosen: Any) -> str:
     """A button for each face of a photo, from the left."""
     buttons = []
     for number, one in enumerate(found):
-        says = "; ".join((layout.face_name(number), *one.notices))
+        says = "; ".join(("Bystander" if one.bystander else layout.face_name(number), *one.notices))
         kind = "portrait-face portrait-bystander" if one.bystander else "portrait-face"
         buttons.append(
             f'<button type="button" class="{kind}" data-face="{number}" aria-pressed="{str(one is chosen).lower()}" '
@@ -589,10 +591,7 @@ def spread_faces(lists: Sequence[str]) -> list[Any]:
             "Settings > Portrait."
         )
     if len(listed[0]) > 1:
-        said.append(
-            f"Identity 1 keeps its other photos, and the {layout.ordinal(people[0] + 1)} face from the left of "
-            f"photo {place + 1}."
-        )
+        said.append(f"Identity 1 keeps its other photos, and of photo {place + 1} the face shown there.")
     if taken and len(people) > 1:
         said.append(f"Left as they are: {', '.join(taken)}.")
     if bystanders:

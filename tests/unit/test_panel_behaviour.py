@@ -228,7 +228,8 @@ def test_what_is_to_be_known_of_a_face_stands_on_its_card(panel, host):
     host.faces.photos = {A: [face(1, "the photo was turned"), face(2, "it is <small>", bystander=True)]}
     html = panel.found_html(listed(entry(A, face=0)))
     assert '<p class="portrait-notice">the photo was turned</p>' in html and html.count("portrait-notice") == 1
-    assert html.count("portrait-bystander") == 1 and "2nd from left; it is &lt;small&gt;" in html
+    assert html.count("portrait-bystander") == 1 and "Bystander; it is &lt;small&gt;" in html
+    assert "Bystander of 2 faces" in panel.found_html(listed(entry(A, face=1)))
 
 
 def test_a_photo_without_a_face_says_so_in_its_place(panel, host):
@@ -309,7 +310,7 @@ def test_the_group_is_found_where_it_stands_and_nothing_is_lost(panel, host):
         listed(entry(B, face=0)),
         listed(entry(B, face=2)),
     ]
-    assert "keeps its other photos, and the 2nd face from the left of photo 2" in message
+    assert "keeps its other photos, and of photo 2 the face shown there" in message
     assert "Left as they are: Identity 2." in message
     assert panel.undo_spread(kept, after)[3:] == [stored(A, B), stored(C), "", ""]
 

@@ -279,7 +279,7 @@ def test_regions(driver: Any, server: Client, screenshots: Path) -> None:
     page.set_number("txt2img_height", 192)
     page.click(f"{page.panel}_0_region label:nth-of-type(3)")
     page.wait(lambda: page.one(f"{page.panel}_0_canvas").is_displayed(), "the mask")
-    assert "nothing is painted" in page.generate()
+    assert "Identity 1, region, mask: nothing is painted" in page.generate()
     page.click(f"{page.panel}_0_canvas")
     page.wait(lambda: page.all(f"{page.panel}_0_drawing canvas"), "the canvas")
     time.sleep(1)
