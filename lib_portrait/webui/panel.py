@@ -231,7 +231,8 @@ def _build_top(gr: Any, tab: str) -> dict[str, Any]:
     def look_again(chosen: str) -> list[Any]:
         choices = checkpoint_choices()
         bare = str(chosen).removesuffix(layout.INCOMPLETE)
-        value = next((choice for choice in choices if choice.removesuffix(layout.INCOMPLETE) == bare), choices[0])
+        # One that was pasted and is not here stays, to be said and refused.
+        value = next((choice for choice in choices if choice.removesuffix(layout.INCOMPLETE) == bare), bare)
         return [gr.update(choices=choices, value=value), *judge(value)]
 
     # The badge in the panel's title follows the box, also where pasting has ticked it.
@@ -693,12 +694,13 @@ def checkpoint_choices() -> list[str]:
     return [AUTOMATIC] + [kit.name + ("" if kit.usable else layout.INCOMPLETE) for kit in services.store().kits()]
 
 
-def _wanted(chosen: str, loaded: str | None) -> KitStatus | None:
-    """The adapter that a choice of the checkpoint control means with a checkpoint of family `loaded` (`world`)."""
+def _wanted(chosen: str, loaded: str | None) -> tuple[str, KitStatus | None]:
+    """The adapter that a choice of the checkpoint control means with a checkpoint of family `loaded` (`world`): its
+    name, and what is there of it."""
     name = str(chosen).removesuffix(layout.INCOMPLETE)
     if name == AUTOMATIC:
         name = EMBEDDED if loaded == world.WORLD else services.store().automatic()
-    return next((kit for kit in services.store().kits() if kit.name == name), None)
+    return name, next((kit for kit in services.store().kits() if kit.name == name), None)
 
 
 def weights_html(chosen: str, loaded: str | None) -> tuple[str, bool]:
@@ -710,9 +712,9 @@ def weights_html(chosen: str, loaded: str | None) -> tuple[str, bool]:
     if loaded not in (world.WORLD, world.SD15, None):
         text = f"UniPortrait needs a checkpoint of the SD1.5 family, and the loaded one is {loaded}. Load another."
         return message_html(text, "warning"), False
-    kit = _wanted(chosen, loaded)
+    name, kit = _wanted(chosen, loaded)
     if kit is None:
-        return message_html(f"There is no adapter {chosen}. Choose another checkpoint here.", "warning"), False
+        return message_html(f"There is no adapter {name}. Choose another Checkpoint here.", "warning"), False
     if kit.problem is not None:
         return message_html(f"{kit.name}: {kit.problem}"), False
     loadable = any(gap.known for gap in kit.missing)
@@ -745,7 +747,7 @@ def download_missing(chosen: str, loaded: str | None) -> Iterator[str]:
 
     The first file that cannot be had ends it: what comes after usually has the same source.
     """
-    kit = _wanted(chosen, loaded)
+    _, kit = _wanted(chosen, loaded)
     gaps = kit.missing if kit is not None else ()
     for gap in gaps:
         if gap.known is None:

@@ -56,14 +56,12 @@ def is_world(model: Any) -> bool:
 def loaded_family() -> str | None:
     """The family of the loaded checkpoint: WORLD, SD15 or another's name; None where none is loaded.
 
-    Waits for the one that the host loads when it starts.
+    Waits for the one that the host loads when it starts, and has it load none.
     """
-    from modules import sd_models, shared
+    from modules import sd_models
 
-    if sd_models.model_data.sd_model is None and shared.cmd_opts.skip_load_model_at_start:
-        # Asking the host for the model would have it load one.
-        return None
-    model = shared.sd_model
+    with sd_models.model_data.lock:
+        model = sd_models.model_data.sd_model
     if model is None:
         return None
     if is_world(model):

@@ -7,6 +7,7 @@ import io
 import json
 import re
 import sys
+import threading
 import types
 
 import numpy as np
@@ -428,7 +429,7 @@ def test_another_complete_adapter_is_enough(panel, host):
     complete(host.store, "ours", router=False)
     message, loadable = panel.weights_html("ours", "SD1.5")
     assert "portrait-info" in message and "several people" in message and not loadable
-    assert "no adapter" in panel.weights_html("theirs", "SD1.5")[0]
+    assert "no adapter theirs." in panel.weights_html("theirs (files missing)", "SD1.5")[0]
 
 
 def test_a_checkpoint_of_another_family_is_named(panel, host):
@@ -484,14 +485,20 @@ def test_labels_are_told_apart_where_the_host_saves_defaults_by_them(panel):
         (None, None),
     ],
 )
-def test_the_family_of_the_loaded_checkpoint(panel, monkeypatch, model, family):
-    modules = sys.modules["modules"]
-    modules.sd_models = types.SimpleNamespace(model_data=types.SimpleNamespace(sd_model=model))
-    modules.shared.cmd_opts.skip_load_model_at_start = False
-    modules.shared.sd_model = model
+def test_the_family_of_the_loaded_checkpoint(panel, model, family):
+    data = types.SimpleNamespace(sd_model=model, lock=threading.Lock())
+    sys.modules["modules"].sd_models = types.SimpleNamespace(model_data=data)
     assert panel.world.loaded_family() == family
-    modules.shared.cmd_opts.skip_load_model_at_start = True
-    del modules.shared.sd_model
-    if model is None:
-        # Asking the host for its model would make it load one.
-        assert panel.world.loaded_family() is None
+
+
+def test_the_family_is_known_once_the_checkpoint_is_loaded(panel):
+    data = types.SimpleNamespace(sd_model=None, lock=threading.Lock())
+    sys.modules["modules"].sd_models = types.SimpleNamespace(model_data=data)
+    found = []
+    asking = threading.Thread(target=lambda: found.append(panel.world.loaded_family()))
+    # As the host does when it starts: the checkpoint is loaded in the background, and the page is there before it.
+    with data.lock:
+        asking.start()
+        data.sd_model = types.SimpleNamespace(is_sd1=True)
+    asking.join(10)
+    assert found == ["SD1.5"]
