@@ -396,13 +396,21 @@ def complete(store, name="mine", router=True):
         (folder / file).touch()
 
 
+def complete_world(store):
+    """Puts the files of the embedded world there: an adapter that names networks of its own, and these."""
+    store.home.mkdir(exist_ok=True)
+    networks = {role: f"world-{role}.safetensors" for role in ("backbone", "vision")}
+    header = json.dumps({"__metadata__": networks}).encode()
+    (store.home / "uniportrait-faceid_world.safetensors").write_bytes(len(header).to_bytes(8, "little") + header)
+    for file in (*networks.values(), "uniportrait-router_world.safetensors"):
+        (store.home / file).touch()
+
+
 @pytest.mark.parametrize("loaded", ["SD1.5", None])
 def test_a_new_user_is_told_loudly_which_button_to_press(panel, host, tmp_path, loaded):
     # The embedded world's adapter is always there, and is no use for an SD1.5 checkpoint.
-    complete(host.store, "world")
-    for file in host.store.home.glob("[gC]*"):
-        file.unlink()
-    assert panel.checkpoint_choices() == ["automatic", "sd15 (files missing)", "world (files missing)"]
+    complete_world(host.store)
+    assert panel.checkpoint_choices() == ["automatic", "sd15 (files missing)", "world"]
     message, loadable = panel.weights_html("automatic", loaded)
     assert loadable and "portrait-warning" in message
     first, details = message.split("<details>")
@@ -414,8 +422,7 @@ def test_a_new_user_is_told_loudly_which_button_to_press(panel, host, tmp_path, 
 
 
 def test_what_is_missing_is_judged_for_what_is_loaded(panel, host):
-    complete(host.store, "world")
-    assert panel.checkpoint_choices() == ["automatic", "sd15 (files missing)", "world"]
+    complete_world(host.store)
     message, loadable = panel.weights_html("automatic", "world")
     assert "128 × 128 px" in message and "DDIM" in message and "missing" not in message and not loadable
     assert "missing" in panel.weights_html("sd15 (files missing)", "world")[0]
