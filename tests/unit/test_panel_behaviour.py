@@ -13,6 +13,7 @@ import types
 import numpy as np
 import pytest
 from PIL import Image
+from safetensors.numpy import save_file
 
 from lib_portrait.checkpoints import Folders, Store
 from lib_portrait.errors import NoSuchFace, PortraitError
@@ -400,8 +401,7 @@ def complete_world(store):
     """Puts the files of the embedded world there: an adapter that names networks of its own, and these."""
     store.home.mkdir(exist_ok=True)
     networks = {role: f"world-{role}.safetensors" for role in ("backbone", "vision")}
-    header = json.dumps({"__metadata__": networks}).encode()
-    (store.home / "uniportrait-faceid_world.safetensors").write_bytes(len(header).to_bytes(8, "little") + header)
+    save_file({"x": np.zeros(1)}, store.home / "uniportrait-faceid_world.safetensors", networks)
     for file in (*networks.values(), "uniportrait-router_world.safetensors"):
         (store.home / file).touch()
 
