@@ -32,9 +32,9 @@ from lib_portrait.webui.paste import message_html
 REFRESH = "\U0001f504"
 CANVAS_SIDE = 512
 CROP_SIDE = 112
-FACE_SIDE = 40
 IMAGE_TYPES = [".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".avif"]
 DOWNLOAD_PERIOD = 0.5
+FACE_SIDE = 40
 WORLD_LOADED = (
     f"The embedded world is loaded. It draws {world.SETTINGS['width']} × {world.SETTINGS['height']} px with "
     f"{world.SETTINGS['sampling']}, {world.SETTINGS['steps']} steps and CFG {world.SETTINGS['cfg_scale']}; larger "

@@ -206,6 +206,9 @@ def test_the_worlds_checkpoint_offers_its_settings(
             field = page.one(f"#txt2img_{name} input[type=number]")
             page.wait(lambda field=field, value=value: field.get_property("value") == value, f"{name} {value}")
         assert page.one("#txt2img_sampling input").get_property("value") == "DDIM"
+        driver.execute_script("document.querySelector('#img2img_portrait_world_settings').click()")
+        field = page.one("#img2img_width input[type=number]")
+        page.wait(lambda: field.get_property("value") == "128", "the other tab's size")
         page.upload(1, portrait())
         page.wait(lambda: page.crops(1), "the crop")
         assert page.generate() == ""
