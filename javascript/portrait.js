@@ -34,6 +34,8 @@ function portraitShowCounts() {
         const count = people === 1 ? "1 person" : people ? `${people} people` : "";
         portraitSetData(title, "portraitPeople", enabled ? count || "no photos yet" : count && `${count}, off`);
         portraitSetData(title, "portraitEnabled", enabled ? "yes" : "");
+        const weights = panel.querySelector(".portrait-weights :is(.portrait-warning, .portrait-error)");
+        portraitSetData(title, "portraitProblem", enabled && weights ? "yes" : "");
     }
 }
 
@@ -46,8 +48,8 @@ function portraitSetData(element, name, value) {
     }
 }
 
-// The buttons in the cards take an entry out of the hidden list of photos beside them; the panel then draws anew.
-function portraitRemovePhoto(button) {
+// The buttons of a card change its photo's entry in the hidden list beside the cards; the panel then draws anew.
+function portraitChangePhoto(button) {
     const found = button.closest("[id$=_photos_found]");
     const kept = found && gradioApp().querySelector(`#${found.id.slice(0, -"_found".length)} textarea`);
     if (!kept) return;
@@ -57,13 +59,37 @@ function portraitRemovePhoto(button) {
     } catch (error) {
         photos = [];
     }
-    photos.splice(Number(button.dataset.index), 1);
+    const index = Number(button.closest(".portrait-card").dataset.index);
+    const entry = photos[index];
+    const {image, ...own} = typeof entry === "string" ? {image: entry} : entry ?? {};
+    if (button.matches(".portrait-remove") || !image) {
+        photos.splice(index, 1);
+    } else {
+        if (button.matches(".portrait-face")) {
+            own.face = Number(button.dataset.face);
+        } else if (own.aligned) {
+            delete own.aligned;
+        } else {
+            own.aligned = true;
+        }
+        photos[index] = Object.keys(own).length ? {image, ...own} : image;
+    }
     kept.value = photos.length ? JSON.stringify(photos) : "";
     updateInput(kept);
 }
 
 document.addEventListener("click", (event) => {
-    const button = event.target.closest?.(".portrait-remove");
-    if (button) portraitRemovePhoto(button);
+    const button = event.target.closest?.(".portrait-card button");
+    if (button) portraitChangePhoto(button);
 });
+
+// Which weights are missing depends on the checkpoint that is loaded: asked when the page is there, and after a change.
+let portraitCheckpoint = false;
+function portraitLookAtWeights() {
+    if (opts.sd_model_checkpoint === portraitCheckpoint) return;
+    portraitCheckpoint = opts.sd_model_checkpoint;
+    for (const tab of ["txt2img", "img2img"]) gradioApp().querySelector(`#${tab}_portrait_refresh`)?.click();
+}
+
 onAfterUiUpdate(portraitShowCounts);
+onOptionsChanged(portraitLookAtWeights);

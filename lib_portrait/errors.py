@@ -37,3 +37,16 @@ class PortraitError(Exception):
         self.status_code = status_code
         self.detail = f"{self.field}: {self.problem}. {self.remedy}"
         super().__init__(self.detail)
+
+
+class NoSuchFace(PortraitError):
+    """A photo has fewer faces than the request counts. face: the index asked for, from 0. found: how many there are."""
+
+    def __init__(self, field: str, face: int, found: int):
+        self.face = face
+        self.found = found
+        super().__init__(
+            field,
+            f"face {face} was asked for, but {found} {'was' if found == 1 else 'were'} found",
+            f'Give an index from 0 to {found - 1}, counted from the left, bystanders last, or "largest".',
+        )

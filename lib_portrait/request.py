@@ -181,7 +181,9 @@ def _identity(value: Any, path: str, limits: Limits) -> Identity:
         )
     total = math.fsum(mix.weight for mix in identity.mix)
     if total > 1.0 + 1e-9:
-        raise PortraitError(f"{path}.mix", f"the weights add up to {total:g}", "Keep their sum at 1 or below.")
+        raise PortraitError(
+            f"{path}.mix", f"the shares add up to {total:g}", "Keep the sum of their shares at 1 or below."
+        )
     return identity
 
 
@@ -307,7 +309,7 @@ def _name(value: Any, path: str, limits: Limits) -> str:
     name = _string(value, path, limits)
     if re.search(r"[/\\:\x00-\x1f]", name) or name.startswith("."):
         raise PortraitError(
-            path, f"{_shown(name)} is not a bare file name", "Give one of the names /portrait/models lists."
+            path, f"{_shown(name)} is not a bare file name", "Give the name of an adapter, without a folder."
         )
     return name
 

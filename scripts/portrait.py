@@ -10,6 +10,7 @@ class PortraitScript(scripts.Script):
         return "Portrait"
 
     def show(self, is_img2img):
+        panel.watch_host(self, is_img2img)
         return scripts.AlwaysVisible
 
     def ui(self, is_img2img):

@@ -60,12 +60,12 @@ class Kit:
     vision: Path
 
     def routed(self) -> Path:
-        """The router file, for a request with several people. Raises PortraitError (404) when there is none."""
+        """The router file, for a request with several people. Raises MissingWeights when there is none."""
         if self.router is None:
             gap = Missing("router", f"uniportrait-router_{self.name}{self.faceid.suffix}", self.faceid.parent, None)
             if self.name == PUBLISHED:
                 gap = Missing("router", gap.filename, gap.folder, registry.by_role("router"))
-            raise PortraitError("identities", f"several people need {gap.filename}", gap.remedy(), 404)
+            raise MissingWeights("identities", self.name, [gap], f"several people need {gap.filename}")
         return self.router
 
 
@@ -85,6 +85,15 @@ class Missing:
     def remedy(self) -> str:
         """What to do about it, as a sentence."""
         return _remedy([self])
+
+
+class MissingWeights(PortraitError):
+    """Files that a request needs are not there (404): `gaps` says which, `adapter` whose they are."""
+
+    def __init__(self, field: str, adapter: str, gaps: Sequence[Missing], problem: str, there: str = ""):
+        self.adapter = adapter
+        self.gaps = tuple(gaps)
+        super().__init__(field, problem, _remedy(gaps) + there, 404)
 
 
 @dataclass(frozen=True)
@@ -165,16 +174,20 @@ class Store:
         found = (ADAPTER.fullmatch(entry.name) for entry in self.list("faceid"))
         return sorted({match.group(2) for match in found if match})
 
-    def kit(self, name: str = AUTOMATIC, at: str = "checkpoint") -> Kit:
-        """The files for adapter `name`; "automatic" is the published one when it is there, else the first by name that
-        is not the embedded world's.
+    def automatic(self) -> str:
+        """The adapter that "automatic" means, whole or not: the published one when it is there or nothing is, else the
+        first by name that is not the embedded world's."""
+        names = [name for name in self.names() if name != EMBEDDED]
+        return PUBLISHED if PUBLISHED in names or not names else names[0]
 
-        Raises PortraitError: 422 for a bad name or a faceid file that cannot be read, 404 when a file other than the
-        router is missing, saying for each which it is, where it goes and how to get it.
+    def kit(self, name: str = AUTOMATIC, at: str = "checkpoint") -> Kit:
+        """The files for adapter `name`, or for the one that "automatic" means.
+
+        Raises PortraitError: 422 for a bad name or a faceid file that cannot be read. Raises MissingWeights when a file
+        other than the router is missing, saying for each which it is, where it goes and how to get it.
         """
         if name == AUTOMATIC:
-            names = [name for name in self.names() if name != EMBEDDED]
-            name = PUBLISHED if PUBLISHED in names or not names else names[0]
+            name = self.automatic()
         bare_name(name, at)
         files, missing = self._collect(name)
         needed = [gap for gap in missing if not gap.optional]
@@ -183,7 +196,7 @@ class Store:
             others = [other for other in self.names() if other != name]
             there = f" There: {', '.join(others)}." if others and "faceid" not in files else ""
             problem = f"{name!r} is not complete, missing: {what}; {self._searched(*(gap.role for gap in needed))}"
-            raise PortraitError(at, problem, _remedy(needed) + there, 404)
+            raise MissingWeights(at, name, needed, problem, there)
         return Kit(name, files["faceid"], files.get("router"), files["backbone"], files["vision"])
 
     def kits(self) -> Sequence[KitStatus]:

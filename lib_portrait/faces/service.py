@@ -9,7 +9,7 @@ from pathlib import Path
 
 import numpy as np
 
-from lib_portrait.errors import Notice, PortraitError
+from lib_portrait.errors import NoSuchFace, Notice, PortraitError
 from lib_portrait.faces import order
 from lib_portrait.faces.alignment import align_face, fit_aligned, template
 from lib_portrait.faces.cache import FeatureCache, PhotoCache, Recent
@@ -24,7 +24,7 @@ from lib_portrait.faces.detection import (
 )
 from lib_portrait.faces.features import FaceEncoder, FaceFeatures
 from lib_portrait.faces.images import decode_mask, decode_photo
-from lib_portrait.request import LARGEST, Limits, Photo
+from lib_portrait.request import Limits, Photo
 
 
 @dataclass(frozen=True)
@@ -119,11 +119,7 @@ class FaceService:
         if photo.aligned or photo.face is None:
             return found[largest(found)]
         if photo.face >= len(found):
-            raise PortraitError(
-                f"{field}.face",
-                f"face {photo.face} was asked for, but {len(found)} {'was' if len(found) == 1 else 'were'} found",
-                f'Give an index from 0 to {len(found) - 1}, counted from the left, bystanders last, or "{LARGEST}".',
-            )
+            raise NoSuchFace(f"{field}.face", photo.face, len(found))
         return found[photo.face]
 
     def features(self, photo: Photo, field: str, encoder: FaceEncoder) -> FaceFeatures:

@@ -121,12 +121,12 @@ class Studio:
             pixels = sample(self.model, batch, conditioning, routing, Progress(title))
             pictures = [Image.fromarray(one) for one in pixels]
             mean = routing.mean() if routing is not None else None
-            shown = mean is not None and request is not None and request.show_routing
-            maps = (
-                draw_routing(pictures, [mean], legend=legend) if mean is not None and shown else [None] * len(pictures)
-            )
-            several = mean is not None and mean.shape[1] > 1
-            owners = [owners_of(own) for own in mean] if mean is not None and several else none
+            maps: Sequence[Image.Image | None] = [None] * len(pictures)
+            owners: Sequence[torch.Tensor | None] = [None] * len(pictures)
+            if mean is not None and request is not None and request.show_routing:
+                maps = draw_routing(pictures, [mean], legend=legend)
+            if mean is not None and mean.shape[1] > 1:
+                owners = [owners_of(own) for own in mean]
             drawn += [Drawn(*one) for one in zip(batch, pictures, maps, owners, strict=True)]
         return drawn
 

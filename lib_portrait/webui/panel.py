@@ -1,13 +1,14 @@
 """The Portrait panel: its controls, and what happens when they are used.
 
 Everything a photo is here is its hash: an upload is stored at once, and the panel remembers the list of hashes in a
-textbox that nobody sees (`photos`, `mask`). So pasting generation parameters, sending to another tab and uploading all
-end in the same state, from which the crops are drawn.
+textbox that nobody sees (`photos`, `mask`), each with the face chosen on it. So pasting generation parameters, sending
+to another tab, uploading and choosing a face all end in the same state, from which the crops are drawn.
 """
 
 from __future__ import annotations
 
 import base64
+import hashlib
 import io
 import json
 import queue
@@ -20,11 +21,11 @@ from html import escape
 from pathlib import Path
 from typing import Any
 
-from lib_portrait.checkpoints import KnownWeight
-from lib_portrait.checkpoints.store import PUBLISHED
-from lib_portrait.errors import PortraitError
+from lib_portrait.checkpoints import KitStatus, KnownWeight, Missing
+from lib_portrait.checkpoints.store import AUTOMATIC, EMBEDDED
+from lib_portrait.errors import NoSuchFace, PortraitError
 from lib_portrait.request import HASH_PREFIX, METHODS, Identity, Limits, Mix, Photo, PortraitRequest, parse_request
-from lib_portrait.webui import paste, services, settings
+from lib_portrait.webui import paste, services, settings, world
 from lib_portrait.webui import values as layout
 from lib_portrait.webui.paste import message_html
 
@@ -33,11 +34,35 @@ CANVAS_SIDE = 512
 CROP_SIDE = 112
 IMAGE_TYPES = [".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".avif", ".heic", ".heif"]
 DOWNLOAD_PERIOD = 0.5
+FACE_SIDE = 40
+WORLD_LOADED = (
+    f"The embedded world is loaded. It draws {world.SETTINGS['width']} × {world.SETTINGS['height']} px with "
+    f"{world.SETTINGS['sampling']}, {world.SETTINGS['steps']} steps and CFG {world.SETTINGS['cfg_scale']}; larger "
+    "pictures become crowds."
+)
+# The panel's controls that the host keeps as defaults (Settings > Defaults): no photo is one, nor whether it is used.
+DEFAULTS = (
+    "checkpoint",
+    "scale",
+    "lora_scale",
+    "show_routing",
+    "structure",
+    "start",
+    "end",
+    "mix1_weight",
+    "mix2_weight",
+)
 
 
 def request_from_values(values: Sequence[Any]) -> dict[str, Any] | None:
-    """The request's JSON form from the panel's values (see `values.request_from_values`), None where disabled."""
-    return layout.request_from_values(values, settings.limits())
+    """The request's JSON form from the panel's values (see `values.request_from_values`), None where disabled.
+
+    Raises PortraitError in the panel's words.
+    """
+    try:
+        return layout.request_from_values(values, settings.limits())
+    except PortraitError as error:
+        raise layout.said_in_panel(error, layout.tabs_in_use(values)) from None
 
 
 # ----------------------------------------------------------------------------------------------------------- building
@@ -65,6 +90,8 @@ def build(script: Any, is_img2img: bool) -> list[Any]:
                 with gr.Tab(f"Identity {index + 1}", id=f"{tab}_portrait_{index}"):
                     blocks.append(_build_identity(gr, tab, index))
     _connect_spread(blocks)
+    script.portrait_world_button = top["world_settings"]
+    _connect_world(script)
     for block in blocks:
         for name in ("photos", *(f"{slot}_photos" for slot in layout.MIXES)):
             _connect_photos(top["enabled"], block, name)
@@ -72,10 +99,9 @@ def build(script: Any, is_img2img: bool) -> list[Any]:
 
     controls = [top[name] for name in layout.GLOBAL_FIELDS]
     controls += [block[name] for block in blocks for name in layout.IDENTITY_FIELDS]
-    for control in controls[1:]:
-        # The host saves defaults by label, and identities have the same labels; a photo is no default at all.
-        control.do_not_save_to_config = True
     names = paste.positions(identities)
+    for name, control in zip(names, controls, strict=True):
+        control.do_not_save_to_config = name not in DEFAULTS
     readers = [paste.reader(position, identities, services.named) for position in range(len(controls))]
     script.infotext_fields = [
         *zip(controls, readers, strict=True),
@@ -86,6 +112,51 @@ def build(script: Any, is_img2img: bool) -> list[Any]:
     controls.append(gr.Textbox(value=layout.NOTHING_BEYOND, visible=False))
     controls[-1].do_not_save_to_config = True
     return controls
+
+
+def watch_host(script: Any, is_img2img: bool) -> None:
+    """Notes the host's own controls that the world's settings go to, as the host makes them, before or after `build`.
+
+    For the script's `show`, which comes before either.
+    """
+    tab = "img2img" if is_img2img else "txt2img"
+    script.portrait_host_controls = {}
+
+    def noting(name: str) -> Callable[[Any], None]:
+        def note(made: Any) -> None:
+            script.portrait_host_controls[name] = made.component
+            _connect_world(script)
+
+        return note
+
+    for name in world.SETTINGS:
+        script.on_after_component(noting(name), elem_id=f"{tab}_{name}")
+
+
+def _connect_world(script: Any) -> None:
+    """Has the button set the host's controls, once the button and all of them are there."""
+    button = getattr(script, "portrait_world_button", None)
+    controls = getattr(script, "portrait_host_controls", {})
+    if button is not None and len(controls) == len(world.SETTINGS):
+        outputs = [controls[name] for name in world.SETTINGS]
+        button.click(lambda: list(world.SETTINGS.values()), [], outputs, show_progress=False)
+
+
+class _Label(str):
+    """A control's label, to which `whose` is added where it is formatted: "Scale" and "Scale of identity 2".
+
+    The host saves defaults by formatted labels (modules/ui_loadsave.py: add_block), and identities have the same ones.
+    """
+
+    def __new__(cls, text: str, whose: str) -> _Label:
+        made = super().__new__(cls, text)
+        made.whose = whose
+        return made
+
+    whose: str
+
+    def __format__(self, spec: str) -> str:
+        return format(f"{self!s} of {self.whose}", spec)
 
 
 def _slider(gr: Any, form: type, name: str, label: str, tooltip: str, elem_id: str) -> Any:
@@ -121,7 +192,7 @@ def _build_top(gr: Any, tab: str) -> dict[str, Any]:
             elem_id=name("show_routing"),
             tooltip="Adds a picture to the results that shows which person went where.",
         )
-    choices, status = checkpoint_choices()
+    choices = checkpoint_choices()
     with gr.Row(elem_classes=["portrait-models"]):
         titles = [layout.METHOD_NAMES[method] for method in METHODS]
         top["method"] = gr.Dropdown(
@@ -138,13 +209,21 @@ def _build_top(gr: Any, tab: str) -> dict[str, Any]:
         )
         refresh = ToolButton(REFRESH, elem_id=name("refresh"), tooltip="Look for weights again")
     with gr.Row(elem_classes=["portrait-weights"]):
-        weights = gr.HTML(status, elem_id=name("weights"))
+        # What is missing depends on the loaded checkpoint, so the page asks when it is there (portrait.js).
+        weights = gr.HTML(elem_id=name("weights"))
         download = gr.Button(
-            "Download missing weights",
+            layout.DOWNLOAD_NAME,
             size="sm",
-            visible=bool(status),
+            visible=False,
             elem_id=name("download"),
             tooltip="Fetches the published files that are missing into the folder named here.",
+        )
+        top["world_settings"] = gr.Button(
+            "Use its settings",
+            size="sm",
+            visible=False,
+            elem_id=name("world_settings"),
+            tooltip="Sets size, sampler, steps and CFG scale above.",
         )
     with gr.Row():
         top["scale"] = _slider(
@@ -154,24 +233,31 @@ def _build_top(gr: Any, tab: str) -> dict[str, Any]:
             gr, PortraitRequest, "lora_scale", "LoRA scale", "Strength of the adapter's LoRA.", name("lora_scale")
         )
 
+    def judge(chosen: str) -> list[Any]:
+        loaded = world.loaded_family()
+        message, loadable = weights_html(chosen, loaded)
+        return [message, gr.update(visible=loadable), gr.update(visible=loaded == world.WORLD)]
+
     def look_again(chosen: str) -> list[Any]:
-        choices, status = checkpoint_choices()
+        choices = checkpoint_choices()
         bare = str(chosen).removesuffix(layout.INCOMPLETE)
-        value = next((choice for choice in choices if choice.removesuffix(layout.INCOMPLETE) == bare), choices[0])
-        return [gr.update(choices=choices, value=value), status, gr.update(visible=bool(status))]
+        # One that was pasted and is not here stays, to be said and refused.
+        value = next((choice for choice in choices if choice.removesuffix(layout.INCOMPLETE) == bare), bare)
+        return [gr.update(choices=choices, value=value), *judge(value)]
 
     # The badge in the panel's title follows the box, also where pasting has ticked it.
     top["enabled"].change(None, [], [], _js="portraitShowCounts")
-    outputs = [top["checkpoint"], weights, download]
-    refresh.click(look_again, [top["checkpoint"]], outputs, show_progress=False)
+    judged = [weights, download, top["world_settings"]]
+    refresh.click(look_again, [top["checkpoint"]], [top["checkpoint"], *judged], show_progress=False)
+    top["checkpoint"].change(judge, [top["checkpoint"]], judged, show_progress=False)
 
     def fetch(chosen: str) -> Iterator[list[Any]]:
-        for message in download_missing(str(chosen).removesuffix(layout.INCOMPLETE)):
+        for message in download_missing(chosen, world.loaded_family()):
             yield [paste.UNCHANGED, message, gr.update(interactive=False)]
-        choices, _, visible = look_again(chosen)
+        choices, _, visible, _ = look_again(chosen)
         yield [choices, message, {**visible, "interactive": True}]
 
-    download.click(fetch, [top["checkpoint"]], outputs, show_progress=False)
+    download.click(fetch, [top["checkpoint"]], [top["checkpoint"], weights, download], show_progress=False)
     return top
 
 
@@ -181,41 +267,33 @@ def _build_identity(gr: Any, tab: str, index: int) -> dict[str, Any]:
 
     block: dict[str, Any] = {}
     _build_photos(gr, block, "photos", "Photos", name)
-    with gr.Row(elem_classes=["portrait-faces"]):
-        block["face"] = gr.Dropdown(
-            layout.face_choices(),
-            value=layout.LARGEST_NAME,
-            label="Face",
-            elem_id=name("face"),
-            tooltip="Which face to take from photos with several.",
-        )
-        block["aligned"] = gr.Checkbox(
-            False,
-            label="Already aligned",
-            elem_id=name("aligned"),
-            tooltip="The photos are square face crops in the ArcFace position: use them as they are.",
-        )
-        if index == 0:
+    # Chosen on the photos themselves; positional lists of API users have them for all photos of an identity.
+    block["face"] = gr.Dropdown(layout.face_choices(), value=layout.LARGEST_NAME, label="Face", visible=False)
+    block["aligned"] = gr.Checkbox(False, label="Already aligned", visible=False)
+    if index == 0:
+        with gr.Row(elem_classes=["portrait-faces"]):
             block["spread"] = gr.Button(
                 "One identity per face",
                 size="sm",
                 elem_id=name("spread"),
-                tooltip="Takes the people of the first photo, from the left, as identities 1, 2, 3...",
+                tooltip="Gives each person of the group photo here a tab that is free, from the left.",
             )
+            block["undo"] = gr.Button(
+                "Undo", size="sm", visible=False, elem_id=name("undo"), tooltip="Takes the photos back where they were."
+            )
+            block["spread_kept"] = _hidden_text(gr, "Photos before and after", name("spread_kept"))
+            block["spread_kept"].do_not_save_to_config = True
+    whose = f"identity {index + 1}"
     with gr.Row():
-        block["scale"] = _slider(
-            gr, Identity, "scale", "Scale", "Strength of this person, times the ID scale above.", name("scale")
-        )
-        block["structure"] = _slider(
-            gr, Identity, "structure", "Face structure (β)", "More: more alike, less freedom.", name("structure")
-        )
+        label, tooltip = _Label("Scale", whose), "Strength of this person, times the ID scale above."
+        block["scale"] = _slider(gr, Identity, "scale", label, tooltip, name("scale"))
+        label, tooltip = _Label("Face structure (β)", whose), "More: more alike, less freedom."
+        block["structure"] = _slider(gr, Identity, "structure", label, tooltip, name("structure"))
     with gr.Row():
-        block["start"] = _slider(
-            gr, Identity, "start", "Start", "Share of the steps after which this person comes in.", name("start")
-        )
-        block["end"] = _slider(
-            gr, Identity, "end", "End", "Share of the steps after which this person is left out.", name("end")
-        )
+        label, tooltip = _Label("Start", whose), "Share of the steps after which this person comes in."
+        block["start"] = _slider(gr, Identity, "start", label, tooltip, name("start"))
+        label, tooltip = _Label("End", whose), "Share of the steps after which this person is left out."
+        block["end"] = _slider(gr, Identity, "end", label, tooltip, name("end"))
     block["region"] = gr.Radio(
         [(title, kind) for kind, title in layout.REGION_NAMES.items()],
         value=layout.ROUTED,
@@ -251,9 +329,9 @@ def _build_identity(gr: Any, tab: str, index: int) -> dict[str, Any]:
     with gr.Accordion("Mix in other people", open=False, elem_id=name("mix"), elem_classes=["portrait-mix"]):
         for number, slot in enumerate(layout.MIXES, start=1):
             _build_photos(gr, block, f"{slot}_photos", f"Photos of mixed-in person {number}", name)
-            block[f"{slot}_weight"] = _slider(
-                gr, Mix, "weight", "Share", "Share of this person in the identity.", name(f"{slot}_weight")
-            )
+            label = _Label("Share", f"mixed-in person {number} of {whose}")
+            tooltip = "Share of this person in the identity."
+            block[f"{slot}_weight"] = _slider(gr, Mix, "weight", label, tooltip, name(f"{slot}_weight"))
     return block
 
 
@@ -287,24 +365,24 @@ def _connect_photos(enabled: Any, block: dict[str, Any], photos: str) -> None:
         [upload, block[photos], block[f"{photos}_notice"], enabled],
         show_progress=False,
     )
-    inputs = [block["photos"], block["face"], block["aligned"]] if photos == "photos" else [block[photos]]
-    for control in inputs:
-        _draw_on_change(control, found_html, inputs, block[f"{photos}_found"])
+    notice = block[f"{photos}_notice"]
+    _draw_on_change(block[photos], draw_photos, [block[photos], notice], [block[f"{photos}_found"], notice])
 
 
-def _draw_on_change(control: Any, draw: Callable[..., str], inputs: list[Any], output: Any) -> None:
+def _draw_on_change(control: Any, draw: Callable[..., Any], inputs: list[Any], outputs: list[Any]) -> None:
     """Draws when a control changes, and again after that: gradio 3 drops the events that come while one is served."""
 
     # gradio evaluates the annotations of every handler, which is half the cost of building: a lambda has none.
     handler = lambda *values: draw(*values)  # noqa: E731
-    control.change(handler, inputs, [output], show_progress=False).then(handler, inputs, [output], show_progress=False)
+    control.change(handler, inputs, outputs, show_progress=False).then(handler, inputs, outputs, show_progress=False)
 
 
 def _connect_spread(blocks: list[dict[str, Any]]) -> None:
-    first = blocks[0]
-    outputs = [first["photos_notice"]]
-    outputs += [block[name] for block in blocks for name in ("photos", "face", "aligned")]
-    first["spread"].click(lambda kept: spread_faces(kept, len(blocks)), [first["photos"]], outputs, show_progress=False)
+    first, lists = blocks[0], [block["photos"] for block in blocks]
+    outputs = [first["photos_notice"], first["spread_kept"], first["undo"], *lists]
+    first["spread"].click(lambda *kept: spread_faces(kept), lists, outputs, show_progress=False)
+    undo = [first["spread_kept"], *lists]
+    first["undo"].click(lambda spread, *kept: undo_spread(spread, kept), undo, outputs, show_progress=False)
 
 
 def _connect_region(gr: Any, block: dict[str, Any], tab: str) -> None:
@@ -314,8 +392,8 @@ def _connect_region(gr: Any, block: dict[str, Any], tab: str) -> None:
         [block["box_row"], block["mask_column"]],
         show_progress=False,
     )
-    _draw_on_change(block["box"], box_html, [block["box"]], block["box_preview"])
-    _draw_on_change(block["mask"], mask_html, [block["mask"]], block["mask_found"])
+    _draw_on_change(block["box"], box_html, [block["box"]], [block["box_preview"]])
+    _draw_on_change(block["mask"], mask_html, [block["mask"]], [block["mask_found"]])
     block["canvas"].click(
         lambda size: blank_canvas(size),
         [block["canvas_size"]],
@@ -338,6 +416,7 @@ def add_photos(files: Any, kept: str) -> tuple[str, str, bool]:
 
     limits = settings.limits()
     listed = layout.stored_photos(kept, "photos")
+    known = [_image_of(entry) for entry in listed]
     problems, added = [], False
     for upload in files if isinstance(files, list) else [files]:
         title = re.split(r"[/\\]", str(getattr(upload, "orig_name", "") or "photo"))[-1]
@@ -352,10 +431,26 @@ def add_photos(files: Any, kept: str) -> tuple[str, str, bool]:
         except Exception as error:
             problems.append(_said(error).detail)
             continue
-        if entry not in listed:
+        if entry not in known:
             listed.append(entry)
+            known.append(entry)
         added = True
-    return _kept_text(listed), message_html(" ".join(problems)) if problems else "", added
+    kept = layout.stored_text(listed)
+    return kept, _notice_html(kept, " ".join(problems)) if problems else "", added
+
+
+def _image_of(entry: Any) -> Any:
+    """The hash in an entry of the stored list."""
+    return entry.get("image") if isinstance(entry, Mapping) else entry
+
+
+def _notice_html(kept: str, text: str, kind: str = "error") -> str:
+    """A message that stands as long as the list of stored photos is this one (`draw_photos`)."""
+    return f'<div data-photos="{_digest(kept)}">{message_html(text, kind)}</div>'
+
+
+def _digest(kept: str) -> str:
+    return hashlib.sha256(str(kept or "").encode()).hexdigest()[:16]
 
 
 def _said(error: Exception) -> PortraitError:
@@ -368,19 +463,25 @@ def _said(error: Exception) -> PortraitError:
     return PortraitError("Portrait", f"it failed with {type(error).__name__}: {error}", "The console says more.", 500)
 
 
-def _kept_text(photos: Sequence[Any]) -> str:
-    return json.dumps(photos, separators=(",", ":")) if photos else ""
-
-
-def _kept_photo(entry: Any, face: Any, aligned: Any, limits: Limits) -> Photo:
+def _kept_photo(entry: Any, limits: Limits) -> Photo:
     """A stored photo as a request has it, checked as there: the textbox is in the page, and anyone may write to it."""
-    form = layout.request_from_values([True, *[None] * 5, None, _kept_text([entry]), face, aligned], limits)
+    form = layout.request_from_values([True, *[None] * 5, None, layout.stored_text([entry])], limits)
     assert form is not None
     return parse_request(form, limits).identities[0].photos[0]
 
 
-def found_html(kept: str, face: str | None = None, aligned: bool = False) -> str:
-    """The aligned crop of each stored photo, or what is wrong with it, as cards with a button to remove it."""
+def draw_photos(kept: str, notice: str = "") -> list[Any]:
+    """The cards of the stored photos, and the message beside them: gone when the list is not the one it was about."""
+    stands = not notice or f'data-photos="{_digest(kept)}"' in notice
+    return [found_html(kept), paste.UNCHANGED if stands else ""]
+
+
+def found_html(kept: str) -> str:
+    """The aligned crop of each stored photo, or what is wrong with it, as cards.
+
+    On a card the photo can be removed, taken as an aligned crop, and, where it shows several faces, one of them be
+    chosen (portrait.js).
+    """
     try:
         listed = layout.stored_photos(kept, "photos")
     except PortraitError as error:
@@ -389,32 +490,72 @@ def found_html(kept: str, face: str | None = None, aligned: bool = False) -> str
     cards = []
     for index, entry in enumerate(listed[: limits.photos]):
         title = f"Photo {index + 1}"
+        aligned = isinstance(entry, Mapping) and entry.get("aligned") is True
         try:
-            photo = _kept_photo(entry, face, aligned, limits)
-            crop = services.faces().crop(photo, title)
-            count = len(services.faces().find(photo, title))
+            photo = _kept_photo(entry, limits)
+            found = services.faces().find(photo, title)
+            chosen = services.faces().chosen(photo, title)
         except Exception as error:
-            said = _said(error)
-            cards.append(_card(index, title, error=f"{said.problem}. {said.remedy}"))
+            said = layout.said_in_panel(_said(error), [1])
+            # Another of its faces can be chosen where it is only that one which is not there.
+            faces = (
+                services.faces().find(_kept_photo(_image_of(entry), limits), title)
+                if isinstance(error, NoSuchFace)
+                else []
+            )
+            cards.append(_error_card(index, title, aligned, f"{said.problem}. {said.remedy}", faces))
             continue
-        chosen = "aligned crop" if photo.aligned else layout.face_name(photo.face)
-        several = "" if photo.aligned or count == 1 else f" of {count} faces"
-        cards.append(_card(index, title, crop, f"{chosen}{several}" if several or photo.aligned else "1 face"))
+        several = "" if aligned or len(found) == 1 else f" of {len(found)} faces"
+        # Bystanders are counted after the main faces, wherever they stand.
+        which = "Bystander" if chosen.bystander and photo.face is not None else layout.face_name(photo.face)
+        caption = "aligned crop" if aligned else f"{which}{several}" if several else "1 face"
+        cards.append(_card(index, title, aligned, found, chosen, caption))
     return f'<div class="portrait-cards">{"".join(cards)}</div>' if cards else ""
 
 
-def _card(index: int, title: str, crop: Any = None, caption: str = "", error: str = "") -> str:
-    remove = (
-        f'<button type="button" class="portrait-remove" data-index="{index}" aria-label="Remove {escape(title)}" '
-        f'title="Remove {escape(title)}">✕</button>'
+def _card(index: int, title: str, aligned: bool, found: Sequence[Any], chosen: Any, caption: str) -> str:
+    picture = f'<img src="{_jpeg_url(chosen.crop)}" alt="Face found in {escape(title.lower())}">'
+    notices = "".join(f'<p class="portrait-notice">{escape(text)}</p>' for text in chosen.notices)
+    faces = "" if aligned or len(found) == 1 else _faces_html(title, found, chosen)
+    return (
+        f'<figure class="portrait-card" data-index="{index}">{picture}<figcaption>{escape(caption)}</figcaption>'
+        f"{faces}{notices}{_card_buttons(title, aligned)}</figure>"
     )
-    if error:
-        return (
-            f'<div class="portrait-card portrait-card-error" role="alert"><p><b>{escape(title)}:</b> '
-            f"{escape(error)}</p>{remove}</div>"
+
+
+def _error_card(index: int, title: str, aligned: bool, error: str, found: Sequence[Any]) -> str:
+    faces = _faces_html(title, found, None) if found else ""
+    return (
+        f'<div class="portrait-card portrait-card-error" data-index="{index}" role="alert"><p><b>{escape(title)}:</b> '
+        f"{escape(error)}</p>{faces}{_card_buttons(title, aligned)}</div>"
+    )
+
+
+def _card_buttons(title: str, aligned: bool) -> str:
+    remove, as_it_is = (
+        f"Remove {title}",
+        "Already aligned: use the photo as it is, a square face crop (ArcFace position)",
+    )
+    return (
+        f'<button type="button" class="portrait-remove" aria-label="{escape(remove)}" title="{escape(remove)}">'
+        f'✕</button><button type="button" class="portrait-aligned" aria-pressed="{str(aligned).lower()}" '
+        f'aria-label="{escape(as_it_is)}" title="{escape(as_it_is)}">▣</button>'
+    )
+
+
+def _faces_html(title: str, found: Sequence[Any], chosen: Any) -> str:
+    """A button for each face of a photo, from the left."""
+    buttons = []
+    for number, one in enumerate(found):
+        says = "; ".join(("Bystander" if one.bystander else layout.face_name(number), *one.notices))
+        kind = "portrait-face portrait-bystander" if one.bystander else "portrait-face"
+        buttons.append(
+            f'<button type="button" class="{kind}" data-face="{number}" aria-pressed="{str(one is chosen).lower()}" '
+            f'aria-label="{escape(says)}" title="{escape(says)}"><img src="{_jpeg_url(one.crop, FACE_SIDE)}" alt="">'
+            "</button>"
         )
-    picture = f'<img src="{_jpeg_url(crop)}" alt="Face found in {escape(title.lower())}">'
-    return f'<figure class="portrait-card">{picture}<figcaption>{escape(caption)}</figcaption>{remove}</figure>'
+    label = escape(f"Faces in {title.lower()}")
+    return f'<div class="portrait-choice" role="group" aria-label="{label}">{"".join(buttons)}</div>'
 
 
 def _jpeg_url(picture: Any, side: int = CROP_SIDE) -> str:
@@ -428,33 +569,90 @@ def _jpeg_url(picture: Any, side: int = CROP_SIDE) -> str:
     return "data:image/jpeg;base64," + base64.b64encode(out.getvalue()).decode("ascii")
 
 
-def spread_faces(kept: str, identities: int) -> list[Any]:
-    """The faces of the first stored photo as identities, from the left.
+def spread_faces(lists: Sequence[str]) -> list[Any]:
+    """Gives each person of the group photo among identity 1's photos a tab, from the left.
 
-    The updates of a message and of (photos, face, aligned) of each identity; identities beyond the faces found stay as
-    they are.
+    lists: the stored photos of each tab. Identity 1 keeps its other photos, and with them the face that its card shows;
+    tabs with photos of their own stay as they are. Gives the updates of a message, of what `undo_spread` needs, of the
+    button for it, and of the lists.
     """
-    unchanged: list[Any] = [paste.UNCHANGED] * (3 * identities)
     try:
-        listed = layout.stored_photos(kept, "photos")
-        if not listed:
-            raise PortraitError("Identity 1", "there is no photo", "Add the group photo here first.")
-        entry = listed[0]["image"] if isinstance(listed[0], Mapping) else listed[0]
-        photo = _kept_photo(entry, None, False, settings.limits())
-        count = len(services.faces().find(photo, "Photo 1"))
+        listed = [layout.stored_photos(kept, f"Identity {tab}") for tab, kept in enumerate(lists, 1)]
+        place, photo, people, bystanders = _group_photo(listed[0])
+        if len(listed[0]) > 1:
+            found, shown = services.faces().find(photo, "photo"), services.faces().chosen(photo, "photo")
+            own = next(number for number, one in enumerate(found) if one is shown)
+            people = [own, *(number for number in people if number != own)]
     except Exception as error:
-        return [message_html(_said(error).detail), *unchanged]
-    used = min(count, identities, layout.FACE_CHOICES)
-    values: list[Any] = []
-    for index in range(used):
-        values += [_kept_text([entry]), layout.face_name(index), False]
-    message = ""
-    if count == 1:
-        message = message_html("There is one face in photo 1; it is identity 1.", "info")
-    elif used < count:
-        text = f"{count} faces were found, {used} are used. Raise the number of people in Settings > Portrait."
-        message = message_html(text, "warning")
-    return [message, *values, *unchanged[len(values) :]]
+        message = _notice_html(lists[0], _said(error).detail)
+        return [message, *[paste.UNCHANGED] * (2 + len(lists))]
+    image = _image_of(listed[0][place])
+    free = [tab for tab in range(1, len(lists)) if all(_image_of(entry) == image for entry in listed[tab])]
+    taken = [f"Identity {tab + 1}" for tab in range(1, len(lists)) if tab not in free]
+    used = 1 + min(len(people) - 1, len(free))
+    texts = list(lists)
+    listed[0][place] = {"image": image, "face": people[0]}
+    texts[0] = layout.stored_text(listed[0])
+    for tab, number in zip(free, people[1:], strict=False):
+        texts[tab] = layout.stored_text([{"image": image, "face": number}])
+    said = []
+    if used < len(people):
+        said.append(
+            f"{len(people)} people were found, {used} have a tab: empty another, or raise the number of people in "
+            "Settings > Portrait."
+        )
+    if len(listed[0]) > 1:
+        said.append(f"Identity 1 keeps its other photos, and of photo {place + 1} the face shown there.")
+    if taken and len(people) > 1:
+        said.append(f"Left as they are: {', '.join(taken)}.")
+    if bystanders:
+        said.append(f"Left out as far smaller or less sharp: {bystanders} of the faces.")
+    message = _notice_html(texts[0], " ".join(said), "warning" if used < len(people) else "info") if said else ""
+    undo = json.dumps({"before": list(lists), "after": texts})
+    changed = [text if text != kept else paste.UNCHANGED for text, kept in zip(texts, lists, strict=True)]
+    return [message, undo, {**paste.UNCHANGED, "visible": True}, *changed]
+
+
+def _group_photo(listed: Sequence[Any]) -> tuple[int, Photo, list[int], int]:
+    """The first stored photo with several people: its place, itself, their faces by number, and how many others it has.
+
+    Raises PortraitError where there is none, with what is wrong with a photo if something is.
+    """
+    fault: PortraitError | None = None
+    for place, entry in enumerate(listed):
+        try:
+            photo = _kept_photo(entry, settings.limits())
+            found = services.faces().find(photo, f"Photo {place + 1}")
+        except PortraitError as error:
+            fault = fault or error
+            continue
+        people = [number for number, one in enumerate(found) if not one.bystander]
+        if len(people) > 1:
+            return place, photo, people, len(found) - len(people)
+    if not listed:
+        raise PortraitError("Identity 1", "there is no photo", "Add the group photo here first.")
+    raise fault or PortraitError("Identity 1", "no photo here shows several people", "Add the group photo here first.")
+
+
+def undo_spread(spread: str, lists: Sequence[str]) -> list[Any]:
+    """Puts the photos back where `spread_faces` found them; a tab that was changed since is left as it is.
+
+    The updates are those of `spread_faces`.
+    """
+    try:
+        kept = json.loads(spread)
+        pairs = list(zip(kept["before"], kept["after"], lists, strict=True))
+    except (ValueError, TypeError, KeyError):
+        pairs = []
+    texts = [before if current == after else current for before, after, current in pairs] or list(lists)
+    changed = [
+        f"Identity {tab}"
+        for tab, (before, after, current) in enumerate(pairs, 1)
+        if current not in (before, after) and before != after
+    ]
+    message = f"Changed since, and left as they are: {', '.join(changed)}." if changed else ""
+    hidden = {**paste.UNCHANGED, "visible": False}
+    return [_notice_html(texts[0], message, "info") if message else "", "", hidden, *texts]
 
 
 def box_html(text: str) -> str:
@@ -478,7 +676,7 @@ def mask_html(kept: str) -> str:
         return ""
     try:
         listed = layout.stored_photos(kept, "Mask")
-        mask = services.faces().mask(_kept_photo(listed[0], None, False, settings.limits()), "Mask")
+        mask = services.faces().mask(_kept_photo(listed[0], settings.limits()), "Mask")
     except Exception as error:
         return message_html(_said(error).detail)
     picture = (mask * 255).astype("uint8")
@@ -501,47 +699,76 @@ def blank_canvas(size: str) -> Any:
 # ------------------------------------------------------------------------------------------------------------ weights
 
 
-def checkpoint_choices() -> tuple[list[str], str]:
-    """The choices of the checkpoint control, and a message (HTML) on the files that are missing, or ""."""
-    kits = services.store().kits()
-    choices = ["automatic"] + [kit.name + ("" if kit.usable else layout.INCOMPLETE) for kit in kits]
-    lines = []
-    for kit in kits:
-        if kit.problem is not None:
-            lines.append(f"{kit.name}: {kit.problem}")
-        for folder in dict.fromkeys(gap.folder for gap in kit.missing):
-            files = ", ".join(gap.filename for gap in kit.missing if gap.folder == folder)
-            lines.append(f"{kit.name}: {files} (into {folder})")
-    if not lines:
-        return choices, ""
-    usable = any(kit.usable for kit in kits)
-    title = "Some weights are missing" if usable else "Weights are missing: download them, or place them by hand"
-    items = "".join(f"<li>{escape(line)}</li>" for line in lines)
-    kind, unfolded = ("info", "") if usable else ("warning", " open")
-    summary = f"<summary>{title}</summary><ul>{items}</ul>"
-    return choices, f'<details class="portrait-message portrait-{kind}"{unfolded}>{summary}</details>'
+def checkpoint_choices() -> list[str]:
+    """The choices of the checkpoint control."""
+    return [AUTOMATIC] + [kit.name + ("" if kit.usable else layout.INCOMPLETE) for kit in services.store().kits()]
 
 
-def download_missing(checkpoint: str) -> Iterator[str]:
-    """Downloads the published files that a checkpoint lacks; messages (HTML) on how it goes, the last on how it ended.
+def _wanted(chosen: str, loaded: str | None) -> tuple[str, KitStatus | None]:
+    """The adapter that a choice of the checkpoint control means with a checkpoint of family `loaded` (`world`): its
+    name, and what is there of it."""
+    name = str(chosen).removesuffix(layout.INCOMPLETE)
+    if name == AUTOMATIC:
+        name = EMBEDDED if loaded == world.WORLD else services.store().automatic()
+    return name, next((kit for kit in services.store().kits() if kit.name == name), None)
+
+
+def weights_html(chosen: str, loaded: str | None) -> tuple[str, bool]:
+    """What the loaded checkpoint lacks to draw people, or what is to be known of it (HTML, or ""); and whether a
+    download would help.
+
+    chosen: of the checkpoint control. loaded: the family (`world.loaded_family`), None where it is not known.
+    """
+    if loaded not in (world.WORLD, world.SD15, None):
+        text = f"UniPortrait needs a checkpoint of the SD1.5 family, and the loaded one is {loaded}. Load another."
+        return message_html(text, "warning"), False
+    name, kit = _wanted(chosen, loaded)
+    if kit is None:
+        return message_html(f"There is no adapter {name}. Choose another Checkpoint here.", "warning"), False
+    if kit.problem is not None:
+        return message_html(f"{kit.name}: {kit.problem}"), False
+    loadable = any(gap.known for gap in kit.missing)
+    how = f"press <b>{layout.DOWNLOAD_NAME}</b>, or put them there by hand" if loadable else "put them there by hand"
+    if not kit.usable:
+        return _missing_html(
+            f"Weights are missing (adapter {escape(kit.name)}): {how}.", kit.missing, "warning"
+        ), loadable
+    if kit.missing:
+        text = f"For several people in one picture a file is missing (adapter {escape(kit.name)}): {how}."
+        return _missing_html(text, kit.missing, "info"), loadable
+    if loaded == world.WORLD:
+        return message_html(WORLD_LOADED, "info"), False
+    return "", False
+
+
+def _missing_html(text: str, gaps: Sequence[Missing], kind: str) -> str:
+    """A message (HTML) on missing files, with their names and folders folded away."""
+    items = []
+    for folder in dict.fromkeys(gap.folder for gap in gaps):
+        files = ", ".join(gap.filename for gap in gaps if gap.folder == folder)
+        items.append(f"<li>{escape(files)} (into {escape(str(folder))})</li>")
+    which = f"<details><summary>Which files, and where they go</summary><ul>{''.join(items)}</ul></details>"
+    return f'<div class="portrait-message portrait-{kind}" role="alert">{text}{which}</div>'
+
+
+def download_missing(chosen: str, loaded: str | None) -> Iterator[str]:
+    """Downloads the published files that a choice of the checkpoint control lacks; messages (HTML) on how it goes, the
+    last on how it ended.
 
     The first file that cannot be had ends it: what comes after usually has the same source.
     """
-    kits = {kit.name: kit for kit in services.store().kits()}
-    kit = kits.get(checkpoint) or kits[PUBLISHED]
-    wanted = [gap for gap in kit.missing if gap.known is not None]
-    unpublished = [gap for gap in kit.missing if gap.known is None]
-    if not wanted and unpublished:
-        yield message_html(" ".join(gap.remedy() for gap in unpublished))
-        return
-    for gap in wanted:
-        assert gap.known is not None
+    _, kit = _wanted(chosen, loaded)
+    gaps = kit.missing if kit is not None else ()
+    for gap in gaps:
+        if gap.known is None:
+            continue
         try:
             yield from _download(gap.known, gap.folder)
         except Exception as error:
             yield message_html(_said(error).detail)
             return
-    yield message_html("All weights are there.", "info")
+    unpublished = [gap.remedy() for gap in gaps if gap.known is None]
+    yield message_html(" ".join(unpublished)) if unpublished else message_html("All weights are there.", "info")
 
 
 def _download(known: KnownWeight, folder: Path) -> Iterator[str]:

@@ -14,11 +14,12 @@ from typing import Any
 
 from lib_portrait.errors import PortraitError
 from lib_portrait.request import Limits, Photo, from_infotext, with_photos
-from lib_portrait.webui.values import GLOBAL_FIELDS, IDENTITY_FIELDS, values_from_request
+from lib_portrait.webui.values import GLOBAL_FIELDS, IDENTITY_FIELDS, said_in_panel, values_from_request
 
 INFOTEXT_KEY = "Portrait"
 # What earlier versions wrote of sixteen people with thirty-two photos each has some 50,000 characters.
 LONGEST = 400_000
+MANY = 1000
 
 # What `gr.update()` makes.
 UNCHANGED = {"__type__": "generic_update"}
@@ -38,9 +39,10 @@ def panel_values(text: str, identities: int, named: Named) -> tuple[tuple[Any, .
         return None, "Portrait was not restored: its part of the generation parameters is too long."
     try:
         # Not the limits of this installation: what was made elsewhere with more people is shown as far as it fits.
-        request = from_infotext(text, dataclasses.replace(Limits(), identities=1000, photos=1000))
+        request = from_infotext(text, dataclasses.replace(Limits(), identities=MANY, photos=MANY))
     except PortraitError as error:
-        return None, f"Portrait was not restored. {error.detail}"
+        said = said_in_panel(error, range(1, MANY + 1))
+        return None, f"Portrait was not restored. {said.detail}"
     # The panel tells by whole hashes which photos it has already.
     values, lost = values_from_request(with_photos(request, named), identities)
     return tuple(values), " ".join(lost)

@@ -455,9 +455,9 @@ def session_of(p: Any) -> Session | None:
 
 
 def _known(error: Exception, tabs: Sequence[int]) -> PortraitError:
-    """The error if it is meant for users, its field as the panel names it; else one that says whose fault it is."""
+    """The error if it is meant for users, as the panel says it; else one that says whose fault it is."""
     if isinstance(error, PortraitError):
-        return PortraitError(layout.said_of_tab(error.field, tabs), error.problem, error.remedy, error.status_code)
+        return layout.said_in_panel(error, tabs)
     errors.report("Portrait failed", exc_info=True)
     return PortraitError(
         "Portrait", f"it failed with {type(error).__name__}: {error}", "Please report the log above.", 500

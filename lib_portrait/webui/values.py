@@ -19,7 +19,9 @@ from decimal import Decimal, InvalidOperation
 from pathlib import Path
 from typing import Any
 
-from lib_portrait.errors import PortraitError
+from lib_portrait.checkpoints.registry import download_command
+from lib_portrait.checkpoints.store import MissingWeights
+from lib_portrait.errors import NoSuchFace, PortraitError
 from lib_portrait.request import (
     HASH_PREFIX,
     LARGEST,
@@ -32,7 +34,9 @@ from lib_portrait.request import (
 )
 
 GLOBAL_FIELDS = ("enabled", "method", "checkpoint", "scale", "lora_scale", "show_routing")
-# `uploads` are files that gradio took and the panel has not stored yet; `photos` is the JSON list of stored ones.
+# `uploads` are files that gradio took and the panel has not stored yet; `photos` is the JSON list of stored ones, each
+# with the face chosen on it. `face` and `aligned` count for photos without one of their own: not in the panel, but in
+# positional lists that are sent.
 IDENTITY_FIELDS = (
     "uploads",
     "photos",
@@ -63,6 +67,18 @@ REGION_NAMES = {ROUTED: "Automatic routing", BOX: "Box", MASK: "Drawn mask"}
 LARGEST_NAME = "Largest"
 FACE_CHOICES = 12
 INCOMPLETE = " (files missing)"
+DOWNLOAD_NAME = "Download missing weights"
+# What the panel calls the fields of a request, where that is not their own name.
+CONTROL_NAMES = {
+    "enabled": "Enable",
+    "method": "Method",
+    "checkpoint": "Checkpoint",
+    "scale": "ID scale",
+    "lora_scale": "LoRA scale",
+    "show_routing": "Show routing map",
+    "identities": "Identities",
+}
+IDENTITY_CONTROL_NAMES = {"structure": "face structure (β)", "mix": "mixed-in people", "weight": "share"}
 
 # Painted masks that are at least this close to grey count as masks; coloured pictures are photos to paint on.
 GREY_TOLERANCE = 24
@@ -72,9 +88,13 @@ def face_name(index: int | None) -> str:
     """What the panel calls a face: the largest, or the one at `index` counted from the left from 0."""
     if index is None:
         return LARGEST_NAME
-    count = index + 1
+    return f"{ordinal(index + 1)} from left"
+
+
+def ordinal(count: int) -> str:
+    """1st, 2nd, 3rd, 4th..."""
     suffix = "th" if 10 <= count % 100 <= 20 else {1: "st", 2: "nd", 3: "rd"}.get(count % 10, "th")
-    return f"{count}{suffix} from left"
+    return f"{count}{suffix}"
 
 
 def face_choices() -> list[str]:
@@ -89,8 +109,8 @@ def request_from_values(values: Sequence[Any], limits: Limits | None = None) -> 
 
     values[0] may be the request itself, as an object: it is returned as it is, to be checked by `parse_request`.
     None stands for a control's default. An identity without any photo is not in use and is left out; one that only has
-    people mixed in is kept, so that checking says what it lacks. Raises PortraitError for uploads, boxes and masks that
-    cannot be read; everything else is left to `parse_request`.
+    people mixed in is kept, so that checking says what it lacks. Raises PortraitError where no identity is in use, and
+    for uploads, boxes and masks that cannot be read; everything else is left to `parse_request`.
     """
     limits = limits or Limits()
     if not values:
@@ -108,7 +128,9 @@ def request_from_values(values: Sequence[Any], limits: Limits | None = None) -> 
         request["method"] = shown.get(request["method"].lower(), request["method"])
     if isinstance(request.get("checkpoint"), str):
         request["checkpoint"] = request["checkpoint"].removesuffix(INCOMPLETE)
-    used = (block for _, block in _blocks(values))
+    used = [block for _, block in _blocks(values)]
+    if not used:
+        raise PortraitError("Identities", "there is no person", "Add a photo to Identity 1, or untick Enable.")
     request["identities"] = [_identity(block, f"identities[{index}]", limits) for index, block in enumerate(used)]
     return request
 
@@ -156,18 +178,52 @@ def _any_photo(stored: Any, uploads: Any) -> bool:
     return any(photo is not None for photo in kept) or any(upload not in (None, "") for upload in _listed(uploads))
 
 
-_WORDS = {"photos": "photo", "mix": "mix in"}
+_COUNTED = {"photos": "photo", "mix": "mixed-in person"}
 
 
 def said_of_tab(field: str, tabs: Sequence[int]) -> str:
-    """A request's field as the panel names it: ``identities[0].photos[1]`` of tab 2 is "Identity 2, photo 2"."""
+    """A request's field as the panel names it: ``identities[0].photos[1]`` of tab 2 is "Identity 2, photo 2".
+
+    tabs: as `tabs_in_use` gives them. Without any the field is returned as it is: a request object has keys of its own.
+    """
+    if not tabs:
+        return field
     match = re.fullmatch(r"identities\[(\d+)\](.*)", field)
-    if match is None or int(match.group(1)) >= len(tabs):
+    if match is None:
+        return CONTROL_NAMES.get(field, field)
+    if int(match.group(1)) >= len(tabs):
         return field
     said = [f"Identity {tabs[int(match.group(1))]}"]
     for name, index in re.findall(r"\.(\w+)(?:\[(\d+)\])?", match.group(2)):
-        said.append(f"{_WORDS.get(name, name)} {int(index) + 1}" if index else name)
+        if index:
+            said.append(f"{_COUNTED.get(name, name)} {int(index) + 1}")
+        elif name != "image":
+            said.append(IDENTITY_CONTROL_NAMES.get(name, name))
     return ", ".join(said)
+
+
+def said_in_panel(error: PortraitError, tabs: Sequence[int]) -> PortraitError:
+    """An error as the panel says it: by the names of its controls, and with what there is to press as the remedy.
+
+    tabs: as for `said_of_tab`.
+    """
+    if not tabs:
+        return error
+    field, problem, remedy = said_of_tab(error.field, tabs), error.problem, error.remedy
+    if isinstance(error, NoSuchFace):
+        field = field.removesuffix(", face")
+        there = "there is one face" if error.found == 1 else f"there are {error.found} faces"
+        problem = f"the {ordinal(error.face + 1)} face from the left was chosen, but {there}"
+        remedy = "Click the face that is meant below the photo."
+    elif isinstance(error, MissingWeights):
+        files = ", ".join(gap.filename for gap in error.gaps)
+        several = "several people need its router, " if error.field == "identities" else ""
+        problem = f"{several}weights of {error.adapter!r} are missing: {files}"
+        commands = dict.fromkeys(download_command(gap.known) for gap in error.gaps if gap.known)
+        if commands:
+            # The folders stand beside the button.
+            remedy = f"Press {DOWNLOAD_NAME} in the Portrait panel, or run: {', '.join(commands)}."
+    return PortraitError(field, problem, remedy, error.status_code)
 
 
 def _identity(block: Mapping[str, Any], path: str, limits: Limits) -> dict[str, Any]:
@@ -247,7 +303,7 @@ def stored_photos(stored: Any, path: str) -> list[Any]:
             stored = json.loads(text)
         except (json.JSONDecodeError, RecursionError):
             raise PortraitError(
-                path, "the list of photos is not JSON", "Remove this person's photos, then add them."
+                path, "the list of photos cannot be read", "Remove this person's photos, then add them."
             ) from None
     return _listed(stored)
 
@@ -410,16 +466,12 @@ def values_from_request(request: PortraitRequest, identities: int) -> tuple[list
 def identity_values(identity: Identity | None) -> dict[str, Any]:
     """The values of one identity's controls by name (IDENTITY_FIELDS); the defaults for None."""
     identity = identity or Identity(photos=())
-    same = {(photo.face, photo.aligned) for photo in identity.photos}
-    face, aligned = next(iter(same)) if len(same) == 1 else (None, False)
-    if face is not None and face >= FACE_CHOICES:
-        face, aligned = None, False
     region = identity.region or Region()
     block: dict[str, Any] = {
         "uploads": None,
-        "photos": _stored_text(identity.photos, face, aligned),
-        "face": face_name(face),
-        "aligned": aligned,
+        "photos": stored_text([stored_photo(photo) for photo in identity.photos]),
+        "face": LARGEST_NAME,
+        "aligned": False,
         "scale": identity.scale,
         "structure": identity.structure,
         "start": identity.start,
@@ -427,26 +479,25 @@ def identity_values(identity: Identity | None) -> dict[str, Any]:
         "region": BOX if region.box else MASK if region.mask else ROUTED,
         "box": box_to_text(region.box) if region.box else "",
         "drawing": None,
-        "mask": _stored_text((region.mask,)) if region.mask else "",
+        "mask": stored_text([stored_photo(region.mask)]) if region.mask else "",
     }
     for slot, name in enumerate(MIXES):
         mix = identity.mix[slot] if slot < len(identity.mix) else Mix(photos=())
         block[f"{name}_uploads"] = None
-        block[f"{name}_photos"] = _stored_text(mix.photos)
+        block[f"{name}_photos"] = stored_text([stored_photo(photo) for photo in mix.photos])
         block[f"{name}_weight"] = mix.weight
     return block
 
 
-def _stored_text(photos: Sequence[Photo], face: int | None = None, aligned: bool = False) -> str:
-    """The textbox's JSON list. Photos that differ from the controls carry their own face and aligned with them."""
-    entries: list[Any] = []
-    for photo in photos:
-        if (photo.face, photo.aligned) == (face, aligned):
-            entries.append(HASH_PREFIX + photo.sha256)
-        else:
-            own: dict[str, Any] = {
-                "image": HASH_PREFIX + photo.sha256,
-                "face": LARGEST if photo.face is None else photo.face,
-            }
-            entries.append({**own, "aligned": photo.aligned})
+def stored_photo(photo: Photo) -> Any:
+    """A photo as an entry of the textbox's list: its hash, or an object where it has a face or alignment of its own."""
+    reference = HASH_PREFIX + photo.sha256
+    own: dict[str, Any] = {} if photo.face is None else {"face": photo.face}
+    if photo.aligned:
+        own["aligned"] = True
+    return {"image": reference, **own} if own else reference
+
+
+def stored_text(entries: Sequence[Any]) -> str:
+    """The textbox's JSON list, which `stored_photos` reads; "" for none."""
     return json.dumps(entries, separators=(",", ":")) if entries else ""

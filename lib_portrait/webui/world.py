@@ -17,6 +17,16 @@ if TYPE_CHECKING:
 
 TEXT_FOLDER = settings.EXTENSION / "models" / "world" / "text"
 
+WORLD, SD15 = "world", "SD1.5"
+# What it was trained for and is measured with; the names are those of the host's controls.
+SETTINGS: dict[str, Any] = {
+    "sampling": "DDIM",
+    "scheduler": "Automatic",
+    "steps": 20,
+    "width": 128,
+    "height": 128,
+    "cfg_scale": 5,
+}
 
 _MARK = "portrait_world"
 
@@ -41,3 +51,21 @@ def is_world(model: Any) -> bool:
     encoder = getattr(model, "cond_stage_model", None)
     # The WebUI wraps it in a class of its own.
     return getattr(getattr(encoder, "wrapped", encoder), _MARK, False) is True
+
+
+def loaded_family() -> str | None:
+    """The family of the loaded checkpoint: WORLD, SD15 or another's name; None where none is loaded.
+
+    Waits for the one that the host loads when it starts, and has it load none.
+    """
+    from modules import sd_models
+
+    with sd_models.model_data.lock:
+        model = sd_models.model_data.sd_model
+    if model is None:
+        return None
+    if is_world(model):
+        return WORLD
+    # modules/sd_models.py: set_model_type.
+    families = {"is_sd1": SD15, "is_sd2": "SD2", "is_sdxl": "SDXL", "is_sd3": "SD3"}
+    return next((name for mark, name in families.items() if getattr(model, mark, False)), type(model).__name__)

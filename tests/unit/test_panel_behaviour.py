@@ -7,37 +7,58 @@ import io
 import json
 import re
 import sys
+import threading
 import types
 
 import numpy as np
 import pytest
 from PIL import Image
+from safetensors.numpy import save_file
 
 from lib_portrait.checkpoints import Folders, Store
-from lib_portrait.errors import PortraitError
+from lib_portrait.errors import NoSuchFace, PortraitError
 from lib_portrait.request import Limits, Photo
 
-MODULES = ("lib_portrait.webui.panel", "lib_portrait.webui.services", "lib_portrait.webui.settings")
+MODULES = tuple(f"lib_portrait.webui.{name}" for name in ("panel", "services", "settings", "world"))
+
+
+def face(shade, *notices, bystander=False):
+    return types.SimpleNamespace(
+        crop=np.full((224, 224, 3), shade, np.uint8), notices=notices, bystander=bystander, aligned=False
+    )
 
 
 class Faces:
-    """A face service that finds as many faces as a photo's hash is told to have."""
+    """A face service that finds the faces that a photo's hash is told to have; the second, if any, is the largest."""
 
     def __init__(self):
-        self.counts = {}
+        self.photos = {}
+        self.tries = 0
+
+    @property
+    def counts(self):
+        return {sha: len(faces) for sha, faces in self.photos.items()}
+
+    @counts.setter
+    def counts(self, counts):
+        self.photos = {sha: [face(20 * i) for i in range(count)] for sha, count in counts.items()}
 
     def find(self, photo, field):
-        count = self.counts.get(photo.sha256)
-        if count is None:
+        self.tries += 1
+        faces = self.photos.get(photo.sha256)
+        if faces is None:
             raise PortraitError(field, "the photo is not kept here (any more)", "Add the photo itself again.")
-        if count == 0:
+        if not faces:
             raise PortraitError(field, "no face was found", "Use another photo.")
-        return list(range(count))
+        return faces
 
-    def crop(self, photo, field):
-        if (photo.face or 0) >= len(self.find(photo, field)):
-            raise PortraitError(f"{field}.face", "there are fewer faces", "Give a lower index.")
-        return np.zeros((224, 224, 3), np.uint8)
+    def chosen(self, photo, field):
+        found = self.find(photo, field)
+        if photo.face is None:
+            return found[min(1, len(found) - 1)]
+        if photo.face >= len(found):
+            raise NoSuchFace(f"{field}.face", photo.face, len(found))
+        return found[photo.face]
 
     def mask(self, photo, field):
         self.find(photo, field)
@@ -64,7 +85,7 @@ class Host:
     def remember(self, data):
         self.kept.append(data)
         photo = Photo.of(data)
-        self.faces.counts.setdefault(photo.sha256, 1)
+        self.faces.photos.setdefault(photo.sha256, [face(0)])
         return photo.sha256
 
 
@@ -113,6 +134,14 @@ def stored(*hashes):
     return json.dumps(["sha256:" + sha for sha in hashes], separators=(",", ":"))
 
 
+def entry(sha, **own):
+    return {"image": "sha256:" + sha, **own}
+
+
+def listed(*entries):
+    return json.dumps(entries, separators=(",", ":"))
+
+
 A, B, C = (character * 64 for character in "abc")
 
 
@@ -130,6 +159,23 @@ def test_uploads_are_stored_once_and_listed_in_order(panel, host):
     assert kept == stored(Photo.of(first).sha256, Photo.of(second).sha256)
     again, notice, added = panel.add_photos([host.upload("c.png", first)], kept)
     assert (again, notice, added) == (kept, "", True)
+
+
+def test_a_photo_whose_face_was_chosen_is_not_added_again(panel, host):
+    data = picture(1)
+    kept = listed(entry(Photo.of(data).sha256, face=1))
+    assert panel.add_photos([host.upload("a.png", data)], kept) == (kept, "", True)
+
+
+def test_a_notice_goes_with_the_list_it_was_about(panel, host):
+    host.faces.counts = {A: 1}
+    kept, notice, _ = panel.add_photos([host.upload("bad.png", b"no picture")], stored(A))
+    assert "bad.png" in notice
+    # The page asks for the cards once with both, and again whenever the list has changed.
+    assert panel.draw_photos(kept, notice) == [panel.found_html(kept), panel.paste.UNCHANGED]
+    for changed in ("", stored(A, A), listed(entry(A, face=0))):
+        assert panel.draw_photos(changed, notice)[1] == ""
+    assert panel.draw_photos(kept, "")[1] == panel.paste.UNCHANGED
 
 
 def test_what_is_refused_is_named_and_the_rest_is_kept(panel, host):
@@ -155,10 +201,37 @@ def test_too_many_photos_are_refused(panel, host):
 def test_each_photo_has_its_crop(panel, host):
     host.faces.counts = {A: 1, B: 3}
     html = panel.found_html(stored(A, B))
-    assert len(cards(html)) == html.count("<img") == html.count("portrait-remove") == 2
+    assert len(cards(html)) == html.count("<figcaption>") == html.count("portrait-remove") == 2
     assert "1 face" in html and "Largest of 3 faces" in html
-    assert "2nd from left of 3 faces" in panel.found_html(stored(B), "2nd from left", False)
-    assert "aligned crop" in panel.found_html(stored(A), "Largest", True)
+    assert "2nd from left of 3 faces" in panel.found_html(listed(entry(B, face=1)))
+    assert "aligned crop" in panel.found_html(listed(entry(A, aligned=True)))
+
+
+def choice(html):
+    """The faces to choose from, as (number, whether it is the one in use)."""
+    return [
+        (int(number), pressed == "true")
+        for number, pressed in re.findall(r'data-face="(\d+)" aria-pressed="(\w+)"', html)
+    ]
+
+
+def test_the_faces_of_each_photo_stand_on_its_card(panel, host):
+    host.faces.counts = {A: 1, B: 3}
+    alone, group = panel.found_html(listed("sha256:" + A, entry(B, face=2))).split('data-index="1"')
+    assert choice(alone) == []
+    assert choice(group) == [(0, False), (1, False), (2, True)]
+    # Without a choice the one in use is marked, and a face that is not there leaves those that are.
+    assert choice(panel.found_html(stored(B))) == [(0, False), (1, True), (2, False)]
+    assert choice(panel.found_html(listed(entry(B, face=7)))) == [(0, False), (1, False), (2, False)]
+    assert choice(panel.found_html(listed(entry(B, aligned=True)))) == []
+
+
+def test_what_is_to_be_known_of_a_face_stands_on_its_card(panel, host):
+    host.faces.photos = {A: [face(1, "the photo was turned"), face(2, "it is <small>", bystander=True)]}
+    html = panel.found_html(listed(entry(A, face=0)))
+    assert '<p class="portrait-notice">the photo was turned</p>' in html and html.count("portrait-notice") == 1
+    assert html.count("portrait-bystander") == 1 and "Bystander; it is &lt;small&gt;" in html
+    assert "Bystander of 2 faces" in panel.found_html(listed(entry(A, face=1)))
 
 
 def test_a_photo_without_a_face_says_so_in_its_place(panel, host):
@@ -166,6 +239,8 @@ def test_a_photo_without_a_face_says_so_in_its_place(panel, host):
     html = panel.found_html(stored(A, B))
     assert "Photo 2:" in html and "no face was found" in html
     assert len(cards(html)) == 2
+    # A detector is slow: once for each photo, and once more for the face of the one that has some.
+    assert host.faces.tries == 3
 
 
 def test_a_photo_no_longer_kept_says_so(panel):
@@ -174,23 +249,23 @@ def test_a_photo_no_longer_kept_says_so(panel):
 
 def test_a_face_that_is_not_there_says_so(panel, host):
     host.faces.counts = {A: 1}
-    assert "fewer faces" in panel.found_html(stored(A), "3rd from left", False)
+    html = panel.found_html(listed(entry(A, face=2)))
+    assert "the 3rd face from the left was chosen, but there is one face" in html and choice(html) == [(0, False)]
 
 
 def test_messages_are_text_and_not_markup(panel, host):
-    def crop(photo, field):
+    def find(photo, field):
         raise PortraitError(field, "<img src=x onerror=alert(1)>", "<script>")
 
-    host.faces.crop = crop
+    host.faces.find = find
     html = panel.found_html(stored(A))
     assert "<img" not in html and "<script" not in html and "&lt;img" in html
 
 
 def test_a_fault_of_ours_is_said_and_logged(panel, host):
-    host.faces.crop = lambda photo, field: 1 / 0
+    host.faces.find = host.faces.mask = lambda photo, field: 1 / 0
     assert "ZeroDivisionError" in panel.found_html(stored(A))
-    host.faces.find = host.faces.mask = host.faces.crop
-    assert "ZeroDivisionError" in panel.spread_faces(stored(A), 2)[0]
+    assert "ZeroDivisionError" in panel.spread_faces([stored(A), ""])[0]
     assert "ZeroDivisionError" in panel.mask_html(stored(A))
     assert len(host.reported) == 3
 
@@ -211,22 +286,78 @@ def test_whatever_stands_in_the_textbox_only_gives_a_message(panel, kept):
 # ------------------------------------------------------------------------------------------- one identity per face
 
 
+def spread(panel, *lists):
+    """The message of *One identity per face*, whether it can be undone, and the lists after it."""
+    message, kept, undo, *updates = panel.spread_faces(lists)
+    after = [old if new == panel.paste.UNCHANGED else new for new, old in zip(updates, lists, strict=True)]
+    assert (undo == {**panel.paste.UNCHANGED, "visible": True}) is ("after" in kept)
+    return message, kept, after
+
+
 def test_the_faces_of_a_group_become_identities(panel, host):
     host.faces.counts = {A: 2}
-    message, *values = panel.spread_faces(stored(A, B), 3)
-    assert message == ""
-    assert values[:6] == [stored(A), "1st from left", False, stored(A), "2nd from left", False]
-    assert all("value" not in value for value in values[6:])
+    message, _, after = spread(panel, stored(A), "", "")
+    assert message == "" and after == [listed(entry(A, face=0)), listed(entry(A, face=1)), ""]
+    # Once more changes nothing, nor does it lose tabs to itself.
+    assert spread(panel, *after)[2] == after
+
+
+def test_the_group_is_found_where_it_stands_and_nothing_is_lost(panel, host):
+    host.faces.counts = {A: 1, B: 3, C: 1}
+    message, kept, after = spread(panel, stored(A, B), stored(C), "", "")
+    # Identity 1's other photo shows the face that was in use with it, the largest; it is not mixed with another's.
+    assert after == [
+        listed("sha256:" + A, entry(B, face=1)),
+        stored(C),
+        listed(entry(B, face=0)),
+        listed(entry(B, face=2)),
+    ]
+    assert "keeps its other photos, and of photo 2 the face shown there" in message
+    assert "Left as they are: Identity 2." in message
+    assert panel.undo_spread(kept, after)[3:] == [stored(A, B), stored(C), "", ""]
+
+
+def test_the_face_chosen_on_the_group_stays_with_the_other_photos(panel, host):
+    host.faces.counts = {A: 1, B: 2}
+    _, _, after = spread(panel, listed("sha256:" + A, entry(B, face=0)), "")
+    assert after == [listed("sha256:" + A, entry(B, face=0)), listed(entry(B, face=1))]
+
+
+def test_bystanders_get_no_identity(panel, host):
+    host.faces.photos = {A: [face(0, bystander=True), face(1), face(2), face(3, bystander=True)]}
+    message, _, after = spread(panel, stored(A), "", "", "")
+    assert after == [listed(entry(A, face=1)), listed(entry(A, face=2)), "", ""]
+    assert "2 of the faces" in message
 
 
 @pytest.mark.parametrize(
-    ("kept", "text"), [("", "no photo"), (stored(A), "3 faces were found, 2 are used"), (stored(B), "one face")]
+    ("kept", "text"),
+    [("", "there is no photo"), (stored(B), "no photo here shows several people"), (stored(C), "not kept here")],
 )
 def test_what_cannot_be_spread_is_said(panel, host, kept, text):
-    host.faces.counts = {A: 3, B: 1}
-    message, *values = panel.spread_faces(kept, 2)
-    assert text in message
-    assert len(values) == 6
+    host.faces.counts = {B: 1}
+    message, _, *unchanged = panel.spread_faces([kept, stored(A)])
+    assert text in message and all(update == panel.paste.UNCHANGED for update in unchanged)
+
+
+def test_people_without_a_tab_are_said(panel, host):
+    host.faces.counts = {A: 3}
+    message, _, after = spread(panel, stored(A), "")
+    assert "3 people were found, 2 have a tab" in message and "portrait-warning" in message
+    assert after == [listed(entry(A, face=0)), listed(entry(A, face=1))]
+
+
+def test_undoing_leaves_what_was_changed_since(panel, host):
+    host.faces.counts = {A: 3}
+    _, kept, after = spread(panel, stored(A), "", "")
+    message, kept, undo, *lists = panel.undo_spread(kept, [after[0], stored(B), after[2]])
+    assert lists == [stored(A), stored(B), ""] and "Identity 2" in message
+    assert kept == "" and undo == {**panel.paste.UNCHANGED, "visible": False}
+
+
+@pytest.mark.parametrize("kept", ["", "{", "[]", '{"before": [], "after": []}', '{"before": 3, "after": 4}'])
+def test_undoing_nothing_changes_nothing(panel, kept):
+    assert panel.undo_spread(kept, [stored(A), ""])[3:] == [stored(A), ""]
 
 
 # ------------------------------------------------------------------------------------------------------------ regions
@@ -257,10 +388,60 @@ def test_the_canvas_has_the_pictures_aspect(panel, text, size):
 # ------------------------------------------------------------------------------------------------------------ weights
 
 
-def test_missing_weights_are_listed_with_their_folder(panel, tmp_path):
-    choices, message = panel.checkpoint_choices()
-    assert choices == ["automatic", "sd15 (files missing)"]
-    assert "uniportrait-faceid_sd15.bin" in message and str(tmp_path / "models") in message
+def complete(store, name="mine", router=True):
+    """Puts the files of an adapter into a store's folder, with the networks that are the published ones'."""
+    folder = store.home
+    folder.mkdir(exist_ok=True)
+    names = ["glint360k_curricular_face_r101_backbone.bin", "CLIP-ViT-H-14-laion2B-s32B-b79K.bin"]
+    for file in (*names, f"uniportrait-faceid_{name}.bin", *([f"uniportrait-router_{name}.bin"] if router else ())):
+        (folder / file).touch()
+
+
+def complete_world(store):
+    """Puts the files of the embedded world there: an adapter that names networks of its own, and these."""
+    store.home.mkdir(exist_ok=True)
+    networks = {role: f"world-{role}.safetensors" for role in ("backbone", "vision")}
+    save_file({"x": np.zeros(1)}, store.home / "uniportrait-faceid_world.safetensors", networks)
+    for file in (*networks.values(), "uniportrait-router_world.safetensors"):
+        (store.home / file).touch()
+
+
+@pytest.mark.parametrize("loaded", ["SD1.5", None])
+def test_a_new_user_is_told_loudly_which_button_to_press(panel, host, tmp_path, loaded):
+    # The embedded world's adapter is always there, and is no use for an SD1.5 checkpoint.
+    complete_world(host.store)
+    assert panel.checkpoint_choices() == ["automatic", "sd15 (files missing)", "world"]
+    message, loadable = panel.weights_html("automatic", loaded)
+    assert loadable and "portrait-warning" in message
+    first, details = message.split("<details>")
+    assert (
+        first.count("Weights are missing") == first.count("press <b>Download missing weights</b>") == 1
+        and str(tmp_path) not in first
+    )
+    assert "uniportrait-faceid_sd15.bin" in details and str(tmp_path / "models") in details
+
+
+def test_what_is_missing_is_judged_for_what_is_loaded(panel, host):
+    complete_world(host.store)
+    message, loadable = panel.weights_html("automatic", "world")
+    assert "128 × 128 px" in message and "DDIM" in message and "missing" not in message and not loadable
+    assert "missing" in panel.weights_html("sd15 (files missing)", "world")[0]
+    complete(host.store, "sd15")
+    assert panel.weights_html("automatic", "SD1.5") == ("", False)
+
+
+def test_another_complete_adapter_is_enough(panel, host):
+    complete(host.store, "mine")
+    assert panel.weights_html("automatic", "SD1.5") == ("", False)
+    complete(host.store, "ours", router=False)
+    message, loadable = panel.weights_html("ours", "SD1.5")
+    assert "portrait-info" in message and "several people" in message and not loadable
+    assert "no adapter theirs." in panel.weights_html("theirs (files missing)", "SD1.5")[0]
+
+
+def test_a_checkpoint_of_another_family_is_named(panel, host):
+    message, loadable = panel.weights_html("automatic", "SDXL")
+    assert "SD1.5" in message and "SDXL" in message and "missing" not in message and not loadable
 
 
 def test_a_download_that_fails_ends_with_its_message(panel, monkeypatch):
@@ -274,8 +455,66 @@ def test_a_download_that_fails_ends_with_its_message(panel, monkeypatch):
 
     monkeypatch.setattr(panel, "DOWNLOAD_PERIOD", 0.01)
     monkeypatch.setattr("lib_portrait.checkpoints.download.download", download)
-    messages = list(panel.download_missing("sd15"))
+    messages = list(panel.download_missing("sd15", "SD1.5"))
     assert len(calls) == 2
     assert "cannot be reached" in messages[-1] and "portrait-error" in messages[-1]
     calls[:] = ["", ""]
-    assert "All weights are there" in list(panel.download_missing("automatic"))[-1]
+    assert "All weights are there" in list(panel.download_missing("automatic", "SD1.5"))[-1]
+
+
+def test_what_no_download_brings_is_not_called_there(panel, host):
+    complete(host.store, "mine")
+    (host.store.home / "uniportrait-router_mine.bin").unlink()
+    last = list(panel.download_missing("mine", "SD1.5"))[-1]
+    assert "uniportrait-router_mine" in last and "All weights" not in last
+
+
+def test_what_cannot_be_read_from_the_controls_is_said_by_their_names(panel):
+    layout = panel.layout
+    blocks = [panel.layout.identity_values(None) for _ in range(2)]
+    blocks[1].update(photos=stored(A), region=layout.MASK)
+    values = [True, *[None] * 5, *(block[name] for block in blocks for name in layout.IDENTITY_FIELDS)]
+    with pytest.raises(PortraitError, match=r"^Identity 2, region, mask: nothing is painted"):
+        panel.request_from_values(values)
+
+
+# ---------------------------------------------------------------------------------------------------- the host's page
+
+
+def test_labels_are_told_apart_where_the_host_saves_defaults_by_them(panel):
+    first, second = (panel._Label("Scale", f"identity {number}") for number in (1, 2))
+    assert first == second == "Scale" and json.dumps(first) == '"Scale"'
+    assert (f"txt2img/{first}", f"txt2img/{second}") == ("txt2img/Scale of identity 1", "txt2img/Scale of identity 2")
+
+
+@pytest.mark.parametrize(
+    ("model", "family"),
+    [
+        (types.SimpleNamespace(is_sd1=True), "SD1.5"),
+        (types.SimpleNamespace(is_sd1=False, is_sdxl=True), "SDXL"),
+        (
+            types.SimpleNamespace(
+                is_sd1=True, cond_stage_model=types.SimpleNamespace(wrapped=types.SimpleNamespace(portrait_world=True))
+            ),
+            "world",
+        ),
+        (None, None),
+    ],
+)
+def test_the_family_of_the_loaded_checkpoint(panel, model, family):
+    data = types.SimpleNamespace(sd_model=model, lock=threading.Lock())
+    sys.modules["modules"].sd_models = types.SimpleNamespace(model_data=data)
+    assert panel.world.loaded_family() == family
+
+
+def test_the_family_is_known_once_the_checkpoint_is_loaded(panel):
+    data = types.SimpleNamespace(sd_model=None, lock=threading.Lock())
+    sys.modules["modules"].sd_models = types.SimpleNamespace(model_data=data)
+    found = []
+    asking = threading.Thread(target=lambda: found.append(panel.world.loaded_family()))
+    # As the host does when it starts: the checkpoint is loaded in the background, and the page is there before it.
+    with data.lock:
+        asking.start()
+        data.sd_model = types.SimpleNamespace(is_sd1=True)
+    asking.join(10)
+    assert found == ["SD1.5"]

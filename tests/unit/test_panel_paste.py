@@ -113,6 +113,13 @@ def test_edited_or_hostile_infotext_is_said_and_changes_nothing(text):
         assert "not restored" in message(params)
 
 
+def test_what_cannot_be_restored_is_said_by_the_panels_names():
+    identities = [{"photos": ["sha256:" + 64 * "a"]}, {"photos": ["sha256:" + 64 * "b"], "structure": 9}]
+    text = json.dumps({"identities": identities})
+    message = paste.message_update({"Portrait": text}, 2)["value"]
+    assert "Portrait was not restored. Identity 2, face structure (β): 9 is out of range." in message
+
+
 KEYS = ["identities", "photos", "mix", "region", "box", "mask", "scale", "image", "face", "x"]
 LEAVES = st.none() | st.booleans() | st.floats() | st.text(max_size=8) | st.sampled_from(["sha256:" + 64 * "b"])
 JSON = st.recursive(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import io
 import json
+import re
 import tempfile
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,7 +15,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from lib_portrait.errors import PortraitError
+from lib_portrait.checkpoints import Folders, Kit, Store
+from lib_portrait.errors import NoSuchFace, PortraitError
 from lib_portrait.request import Identity, Limits, Mix, Photo, PortraitRequest, Region, parse_request
 from lib_portrait.webui import values as layout
 from lib_portrait.webui.values import (
@@ -22,6 +24,7 @@ from lib_portrait.webui.values import (
     box_to_text,
     nothing_beyond,
     request_from_values,
+    said_in_panel,
     said_of_tab,
     tabs_in_use,
     values_from_request,
@@ -83,9 +86,16 @@ def test_faults_are_told_by_the_panels_tabs():
     values = panel(4, photos_2=HASH, photos_3="[ null ]", mix1_photos_4=json.dumps([HASH]))
     assert tabs_in_use(values) == [2, 4] and len(request_from_values(values)["identities"]) == 2
     assert said_of_tab("identities[0].photos[1]", [2, 4]) == "Identity 2, photo 2"
-    assert said_of_tab("identities[1].mix[0].photos[2]", [2, 4]) == "Identity 4, mix in 1, photo 3"
+    assert said_of_tab("identities[1].mix[0].photos[2]", [2, 4]) == "Identity 4, mixed-in person 1, photo 3"
+    assert said_of_tab("identities[0].photos[1].image", [2, 4]) == "Identity 2, photo 2"
     assert said_of_tab("identities[1].region.mask", [2, 4]) == "Identity 4, region, mask"
-    assert said_of_tab("checkpoint", [2, 4]) == "checkpoint"
+    assert said_of_tab("identities[1].structure", [2, 4]) == "Identity 4, face structure (β)"
+    assert [said_of_tab(name, [2, 4]) for name in ("checkpoint", "scale", "identities", "mine.safetensors")] == [
+        "Checkpoint",
+        "ID scale",
+        "Identities",
+        "mine.safetensors",
+    ]
     # A request that is an object has keys of its own.
     assert tabs_in_use([{"identities": []}, *values[1:]]) == tabs_in_use([]) == []
     assert said_of_tab("identities[0].photos[1]", []) == "identities[0].photos[1]"
@@ -102,11 +112,84 @@ def test_what_is_no_switch_is_left_for_checking_to_refuse():
     assert caught.value.field == "enabled"
 
 
-def test_enabled_without_any_photo_is_refused_by_checking():
-    request = request_from_values(panel(4))
-    assert request == {"enabled": True, "identities": []}
-    with pytest.raises(PortraitError, match="the list is empty"):
-        parse_request(request)
+def test_enabled_without_any_photo_says_what_to_do_in_the_panel():
+    with pytest.raises(PortraitError) as caught:
+        request_from_values(panel(4))
+    assert caught.value.detail == "Identities: there is no person. Add a photo to Identity 1, or untick Enable."
+
+
+# Words of the API's keys, of its counting from 0 and of its file names, which nobody has seen who uses the panel.
+FOREIGN = re.compile(
+    r"identities|\[\d|\]|\.photos|weight\b|\bindex\b|JSON|/portrait/|base64|null|lora_scale|structure:"
+)
+
+
+@pytest.mark.parametrize(
+    ("given", "said"),
+    [
+        ({"scale": 5.0}, "ID scale: 5.0 is out of range. Give a number from 0 to 2."),
+        ({"lora_scale": -1}, "LoRA scale: -1 is out of range. Give a number from 0 to 2."),
+        (
+            {"checkpoint": "../x"},
+            "Checkpoint: '../x' is not a bare file name. Give the name of an adapter, without a fol",
+        ),
+        ({"structure_2": 3}, "Identity 2, face structure (β): 3 is out of range. Give a number from 0 to 2."),
+        ({"start_2": 0.9, "end_2": 0.2}, "Identity 2, start: 0.9 is not before end 0.2. Give a start below the end."),
+        ({"photos_2": json.dumps([HASH] * 9)}, "Identity 2, photos: 9 photos, at most 8 are allowed. Remove some of"),
+        ({"region_2": "box", "box_2": "0, 0, 50"}, "Identity 2, region, box: 3 numbers are given instead of 4. Give"),
+        ({"region_2": "mask"}, "Identity 2, region, mask: nothing is painted. Paint where this person goes, or use"),
+        (
+            {
+                "mix1_photos_2": f'["{HASH}"]',
+                "mix1_weight_2": 0.8,
+                "mix2_photos_2": f'["{HASH}"]',
+                "mix2_weight_2": 0.7,
+            },
+            "Identity 2, mixed-in people: the shares add up to 1.5. Keep the sum of their shares at 1 or below.",
+        ),
+        ({"photos_2": "", "mix1_photos_2": f'["{HASH}"]'}, "Identity 2, photos: there is no photo. Add at least one"),
+        ({"photos_2": "[ broken"}, "Identity 2, photos: the list of photos cannot be read. Remove"),
+    ],
+)
+def test_what_the_panel_refuses_is_said_in_its_words(given, said):
+    values = panel(3, **{"photos_2": f'["{HASH}"]', **given})
+    with pytest.raises(PortraitError) as caught:
+        parse_request(request_from_values(values))
+    error = said_in_panel(caught.value, tabs_in_use(values))
+    assert error.detail.startswith(said) and error.status_code == 422
+    assert not FOREIGN.search(error.detail)
+
+
+@pytest.mark.parametrize(
+    ("found", "problem"),
+    [(1, "the 2nd face from the left was chosen, but there is one face"), (0, "but there are 0 faces")],
+)
+def test_a_face_that_is_not_there_is_counted_from_one(found, problem):
+    error = said_in_panel(NoSuchFace("identities[0].photos[2].face", 1, found), [3])
+    assert error.field == "Identity 3, photo 3" and problem in error.problem and not FOREIGN.search(error.detail)
+    assert "face 1 was asked for" in said_in_panel(NoSuchFace("identities[0].photos[2].face", 1, 1), []).problem
+
+
+def test_missing_weights_name_the_button_instead_of_folders(tmp_path):
+    store = Store(Folders(own=[tmp_path / "own"], shared={"vision": [tmp_path / "shared"]}))
+    with pytest.raises(PortraitError) as caught:
+        store.kit()
+    error = said_in_panel(caught.value, [1])
+    assert error.remedy.startswith("Press Download missing weights") and error.status_code == 404
+    assert error.field == "Checkpoint" and "uniportrait-faceid_sd15.bin" in error.problem
+    assert str(tmp_path) not in error.detail and "https://" not in error.detail and len(error.detail) < 400
+    # The API and the command line have no button.
+    assert said_in_panel(caught.value, []) is caught.value and str(tmp_path) in caught.value.detail
+
+
+def test_a_missing_router_says_whom_it_is_for(tmp_path):
+    for name, button in (("sd15", True), ("mine", False)):
+        with pytest.raises(PortraitError) as caught:
+            Kit(name, tmp_path / f"uniportrait-faceid_{name}.bin", None, tmp_path, tmp_path).routed()
+        error = said_in_panel(caught.value, [1, 2])
+        assert "several people need its router" in error.problem and error.field == "Identities"
+        assert ("Download missing weights" in error.remedy) is button
+        assert button or f"uniportrait-router_{name}.bin" in error.remedy
 
 
 def test_untouched_controls_give_the_defaults():
@@ -419,12 +502,17 @@ def test_what_the_panel_has_no_place_for_is_said():
     ]
 
 
-def test_changing_the_face_control_changes_pasted_photos():
-    request = PortraitRequest(identities=(Identity((Photo(64 * "a", face=1), Photo(64 * "b", face=1))),))
-    values, _ = values_from_request(request, 1)
-    values[len(layout.GLOBAL_FIELDS) + layout.IDENTITY_FIELDS.index("face")] = "1st from left"
-    changed = parse_request(request_from_values(values))
-    assert [photo.face for photo in changed.identities[0].photos] == [0, 0]
+def test_each_photo_keeps_its_own_face():
+    photos = (Photo(64 * "a", face=1), Photo(64 * "b", face=1), Photo(64 * "c", aligned=True), Photo(64 * "d"))
+    values, _ = values_from_request(PortraitRequest(identities=(Identity(photos),)), 1)
+    block = dict(zip(layout.IDENTITY_FIELDS, values[len(layout.GLOBAL_FIELDS) :], strict=True))
+    assert json.loads(block["photos"]) == [
+        {"image": "sha256:" + 64 * "a", "face": 1},
+        {"image": "sha256:" + 64 * "b", "face": 1},
+        {"image": "sha256:" + 64 * "c", "aligned": True},
+        "sha256:" + 64 * "d",
+    ]
+    assert (block["face"], block["aligned"]) == (layout.LARGEST_NAME, False)
 
 
 # ------------------------------------------------------------------------------------------------- nothing is dropped

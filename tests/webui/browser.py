@@ -116,6 +116,13 @@ class Page:
     def cards(self, number: int) -> list[Any]:
         return self.all(f"{self.panel}_{number - 1}_photos_found .portrait-card")
 
+    def found(self, number: int) -> str:
+        """What stands on the cards of an identity."""
+        return self.text(f"{self.panel}_{number - 1}_photos_found")
+
+    def notice(self, number: int) -> str:
+        return self.text(f"{self.panel}_{number - 1}_photos_notice").strip()
+
     def crops(self, number: int) -> list[Any]:
         return self.all(f"{self.panel}_{number - 1}_photos_found .portrait-card img")
 

@@ -6,6 +6,7 @@ Screenshots go to the folder that PORTRAIT_SCREENSHOTS names, else to pytest's t
 from __future__ import annotations
 
 import json
+import shutil
 import time
 import urllib.request
 from pathlib import Path
@@ -18,6 +19,7 @@ from lib_portrait.request import Photo
 from tests.portraits import DRAWN, portrait
 from tests.webui.browser import Page
 from tests.webui.server import Client
+from tests.webui.world import World
 
 pytestmark = pytest.mark.webui
 
@@ -88,7 +90,7 @@ def test_what_goes_wrong_is_said_in_the_panel(driver: Any, server: Client, scree
     page = Page(driver, server.base, screenshots)
     page.upload(1, portrait(), meadow, text)
     page.wait(lambda: len(page.cards(1)) == 2, "two cards")
-    assert "notes.png" in page.text(f"{page.panel}_0_photos_notice")
+    assert "notes.png" in page.notice(1)
     assert "Photo 2: no face was found" in page.cards(1)[1].text
     page.small_picture()
     error = page.generate()
@@ -98,8 +100,9 @@ def test_what_goes_wrong_is_said_in_the_panel(driver: Any, server: Client, scree
     page.show(page.panel)
     page.save("8-photo-without-face")
 
-    page.click(f"{page.panel}_0_photos_found .portrait-remove[data-index='1']")
+    page.click(f"{page.panel}_0_photos_found .portrait-card[data-index='1'] .portrait-remove")
     page.wait(lambda: len(page.cards(1)) == 1, "the card to go")
+    page.wait(lambda: page.notice(1) == "", "the message on what was refused to go with the list it was about")
     assert page.kept(1) == [reference(portrait())]
     assert page.generate() == ""
     assert page.problems() == []
@@ -114,16 +117,152 @@ def test_the_people_of_a_group_photo_become_identities(
     file = tmp_path / "group.png"
     group.save(file)
     page = Page(driver, server.base, screenshots)
-    page.upload(1, file)
-    page.wait(lambda: page.cards(1), "the crop")
-    assert "of 2 faces" in page.cards(1)[0].text
+    page.upload(1, portrait("synthetic-0381.png"), file)
+    page.wait(lambda: "Largest of 2 faces" in page.found(1), "the faces of the group")
+    faces = f"{page.panel}_0_photos_found .portrait-card[data-index='1'] .portrait-face"
+    page.click(f"{faces}[data-face='1']")
+    page.wait(lambda: "2nd from left of 2 faces" in page.found(1), "the other face")
+    page.wait(lambda: page.all(f"{faces}[data-face='1'][aria-pressed=true]"), "its mark")
+    alone, second = reference(portrait("synthetic-0381.png")), {"image": reference(file), "face": 1}
+    # The portrait beside it is used as before.
+    assert page.kept(1) == [alone, second] and "1 face" in page.found(1)
+
     page.click(f"{page.panel}_0_spread")
     page.wait(lambda: page.crops(2), "the second identity")
-    page.wait(lambda: "1st from left" in page.cards(1)[0].text, "the first identity's own face")
-    assert page.kept(1) == page.kept(2) == [reference(file)]
-    assert page.crops(1)[0].get_attribute("src") != page.crops(2)[0].get_attribute("src")
+    page.wait(lambda: "keeps its other photos" in page.notice(1), "what was done")
+    assert (page.kept(1), page.kept(2)) == ([alone, second], [{"image": reference(file), "face": 0}])
     page.show(page.panel)
     page.save("9-group-photo")
+    page.small_picture()
+    assert page.generate() == ""
+    page.click(f"{page.panel}_0_undo")
+    page.wait(lambda: page.kept(2) == [] and page.kept(1) == [alone, second], "the photos as they were")
+    page.wait(lambda: not page.crops(2) and not page.all(f"{page.panel}_0_undo:not(.hidden)"), "nothing to undo")
+
+
+def test_an_aligned_crop_beside_a_photo(driver: Any, server: Client, screenshots: Path) -> None:
+    page = Page(driver, server.base, screenshots)
+    page.upload(1, portrait(), portrait("synthetic-0293.png"))
+    page.wait(lambda: len(page.crops(1)) == 2, "two crops")
+    second = f"{page.panel}_0_photos_found .portrait-card[data-index='1'] .portrait-aligned"
+    page.click(second)
+    page.wait(lambda: page.found(1).count("aligned crop") == 1, "the one photo as it is")
+    photo = reference(portrait("synthetic-0293.png"))
+    assert page.kept(1) == [reference(portrait()), {"image": photo, "aligned": True}]
+    page.click(second)
+    page.wait(lambda: page.kept(1) == [reference(portrait()), photo], "the photo as before")
+
+
+def test_missing_weights_are_loud_and_name_the_button(
+    driver: Any, server: Client, screenshots: Path, world: World
+) -> None:
+    kept = world.kit / "uniportrait-faceid_tiny.safetensors"
+    away = kept.with_suffix(".away")
+    kept.rename(away)
+    try:
+        page = Page(driver, server.base, screenshots)
+        # The adapter of the embedded world is there all the same, and does not fit this checkpoint.
+        page.wait(lambda: "Weights are missing" in page.text(f"{page.panel}_weights"), "the message")
+        assert page.one(f"{page.panel}_weights .portrait-warning").is_displayed()
+        assert page.one(f"{page.panel}_download").is_displayed()
+        assert not page.one(f"{page.panel}_weights li").is_displayed()
+        page.upload(1, portrait())
+        page.wait(lambda: page.crops(1), "the crop")
+        page.small_picture()
+        error = page.generate()
+        assert "Press Download missing weights" in error and str(world.kit) not in error
+        page.show(page.panel)
+        page.save("15-missing-weights")
+    finally:
+        away.rename(kept)
+    page.click(f"{page.panel}_refresh")
+    page.wait(lambda: "missing" not in page.text(f"{page.panel}_weights"), "the message to go")
+    assert not page.all(f"{page.panel}_download:not(.hidden)")
+    assert page.generate() == ""
+
+
+def test_the_worlds_checkpoint_offers_its_settings(
+    driver: Any, server: Client, screenshots: Path, world: World
+) -> None:
+    shipped = Path(__file__).resolve().parents[2] / "models" / "world"
+    if not (shipped / "world.safetensors").is_file():
+        pytest.skip(f"{shipped} is not complete")
+    for suffix in (".safetensors", ".yaml"):
+        shutil.copyfile(shipped / f"world{suffix}", world.checkpoint("world").with_suffix(suffix))
+    assert server.call("/sdapi/v1/refresh-checkpoints", {}).status == 200
+    page = Page(driver, server.base, screenshots)
+    page.wait(lambda: page.text(f"{page.panel}_weights").strip() == "", "nothing to say of the usual checkpoint")
+    before = server.call("/sdapi/v1/options").body["sd_model_checkpoint"]
+    try:
+        # As the host's own cards do: the panel follows without being asked to.
+        driver.execute_script("selectCheckpoint('world.safetensors')")
+        page.wait(lambda: "128 × 128 px" in page.text(f"{page.panel}_weights"), "the world's message")
+        assert "missing" not in page.text(f"{page.panel}_weights")
+        page.show(page.panel)
+        page.save("16-world")
+        page.click(f"{page.panel}_world_settings")
+        wanted = {"width": "128", "height": "128", "steps": "20", "cfg_scale": "5"}
+        for name, value in wanted.items():
+            field = page.one(f"#txt2img_{name} input[type=number]")
+            page.wait(lambda field=field, value=value: field.get_property("value") == value, f"{name} {value}")
+        assert page.one("#txt2img_sampling input").get_property("value") == "DDIM"
+        driver.execute_script("document.querySelector('#img2img_portrait_world_settings').click()")
+        field = page.one("#img2img_width input[type=number]")
+        page.wait(lambda: field.get_property("value") == "128", "the other tab's size")
+        page.upload(1, portrait())
+        page.wait(lambda: page.crops(1), "the crop")
+        assert page.generate() == ""
+        assert "Steps: 20, Sampler: DDIM" in page.text("#html_info_txt2img")
+    finally:
+        driver.execute_script("selectCheckpoint(arguments[0])", before)
+    page.wait(lambda: page.text(f"{page.panel}_weights").strip() == "", "the message to go")
+    assert page.problems() == []
+
+
+def test_settings_defaults_keeps_the_sliders_and_no_photo(driver: Any, server: Client, screenshots: Path) -> None:
+    file = server.scratch / "data" / "ui-config.json"
+    first = file.read_text()
+    of = "customscript/portrait.py/txt2img/{}/value".format
+    assert json.loads(first)[of("Scale of identity 1")] == json.loads(first)[of("Scale of identity 4")] == 1
+    try:
+        page = Page(driver, server.base, screenshots)
+        page.upload(1, portrait())
+        page.wait(lambda: page.badge() == "1 person", "the person")
+        page.set_number("txt2img_portrait_scale", 0.9)
+        page.set_number("txt2img_portrait_1_scale", 1.2)
+        page.set_number("txt2img_portrait_1_mix2_weight", 0.3)
+        driver.execute_script("document.querySelector('#ui_defaults_apply').click()")
+        page.wait(lambda: file.read_text() != first, "the host to write its file")
+        time.sleep(0.5)
+        before, after = json.loads(first), json.loads(file.read_text())
+        changed = {key: value for key, value in after.items() if before.get(key) != value and "portrait" in key}
+        assert changed == {
+            of("ID scale"): 0.9,
+            of("Scale of identity 2"): 1.2,
+            of("Share of mixed-in person 2 of identity 2"): 0.3,
+        }
+        assert "sha256:" not in file.read_text()
+    finally:
+        file.write_text(first)
+
+
+@pytest.mark.parametrize("width", [900, 1280])
+def test_the_tabs_stand_in_one_row(driver: Any, server: Client, screenshots: Path, width: int) -> None:
+    size = driver.get_window_size()
+    driver.set_window_size(width, 900)
+    try:
+        page = Page(driver, server.base, screenshots)
+        for number in range(1, 5):
+            page.identity(number)
+            page.upload(number, portrait())
+            page.wait(lambda number=number: page.crops(number), "the crop")
+        page.wait(lambda: page.badge() == "4 people", "the numbers in the tabs")
+        page.show(page.panel)
+        page.save(f"17-{width}-wide")
+        tops = {button.rect["y"] for button in page.all(f"{page.panel}_people > .tab-nav > button")}
+        assert len(tops) == 1
+    finally:
+        driver.set_window_size(size["width"], size["height"])
 
 
 def test_regions(driver: Any, server: Client, screenshots: Path) -> None:
@@ -143,7 +282,7 @@ def test_regions(driver: Any, server: Client, screenshots: Path) -> None:
     page.set_number("txt2img_height", 192)
     page.click(f"{page.panel}_0_region label:nth-of-type(3)")
     page.wait(lambda: page.one(f"{page.panel}_0_canvas").is_displayed(), "the mask")
-    assert "nothing is painted" in page.generate()
+    assert "Identity 1, region, mask: nothing is painted" in page.generate()
     page.click(f"{page.panel}_0_canvas")
     page.wait(lambda: page.all(f"{page.panel}_0_drawing canvas"), "the canvas")
     time.sleep(1)
