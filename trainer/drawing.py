@@ -13,28 +13,28 @@ import torch
 from torch import Tensor
 
 from lib_portrait.standalone.sampling import Sampling
-from trainer.diffusion import Noising
+from trainer.diffusion import NoiseSchedule
 
 # Of a request that does not say, and the steps of the pictures for TensorBoard.
 GUIDANCE, STEPS = Sampling("").guidance, Sampling("").steps
 
 
 def guided(without: Tensor, told: Tensor, *, guidance: float = GUIDANCE) -> Tensor:
-    """The noise that classifier-free guidance (arXiv 2207.12598) predicts from that without caption and that with."""
+    """Classifier-free guidance (arXiv 2207.12598): the prediction, from that without caption and that with it."""
     return without + guidance * (told - without)
 
 
 @torch.no_grad()
 def draw(
-    noise: Tensor, last: Tensor, steps: int, noising: Noising, predict: Callable[[Tensor, Tensor], Tensor]
+    noise: Tensor, last: Tensor, steps: int, schedule: NoiseSchedule, predict: Callable[[Tensor, Tensor], Tensor]
 ) -> Tensor:
     """x_t (B, 4, h, w) at t = `last` (B), drawn from pure noise (B, 4, h, w) in so many steps of DDIM.
 
-    At t = 0 that is a picture. predict: the noise in x_t (B, 4, h, w), given x_t and t (B).
+    At t = 0 that is a picture. predict: what the UNet predicts (B, 4, h, w), given x_t and t (B).
     """
-    x, first = noise, len(noising.alphas_bar) - 1
+    x, first = noise, len(schedule.alphas_bar) - 1
     times = [first + (last - first) * step // steps for step in range(steps + 1)]
     for now, then in itertools.pairwise(times):
         predicted = predict(x, now)
-        x = noising(noising.denoised(x, predicted, now), predicted, then)
+        x = schedule(schedule.denoised(x, predicted, now), schedule.noise(x, predicted, now), then)
     return x

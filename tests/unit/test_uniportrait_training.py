@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import copy
 import json
 from dataclasses import replace
 from pathlib import Path
@@ -29,7 +30,7 @@ from lib_portrait.standalone import layout
 from lib_portrait.standalone.model import Model, load_tokenizer
 from lib_portrait.standalone.sampling import Sampling
 from trainer import portraits
-from trainer.diffusion import emphasised
+from trainer.diffusion import NoiseSchedule, emphasised
 from trainer.draws import Draws
 from trainer.faces import faces_of, region_of
 from trainer.features import features_path, global_feature
@@ -113,8 +114,10 @@ def data(tmp_path: Path, recognition: Path) -> Path:
     return shard.parent
 
 
-def recipe(monkeypatch: pytest.MonkeyPatch, data: Path, *arguments: str) -> uniportrait.UniPortraitRecipe:
-    monkeypatch.setattr(uniportrait, "load_model", lambda path: tiny_model())
+def recipe(
+    monkeypatch: pytest.MonkeyPatch, data: Path, *arguments: str, model: Model | None = None
+) -> uniportrait.UniPortraitRecipe:
+    monkeypatch.setattr(uniportrait, "load_model", lambda path: model or tiny_model())
     parser = argparse.ArgumentParser()
     uniportrait.configure(parser)
     sizes = ["--rank", "4", "--tokens", str(TOKENS), "--width", "32", "--depth", "2"]
@@ -455,6 +458,38 @@ def test_stage_two_can_have_the_identity_loss_and_another_runs_router(
         assert line["unlike"] > 0 and 0 < line["faces_found"] <= 0.5, "one face is found, of two to four people"
 
 
+def test_the_error_is_of_what_the_checkpoint_predicts_on_its_own_schedule(
+    monkeypatch: pytest.MonkeyPatch, data: Path, recognition: Path, finding: None
+) -> None:
+    """A checkpoint whose .yaml says v, and other betas: a UNet that predicts v rightly has no error."""
+    config = copy.deepcopy(layout.SD1)
+    config["model"]["params"] |= {"parameterization": "v", "linear_start": 0.0005, "linear_end": 0.02}
+    own = replace(tiny_model(), config=config)
+    schedule = NoiseSchedule({"beta_start": 0.0005, "beta_end": 0.02, "prediction_type": "v_prediction"})
+    weight = ("--identity-weight", "0.5", "--recognition", str(recognition))
+    made = recipe(monkeypatch, data, *weight, model=own)
+    batch = {name: tensor[None] for name, tensor in made.data[0, (0, 0, 0)].items()}
+    pictures: list[torch.Tensor] = []
+
+    def rightly(noisy, t, told, noise=None):  # type: ignore[no-untyped-def]
+        latent = batch["latent"].expand_as(noisy)
+        abar = schedule.alphas_bar[t][:, None, None, None]
+        noise = (noisy - abar.sqrt() * latent) / (1 - abar).sqrt()
+        return schedule.target(latent, noise, t), {}
+
+    def seen(picture, *others):  # type: ignore[no-untyped-def]
+        pictures.append(picture)
+        return Likeness(*[picture.new_zeros(())] * 4)
+
+    monkeypatch.setattr(made, "_predict", rightly)
+    made._frozen["identity loss"] = seen
+    monkeypatch.setattr(uniportrait, "FACES_DROPPED", -1.0)
+    losses = made(batch, Draws(0, 3, 0, 1, slice(1), torch.device("cpu")))
+    assert losses["diffusion"] < 1e-8
+    (picture,) = pictures
+    assert torch.allclose(picture, batch["latent"], atol=1e-3), "what the identity loss sees is the picture"
+
+
 @pytest.mark.parametrize("beta", [0.1, 0.8])
 def test_what_is_drawn_for_the_identity_loss_is_what_inference_draws(
     beta: float, monkeypatch: pytest.MonkeyPatch, data: Path, recognition: Path, finding: None, tmp_path: Path
@@ -465,7 +500,7 @@ def test_what_is_drawn_for_the_identity_loss_is_what_inference_draws(
     half_stored(made, [faceid])
     asked: list[tuple[torch.Tensor, torch.Tensor, torch.Tensor]] = []
 
-    def one_step(noise, last, steps, noising, predict):  # type: ignore[no-untyped-def]
+    def one_step(noise, last, steps, schedule, predict):  # type: ignore[no-untyped-def]
         asked.append((noise, last, predict(noise, last)))
         return noise
 

@@ -17,7 +17,7 @@ from lib_portrait.checkpoints.formats import read_header, read_tensors, write_te
 from lib_portrait.errors import PortraitError
 from lib_portrait.faces.weights import fitting
 from trainer.architectures import world_text_encoder, world_unet, world_vae
-from trainer.diffusion import Noising, add_face_weight, emphasised
+from trainer.diffusion import NoiseSchedule, add_face_weight, emphasised
 from trainer.drawing import STEPS, draw, guided
 from trainer.draws import Draws
 from trainer.faces import faces_of, region_of
@@ -73,7 +73,7 @@ class BaseRecipe(Recipe):
         super().__init__()
         self.scale = latent_scale(vae)
         self.data = Latents(Shards.under(data), self.scale)
-        self.dropped, self.gamma, self.face_weight, self.noising = dropped, gamma, face_weight, Noising()
+        self.dropped, self.gamma, self.face_weight, self.schedule = dropped, gamma, face_weight, NoiseSchedule()
         self.unet, self.text_encoder = world_unet(), world_text_encoder()
         if initial is not None:
             tensors = read_tensors(initial).tensors
@@ -99,10 +99,10 @@ class BaseRecipe(Recipe):
         tokens = torch.where(draws.rand()[:, None] < self.dropped, uncaptioned(tokens), tokens)
         noise, t = draws.randn(*latent.shape[1:]), draws.randint(1000)
         text = self.text_encoder(tokens).last_hidden_state
-        predicted = self.unet(self.noising(latent, noise, t), t, text).sample
+        predicted = self.unet(self.schedule(latent, noise, t), t, text).sample
         squared = (predicted.float() - noise).square()
         error = emphasised(squared, batch["faces"], self.face_weight)
-        return {"loss": (self.noising.weights(t, self.gamma) * error).mean(), "noise_error": squared.mean()}
+        return {"loss": (self.schedule.weights(t, self.gamma) * error).mean(), "noise_error": squared.mean()}
 
     @torch.no_grad()
     def pictures(self, draws: Draws) -> dict[str, Tensor]:
@@ -114,7 +114,7 @@ class BaseRecipe(Recipe):
             return guided(*self.unet(x.repeat(2, 1, 1, 1), t.repeat(2), text).sample.chunk(2))
 
         noise = draws.randn(*self.data.features.latents.shape[1:])[:8]
-        latent = draw(noise, torch.zeros(8, dtype=torch.long, device=draws.device), STEPS, self.noising, predict)
+        latent = draw(noise, torch.zeros(8, dtype=torch.long, device=draws.device), STEPS, self.schedule, predict)
         vae = world_vae()
         vae.load_state_dict(fitting(vae, read_tensors(self._vae[0]).tensors, self._vae[0].name))
         pictures = vae.eval().to(draws.device).decode(latent / self.scale).sample / 2 + 0.5

@@ -37,7 +37,7 @@ from lib_portrait.request import Identity, PortraitRequest
 from lib_portrait.routing_picture import draw_routing
 from lib_portrait.standalone.model import Model, load_model
 from trainer import companions
-from trainer.diffusion import Noising, add_face_weight, emphasised
+from trainer.diffusion import NoiseSchedule, add_face_weight, emphasised
 from trainer.drawing import STEPS, draw, guided
 from trainer.draws import Draws
 from trainer.features import global_feature, uncaptioned
@@ -68,7 +68,7 @@ SCALE, STRUCTURE = PortraitRequest().scale, Identity(()).structure
 class Drawn:
     """Pictures before their last step, x_t (B, 4, h, w) at t (B), for the identity loss.
 
-    told: what that step is told. without: the noise (B, 4, h, w) that is predicted there without caption and face.
+    told: what that step is told. without: what is predicted there (B, 4, h, w) without caption and face.
     intrinsic (B, N, m, d) and who (B, N): the faces' features and the people's numbers.
     """
 
@@ -95,11 +95,13 @@ class UniPortraitRecipe(Recipe):
         self.last_below = LAST_BELOW if options.last_below is None else options.last_below
         if self.identity_weight and options.components == "global":
             raise PortraitError("identity-weight", "it is for local features", "Give it without global.")
-        if not 0 < self.last_below <= len(Noising().alphas_bar):
-            raise PortraitError("last_below", f"{self.last_below} was given", "Give a number of 1 to 1000.")
         self.dropping = not options.no_dropping
         self.adapter_name = bare_name(options.name, "name")
         model = load_model(options.checkpoint)
+        self.schedule = NoiseSchedule(model.schedule)
+        steps = len(self.schedule.alphas_bar)
+        if not 0 < self.last_below <= steps:
+            raise PortraitError("last_below", f"{self.last_below} was given", f"Give a number of 1 to {steps}.")
         model.unet.requires_grad_(False).eval()
         model.text_encoder.requires_grad_(False).eval()
         people = (1, 1) if self.stage == 1 else (2, MOST_PEOPLE)
@@ -122,7 +124,6 @@ class UniPortraitRecipe(Recipe):
                 f"the features of faces come from another network than {options.recognition.name}",
                 "Give the one that was dataset features' --backbone.",
             )
-        self.noising = Noising()
         sites = find_sites(model.unet)
         if self.stage == 1:
             sample = self.data[0, (0, 0, 0)]
@@ -197,7 +198,7 @@ class UniPortraitRecipe(Recipe):
         tokens = torch.where((draws.rand() < CAPTION_DROPPED)[:, None], uncaptioned(tokens), tokens)
         no_face = draws.rand() < FACES_DROPPED
         identities = self._embed(batch, no_face, draws)
-        noise, t = draws.randn(*latent.shape[1:]), draws.randint(self.noising.alphas_bar.shape[0])
+        noise, t = draws.randn(*latent.shape[1:]), draws.randint(self.schedule.alphas_bar.shape[0])
         gumbel: dict[int, Tensor] = {}
 
         def gumbel_noise(site: int, shape: torch.Size) -> Tensor:
@@ -208,16 +209,16 @@ class UniPortraitRecipe(Recipe):
                 gumbel[site] = F.pad(own, (0, 0, 0, 0, 0, shape[0] - len(own)))
             return gumbel[site]
 
-        noisy, times = self.noising(latent, noise, t), t
+        noisy, times = self.schedule(latent, noise, t), t
         told = Told(tokens, identities, present, latent.new_ones(len(t), 1, 1))
         made = self._draw(batch, tokens, ~no_face, draws) if self.identity_weight else None
         if made is not None:
             # One call of the UNet for both losses: gradient checkpointing knows of one, and DDP too.
             noisy, times, told = torch.cat([noisy, made.noisy]), torch.cat([t, made.t]), told.and_also(made.told)
         predicted, logits = self._predict(noisy, times, told, gumbel_noise if self.training else None)
-        squared = (predicted[: len(t)] - noise).square()
+        squared = (predicted[: len(t)] - self.schedule.target(latent, noise, t)).square()
         error = emphasised(squared, batch["regions"].amax(dim=1), self.face_weight)
-        weight = self.noising.weights(t, self.gamma) if self.gamma else torch.ones_like(error)
+        weight = self.schedule.weights(t, self.gamma) if self.gamma else torch.ones_like(error)
         diffusion = (weight * error).mean()
         losses = {"loss": diffusion, "diffusion": diffusion}
         if self.stage == 2:
@@ -236,7 +237,7 @@ class UniPortraitRecipe(Recipe):
         """See `IdentityLoss`; zero where nothing was drawn."""
         if made is None:
             return Likeness(*[predicted.new_zeros(())] * 4)
-        picture = self.noising.denoised(made.noisy, guided(made.without, predicted), made.t)
+        picture = self.schedule.denoised(made.noisy, guided(made.without, predicted), made.t)
         return self._frozen["identity loss"](picture, made.intrinsic, made.told.present, made.who)
 
     def _draw(self, batch: dict[str, Tensor], tokens: Tensor, asked: Tensor, draws: Draws) -> Drawn | None:
@@ -253,7 +254,7 @@ class UniPortraitRecipe(Recipe):
             return None
         people = {name: batch[name][which] for name in ("intrinsic", "structure", "present")}
         told, untold = self._told(people, tokens[which], beta[which], SCALE)
-        noisy = draw(noise[which], last[which], DRAWN_IN, self.noising, self._guided(told, untold))
+        noisy = draw(noise[which], last[which], DRAWN_IN, self.schedule, self._guided(told, untold))
         with torch.no_grad():
             without, _ = self._predict(noisy, last[which], untold)
         return Drawn(noisy, last[which], told, without, people["intrinsic"], batch["who"][which])
@@ -273,14 +274,14 @@ class UniPortraitRecipe(Recipe):
         return told, Told(uncaptioned(tokens), nobody, present, scales)
 
     def _guided(self, told: Told, untold: Told) -> Callable[[Tensor, Tensor], Tensor]:
-        """The noise that is predicted with guidance, in one call of the UNet."""
+        """The prediction with guidance, in one call of the UNet."""
         both = untold.and_also(told)
         return lambda x, t: guided(*self._predict(x.repeat(2, 1, 1, 1), t.repeat(2), both)[0].chunk(2))
 
     def _predict(
         self, noisy: Tensor, t: Tensor, told: Told, noise: Callable[[int, torch.Size], Tensor] | None = None
     ) -> tuple[Tensor, dict[int, Tensor]]:
-        """The noise in `noisy` (B, 4, h, w), and each site's routing. noise: see `Condition`."""
+        """What the UNet predicts of `noisy` (B, 4, h, w), and each site's routing. noise: see `Condition`."""
         model = self.model
         with torch.no_grad():
             text = model.text_encoder(told.tokens).last_hidden_state
@@ -331,7 +332,7 @@ class UniPortraitRecipe(Recipe):
         rows = len(first)
         told, untold = self._told(batch, batch["tokens"], torch.full((rows,), STRUCTURE, device=device), SCALE)
         noise, end = draws.randn(*batch["latent"].shape[1:])[:rows], torch.zeros(rows, dtype=torch.long, device=device)
-        latent = draw(noise, end, STEPS, self.noising, self._guided(told, untold))
+        latent = draw(noise, end, STEPS, self.schedule, self._guided(told, untold))
         _, logits = self._predict(latent, end, told)
         decoded = model.vae.to(device).decode(latent / self.data.scale).sample.float() / 2 + 0.5
         rows_of = [torch.cat(list(decoded.clamp(0, 1)), dim=2)]
