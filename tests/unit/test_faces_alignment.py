@@ -67,12 +67,13 @@ def test_aligning_undoes_a_known_similarity(scale, angle, x, y):
 
 
 def test_a_filtered_crop_lies_where_the_official_one_does():
-    """On a picture without fine detail the two are the same."""
-    rows, columns = np.mgrid[:1500, :1200] / 1500
-    smooth = (60 + 120 * np.stack([rows, columns, (rows + columns) / 2], -1)).astype(np.uint8)
+    """On a picture without fine detail the two are the same: half a pixel of the crop would be five grey levels."""
+    rows, columns = np.sin(np.mgrid[:1500, :1200] * 2 * np.pi / 300)
+    smooth = (128 + 120 * np.stack([rows, columns, rows * columns], -1)).astype(np.uint8)
     landmarks = (template() * 4.3 + (90, 150)).astype(np.float32)
     official, filtered = align_face(smooth, landmarks), align_face(smooth, landmarks, filtered=True)
-    assert np.abs(official.astype(int) - filtered).max() <= 1
+    inner = slice(5, -5), slice(5, -5)
+    assert np.abs(official[inner].astype(int) - filtered[inner]).max() <= 3
 
 
 def test_a_filtered_crop_of_a_large_face_does_not_alias():
