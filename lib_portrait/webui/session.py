@@ -3,7 +3,8 @@
 The WebUI catches and logs every exception that a script or a denoiser callback raises and goes on drawing, which would
 give a picture without the person. So nothing is raised from callbacks. A fault found in one is kept in the session, and
 raised where the WebUI does not catch: `p.init`, `p.sample` and the UNet's own call. From there it reaches the API as an
-error status and the panel as a message.
+error status and the panel as a message; where a script or another extension stands in between and catches it, `jobs`
+has it heard all the same.
 """
 
 from __future__ import annotations
