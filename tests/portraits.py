@@ -10,8 +10,9 @@ import pytest
 ROOT = Path(__file__).resolve().parents[1]
 WORLD = ROOT / "models" / "world" / "faces"
 PHOTOS = Path(os.environ.get("PORTRAIT_FACES") or ROOT.parent / "shared" / "faces")
-# Three people of the world whom MTCNN, which knows photos, is sure of at any size.
-DRAWN = ("woman-0059-0.png", "man-0019-3.png", "woman-0039-1.png")
+# Three people of the world whom MTCNN, which knows photos, is sure of at any size; to the small random networks of the
+# WebUI tests the first two are far apart, so that rounding hides from no test who is where.
+DRAWN = ("woman-0059-0.png", "man-0049-2.png", "woman-0039-1.png")
 NAMES = ("newton.jpg", "synthetic-0100.png", "synthetic-0293.png", "synthetic-0381.png")
 
 
