@@ -116,7 +116,7 @@ def test_edited_or_hostile_infotext_is_said_and_changes_nothing(text):
 def test_what_cannot_be_restored_is_said_by_the_panels_names():
     identities = [{"photos": ["sha256:" + 64 * "a"]}, {"photos": ["sha256:" + 64 * "b"], "structure": 9}]
     text = json.dumps({"identities": identities})
-    message = paste.message_update({"Portrait": text}, 2)["value"]
+    message = paste.message_update({"Portrait": text}, 2, lambda photo: photo)["value"]
     assert "Portrait was not restored. Identity 2, face structure (β): 9 is out of range." in message
 
 
