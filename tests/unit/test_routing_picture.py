@@ -108,4 +108,6 @@ def test_rows_of_a_batch_belong_to_their_pictures() -> None:
 def test_the_panel_s_tabs_have_the_map_s_colours() -> None:
     style = (Path(__file__).resolve().parents[2] / "style.css").read_text()
     found = re.findall(r"nth-child\(8n(?: \+ (\d))?\) \{\s*--portrait-colour: #([0-9a-f]{6});", style)
-    assert {int(number or 8): tuple(bytes.fromhex(colour)) for number, colour in found} == dict(enumerate(COLOURS, 1))
+    assert {int(number or 8): tuple(bytes.fromhex(colour)) for number, colour in found} == {
+        number: colour_of(number) for number in range(1, len(COLOURS) + 1)
+    }
