@@ -96,6 +96,10 @@ def test_the_legend_s_shares_are_of_what_was_sampled() -> None:
     named = Legend(["Ada", "Ben"], (1, 2), Font)
     draw_routing([Image.new("RGB", (256, 64))], [maps], place=(0.0, 0.0, 0.25, 1.0), legend=named)
     assert written == ["Ada: 50%", "Ben: 0%", "nobody: 50%", "Who was put where"]
+    written.clear()
+    # A share counts where it is not the largest, too.
+    draw_routing([Image.new("RGB", (64, 64))], [maps * 0.4], legend=named)
+    assert written == ["Ada: 20%", "Ben: 0%", "nobody: 80%", "Who was put where"]
 
 
 def test_rows_of_a_batch_belong_to_their_pictures() -> None:
