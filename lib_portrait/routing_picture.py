@@ -71,18 +71,21 @@ def draw_routing(
         rows = maps[min(number // per_sampling, len(maps) - 1)]
         share = rows.shape[0] // per_sampling
         own = rows[(number % per_sampling) * share :][:share] if share else rows
-        owners = _owners(own.mean(dim=0), (picture.height, picture.width), place)
+        owners, parts = _owners(own.mean(dim=0), (picture.height, picture.width), place)
         numbers = legend.numbers if legend is not None else range(1, own.shape[1] + 1)
         painted = _paint(picture, owners, numbers)
         if legend is not None:
             _number_areas(painted, owners, legend)
-            painted = _with_legend(painted, owners, legend)
+            painted = _with_legend(painted, parts, legend)
         drawn.append(painted)
     return drawn
 
 
-def _owners(shares: torch.Tensor, size: tuple[int, int], place: Box) -> np.ndarray:
-    """Who has most of each pixel: shares (N, h, w) of `place` -> (height, width) whole numbers."""
+def _owners(shares: torch.Tensor, size: tuple[int, int], place: Box) -> tuple[np.ndarray, list[float]]:
+    """Who has most of each pixel, and how much each has of all that was sampled, nobody last.
+
+    shares (N, h, w) of `place` -> (height, width) whole numbers, and N + 1 numbers that sum to 1.
+    """
     height, width = size
     left, right = (round(edge * width) for edge in (place[0], place[2]))
     top, bottom = (round(edge * height) for edge in (place[1], place[3]))
@@ -92,9 +95,10 @@ def _owners(shares: torch.Tensor, size: tuple[int, int], place: Box) -> np.ndarr
     owners = np.full(size, OUTSIDE)
     # The place may reach beyond the picture.
     x, y = max(left, 0), max(top, 0)
-    seen = smooth.argmax(dim=0).numpy()[y - top : height - top, x - left : width - left]
+    visible = smooth[:, y - top : height - top, x - left : width - left]
+    seen = visible.argmax(dim=0).numpy()
     owners[y : y + seen.shape[0], x : x + seen.shape[1]] = seen
-    return owners
+    return owners, visible.mean(dim=(1, 2)).tolist()
 
 
 def _paint(picture: Image.Image, owners: np.ndarray, numbers: Sequence[int]) -> Image.Image:
@@ -135,17 +139,15 @@ def _number_areas(picture: Image.Image, owners: np.ndarray, legend: Legend) -> N
         draw.text((x, y), str(number), INK, font, anchor="mm")
 
 
-def _with_legend(picture: Image.Image, owners: np.ndarray, legend: Legend) -> Image.Image:
+def _with_legend(picture: Image.Image, parts: Sequence[float], legend: Legend) -> Image.Image:
     """The picture with everybody's colour, name and share of what was sampled below it."""
     height = _text_height(picture.width)
     font, gap = legend.font(height), height // 2
-    sampled = max(1, int((owners != OUTSIDE).sum()))
-    shares = [int((owners == i).sum()) / sampled for i in range(len(legend.names) + 1)]
     colours = [*(colour_of(number) for number in legend.numbers), GREY]
     entries = [
         (colour, f"{name}: {share:.0%}")
-        for name, colour, share in zip([*legend.names, NOBODY], colours, shares)
-        if name != NOBODY or share > 0
+        for name, colour, share in zip([*legend.names, NOBODY], colours, parts)
+        if name != NOBODY or share >= 0.005
     ]
     widths = [round(font.getlength(text)) + height + 3 * gap for _, text in entries]
     width = max(picture.width, *widths, round(font.getlength(TITLE)) + 2 * gap)

@@ -96,6 +96,10 @@ def test_the_legend_s_shares_are_of_what_was_sampled() -> None:
     named = Legend(["Ada", "Ben"], (1, 2), Font)
     draw_routing([Image.new("RGB", (256, 64))], [maps], place=(0.0, 0.0, 0.25, 1.0), legend=named)
     assert written == ["Ada: 50%", "Ben: 0%", "nobody: 50%", "Who was put where"]
+    written.clear()
+    # A share counts where it is not the largest, too.
+    draw_routing([Image.new("RGB", (64, 64))], [maps * 0.4], legend=named)
+    assert written == ["Ada: 20%", "Ben: 0%", "nobody: 80%", "Who was put where"]
 
 
 def test_rows_of_a_batch_belong_to_their_pictures() -> None:
@@ -108,4 +112,6 @@ def test_rows_of_a_batch_belong_to_their_pictures() -> None:
 def test_the_panel_s_tabs_have_the_map_s_colours() -> None:
     style = (Path(__file__).resolve().parents[2] / "style.css").read_text()
     found = re.findall(r"nth-child\(8n(?: \+ (\d))?\) \{\s*--portrait-colour: #([0-9a-f]{6});", style)
-    assert {int(number or 8): tuple(bytes.fromhex(colour)) for number, colour in found} == dict(enumerate(COLOURS, 1))
+    assert {int(number or 8): tuple(bytes.fromhex(colour)) for number, colour in found} == {
+        number: colour_of(number) for number in range(1, len(COLOURS) + 1)
+    }

@@ -203,6 +203,13 @@ def test_unconditional_rows_have_the_same_total_where_regions_overlap(unet, adap
     single = [person(1, region=torch.ones(16, 16)), person(2, region=torch.zeros(16, 16))]
     negative = [with_people(unet, adapter, people, kinds=(NEGATIVE,)) for people in (pair, single)]
     assert torch.allclose(negative[0], negative[1], atol=1e-4)
+    everywhere = torch.ones(16, 16)
+    unlike, alike = (
+        [person(seed, region=everywhere, scale=scale) for seed, scale in zip((1, 2), scales)]
+        for scales in ((0.2, 1.0), (0.6, 0.6))
+    )
+    negative = [with_people(unet, adapter, people, kinds=(NEGATIVE,)) for people in (unlike, alike)]
+    assert torch.allclose(negative[0], negative[1], atol=1e-4), "neither of two who cannot be told apart comes first"
 
 
 def test_regions_follow_the_part_of_the_picture_that_is_sampled(unet, adapter) -> None:
