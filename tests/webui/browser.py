@@ -62,6 +62,9 @@ class Page:
         self.wait(lambda: self.all(f"{self.panel} .label-wrap"), "the page")
         # Buttons of the host work once its own scripts have run.
         self.wait(lambda: driver.execute_script("return uiCurrentTab !== null"), "the host's scripts")
+        # gradio 3 loses an upload that comes while it fills the page with the host's settings.
+        self.wait(lambda: driver.execute_script("return Object.keys(opts).length > 0"), "the host's settings")
+        time.sleep(1.5)
         if tab != "txt2img":
             self.open_tab(tab)
         self.unfold(tab)
