@@ -312,7 +312,7 @@ def test_an_adapter_trained_on_the_global_feature_is_given_that(world: Path, tmp
     store, name = Store(Folders([folder])), "global"
     photo = Photo.of(encode_png(np.full((224, 224, 3), 90, np.uint8)), aligned=True)
     conditioner = Conditioner(run._faces(store, name, tmp_path / "cache", None), store)
-    encoder = conditioner._encoder(store.kit(name), "cpu", torch.float32)
+    encoder = conditioner._encoder(store.kit(name), "cpu", torch.float32, print)
     features = conditioner.faces.features(photo, "photo", encoder)
     with torch.no_grad():
         embedding, _ = tiny_backbone()(recognition_view(pixels_of([conditioner.faces.crop(photo, "photo")])))

@@ -199,7 +199,7 @@ def test_captions_are_read_with_any_mark_that_editors_write_and_without_it(folde
 
 def test_a_caption_that_is_no_unicode_is_told_with_its_remedy(folder, tmp_path):
     folder("a.png", (256, 256), (10, 10, 80, 80)).with_suffix(".txt").write_text("Zoë at sea", "latin-1")
-    _, (skipped,) = make_photos(folder.place, tmp_path / "out", SMALL)
+    _, (skipped,), _ = make_photos(folder.place, tmp_path / "out", SMALL)
     assert (skipped.reason, skipped.detail) == ("unreadable caption", "a.txt is no text in UTF-8; save it as that")
 
 
