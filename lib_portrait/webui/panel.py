@@ -25,7 +25,7 @@ from lib_portrait.checkpoints import KitStatus, KnownWeight, Missing
 from lib_portrait.checkpoints.store import AUTOMATIC, EMBEDDED
 from lib_portrait.errors import NoSuchFace, PortraitError
 from lib_portrait.request import HASH_PREFIX, METHODS, Identity, Limits, Mix, Photo, PortraitRequest, parse_request
-from lib_portrait.webui import paste, services, settings, world
+from lib_portrait.webui import adetailer, paste, services, settings, world
 from lib_portrait.webui import values as layout
 from lib_portrait.webui.paste import message_html
 
@@ -236,7 +236,7 @@ def _build_top(gr: Any, tab: str) -> dict[str, Any]:
     def judge(chosen: str) -> list[Any]:
         loaded = world.loaded_family()
         message, loadable = weights_html(chosen, loaded)
-        return [message, gr.update(visible=loadable), gr.update(visible=loaded == world.WORLD)]
+        return [message + neighbours_html(), gr.update(visible=loadable), gr.update(visible=loaded == world.WORLD)]
 
     def look_again(chosen: str) -> list[Any]:
         choices = checkpoint_choices()
@@ -739,6 +739,12 @@ def weights_html(chosen: str, loaded: str | None) -> tuple[str, bool]:
     if loaded == world.WORLD:
         return message_html(WORLD_LOADED, "info"), False
     return "", False
+
+
+def neighbours_html() -> str:
+    """What is to be known of other extensions, before anything is drawn (HTML, or "")."""
+    advice = adetailer.advice()
+    return message_html(advice, "info") if advice else ""
 
 
 def _missing_html(text: str, gaps: Sequence[Missing], kind: str) -> str:

@@ -19,7 +19,7 @@ from lib_portrait.checkpoints import Folders, Store
 from lib_portrait.errors import NoSuchFace, PortraitError
 from lib_portrait.request import Limits, Photo
 
-MODULES = tuple(f"lib_portrait.webui.{name}" for name in ("panel", "services", "settings", "world"))
+MODULES = tuple(f"lib_portrait.webui.{name}" for name in ("adetailer", "panel", "services", "settings", "world"))
 
 
 def face(shade, *notices, bystander=False):
@@ -101,6 +101,7 @@ def panel(host, monkeypatch):
     modules = types.ModuleType("modules")
     modules.errors = types.SimpleNamespace(report=lambda message, exc_info: host.reported.append(message))
     modules.shared = types.SimpleNamespace(opts=types.SimpleNamespace(data={}), cmd_opts=types.SimpleNamespace())
+    modules.scripts = types.SimpleNamespace(scripts_data=[])
     paths = types.ModuleType("modules.paths_internal")
     paths.data_path = paths.extensions_dir = paths.models_path = str(host.uploads)
     monkeypatch.setitem(sys.modules, "modules", modules)
@@ -518,3 +519,25 @@ def test_the_family_is_known_once_the_checkpoint_is_loaded(panel):
         data.sd_model = types.SimpleNamespace(is_sd1=True)
     asking.join(10)
     assert found == ["SD1.5"]
+
+
+# --------------------------------------------------------------------------------------------------------- neighbours
+
+
+@pytest.mark.parametrize(
+    ("there", "options", "told"),
+    [
+        (False, {}, False),
+        (True, {}, True),
+        (True, {"ad_script_names": "negpip, wildcards"}, True),
+        (True, {"ad_script_names": "negpip, portrait"}, False),
+        (True, {"ad_only_selected_scripts": False}, False),
+    ],
+)
+def test_the_panel_says_how_adetailer_is_told_of_it(panel, there, options, told):
+    modules = sys.modules["modules"]
+    modules.scripts.scripts_data = [types.SimpleNamespace(path="/x/scripts/!adetailer.py")] if there else []
+    vars(modules.shared.opts).update(options)
+    html = panel.neighbours_html()
+    assert bool(html) == told
+    assert not told or "add &quot;portrait&quot; to the script names in Settings &gt; ADetailer" in html
