@@ -141,9 +141,14 @@ def _job_of(p: Any) -> tuple[Job | None, bool]:
     return getattr(p, _ATTRIBUTE, (None, False))
 
 
-def _is_plot(p: Any) -> bool:
+def chosen_script(p: Any) -> Any | None:
+    """The script that was chosen below the panels, or None. The API may put text of an infotext in its number's place,
+    and then runs none."""
     number = p.script_args[0] if p.script_args else None
-    scripts = p.scripts.selectable_scripts
-    if not isinstance(number, int) or not 0 < number <= len(scripts):
-        return False
-    return Path(scripts[number - 1].filename).name == "xyz_grid.py"
+    scripts = p.scripts.selectable_scripts if p.scripts is not None else ()
+    return scripts[number - 1] if isinstance(number, int) and 0 < number <= len(scripts) else None
+
+
+def _is_plot(p: Any) -> bool:
+    script = chosen_script(p)
+    return script is not None and Path(script.filename).name == "xyz_grid.py"

@@ -17,6 +17,7 @@ from PIL import Image, ImageOps
 from lib_portrait.errors import Notice, PortraitError
 from lib_portrait.regions import WHOLE, Box
 from lib_portrait.request import PortraitRequest
+from lib_portrait.webui import jobs
 
 # The host's scripts that process pieces of a picture, which p does not place in it.
 PIECEMEAL = ("sd upscale", "outpainting mk2", "poor man's outpainting")
@@ -91,8 +92,8 @@ def is_detail(p: Any) -> bool:
 
 def script_title(p: Any) -> str:
     """The title of the script that was chosen below the panels, or ""."""
-    number = (p.script_args or (0,))[0] if p.scripts is not None else 0
-    return p.scripts.selectable_scripts[number - 1].title() if number else ""
+    script = jobs.chosen_script(p)
+    return str(script.title()) if script is not None else ""
 
 
 def check_script(p: Any, request: PortraitRequest) -> None:
