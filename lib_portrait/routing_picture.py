@@ -82,7 +82,7 @@ def draw_routing(
 
 
 def _owners(shares: torch.Tensor, size: tuple[int, int], place: Box) -> tuple[np.ndarray, list[float]]:
-    """Who has most of each pixel, and how much each has of all that was sampled, nobody last.
+    """Who has most of each pixel, and which part of all that was sampled each area is, nobody's last.
 
     shares (N, h, w) of `place` -> (height, width) whole numbers, and N + 1 numbers that sum to 1.
     """
@@ -98,7 +98,7 @@ def _owners(shares: torch.Tensor, size: tuple[int, int], place: Box) -> tuple[np
     visible = smooth[:, y - top : height - top, x - left : width - left]
     seen = visible.argmax(dim=0).numpy()
     owners[y : y + seen.shape[0], x : x + seen.shape[1]] = seen
-    return owners, visible.mean(dim=(1, 2)).tolist()
+    return owners, (np.bincount(seen.ravel(), minlength=len(everybody)) / seen.size).tolist()
 
 
 def _paint(picture: Image.Image, owners: np.ndarray, numbers: Sequence[int]) -> Image.Image:
@@ -140,7 +140,7 @@ def _number_areas(picture: Image.Image, owners: np.ndarray, legend: Legend) -> N
 
 
 def _with_legend(picture: Image.Image, parts: Sequence[float], legend: Legend) -> Image.Image:
-    """The picture with everybody's colour, name and share of what was sampled below it."""
+    """The picture with everybody's colour, name and part of what was sampled below it."""
     height = _text_height(picture.width)
     font, gap = legend.font(height), height // 2
     colours = [*(colour_of(number) for number in legend.numbers), GREY]

@@ -75,7 +75,7 @@ def test_the_legend_names_everybody_in_their_colour_and_fits_at_every_width() ->
         assert {colour_of(number) for number in numbers} <= {tuple(colour) for colour in below.reshape(-1, 3)}
 
 
-def test_the_legend_s_shares_are_of_what_was_sampled() -> None:
+def test_the_legend_s_numbers_are_the_areas_of_what_was_sampled() -> None:
     written: list[str] = []
 
     class Font:
@@ -97,9 +97,10 @@ def test_the_legend_s_shares_are_of_what_was_sampled() -> None:
     draw_routing([Image.new("RGB", (256, 64))], [maps], place=(0.0, 0.0, 0.25, 1.0), legend=named)
     assert written == ["Ada: 50%", "Ben: 0%", "nobody: 50%", "Who was put where"]
     written.clear()
-    # A share counts where it is not the largest, too.
-    draw_routing([Image.new("RGB", (64, 64))], [maps * 0.4], legend=named)
-    assert written == ["Ada: 20%", "Ben: 0%", "nobody: 80%", "Who was put where"]
+    # The numbers are of the areas that one sees: where somebody has the most, not how much of it.
+    maps[0, 1, :, 4:] = 0.4
+    draw_routing([Image.new("RGB", (64, 64))], [maps], legend=named)
+    assert written == ["Ada: 52%", "Ben: 0%", "nobody: 48%", "Who was put where"]
 
 
 def test_rows_of_a_batch_belong_to_their_pictures() -> None:
