@@ -102,20 +102,22 @@ class Conditioner:
                 notices += self.faces.notices(photo, field)
         adapter = self._load_adapter(kit, report)
         encoder = self._encoder(kit, device, dtype, report)
-        zero = self.faces.zero(encoder)
-        self._check_widths(kit, adapter, zero)
-        people = []
-        for i, identity in enumerate(request.identities):
-            tokens = {
-                POSITIVE: self._identity_tokens(adapter, encoder, identity, f"identities[{i}]"),
-                NEGATIVE: _embed(adapter, [zero], identity.structure),
-            }
-            scale = request.scale * identity.scale
-            people.append(Person(tokens, scale, identity.start, identity.end, places[i]))
-        if self._networks is not None:
-            # Between requests the accelerator's memory belongs to the host.
-            for network in self._networks[1]:
-                network.to("cpu")
+        try:
+            zero = self.faces.zero(encoder)
+            self._check_widths(kit, adapter, zero)
+            people = []
+            for i, identity in enumerate(request.identities):
+                tokens = {
+                    POSITIVE: self._identity_tokens(adapter, encoder, identity, f"identities[{i}]"),
+                    NEGATIVE: _embed(adapter, [zero], identity.structure),
+                }
+                scale = request.scale * identity.scale
+                people.append(Person(tokens, scale, identity.start, identity.end, places[i]))
+        finally:
+            # Between requests the accelerator's memory belongs to the host, also after one that failed.
+            if self._networks is not None:
+                for network in self._networks[1]:
+                    network.to("cpu")
         return Conditioning(request, kit, adapter, tuple(people), tuple(notices))
 
     def _identity_tokens(self, adapter: Adapter, encoder: FaceEncoder, identity: Identity, path: str) -> Tensor:

@@ -14,6 +14,7 @@ from __future__ import annotations
 import logging
 import math
 import re
+import weakref
 from collections.abc import Callable, Collection, Hashable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import cast
@@ -458,6 +459,8 @@ class _FusedLinear:
         self.module = module
         self.pair = pair
         self.scale = scale
+        # Held weakly: the weight is the host's, and another one may come to lie where it was.
+        self._made_of: weakref.ref[Tensor] | None = None
         self._made_for: Hashable = None
         self._fused: tuple[Tensor, Tensor | None] | None = None
 
@@ -465,13 +468,15 @@ class _FusedLinear:
         # An empty input costs nothing and lets the host bring its weight up to date: the Lora extension applies the
         # prompt's networks when a layer is called.
         host(x[:0])
-        weight = self.module.weight
-        current = (id(weight), weight._version, call.host_state, x.device, x.dtype)
-        if self._fused is None or current != self._made_for:
+        weight = cast(Tensor, self.module.weight)
+        current = (weight._version, call.host_state, x.device, x.dtype)
+        if self._fused is None or self._made_of is None or self._made_of() is not weight or current != self._made_for:
             self._fused = self._fuse(host, x)
-            self._made_for = current
+            self._made_of, self._made_for = weakref.ref(weight), current
         return F.linear(x, *self._fused)
 
+    # What is kept from call to call holds no graph: the host's weight is none of ours to train.
+    @torch.no_grad()
     def _fuse(self, host: Callable[[Tensor], Tensor], x: Tensor) -> tuple[Tensor, Tensor | None]:
         """(W' (out, in), bias or None)."""
         width = self.pair.down.shape[1]

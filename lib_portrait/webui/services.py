@@ -54,7 +54,7 @@ def faces() -> FaceService:
         settings.cache_bytes(),
         settings.filter_crops(),
     )
-    key = (*chosen, id(store()))
+    key = (*chosen, store())
     return _one("faces", key, make)
 
 
@@ -66,7 +66,7 @@ def conditioner() -> Conditioner:
 
         return Conditioner(faces(), store())
 
-    return _one("conditioner", (id(faces()), id(store())), make)
+    return _one("conditioner", (faces(), store()), make)
 
 
 def remember(data: bytes) -> str:

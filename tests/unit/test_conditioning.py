@@ -80,6 +80,27 @@ def test_the_host_s_random_numbers_are_where_they_were(conditioner: Conditioner)
     assert torch.equal(torch.get_rng_state(), before)
 
 
+def test_the_face_networks_come_back_from_the_accelerator_also_after_an_error(
+    conditioner: Conditioner, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    moved: dict[str, list[str]] = {"Backbone": [], "VisionTower": []}
+    move = torch.nn.Module.to
+
+    def to(network, *where, **options):  # type: ignore[no-untyped-def]
+        moved.get(type(network).__name__, []).append(str(where[0]))
+        return move(network, *where, **options)
+
+    def fail(self, crops):  # type: ignore[no-untyped-def]
+        self._networks  # noqa: B018  they are where they are to run
+        raise PortraitError("weights", "they broke in mid-request", "Fetch them again.", 500)
+
+    monkeypatch.setattr(torch.nn.Module, "to", to)
+    monkeypatch.setattr("lib_portrait.faces.features.FaceEncoder.encode", fail)
+    with pytest.raises(PortraitError, match="mid-request"):
+        conditioner.prepare(ask(Identity((face(1),))), SIZE, device="cpu:0")
+    assert moved == {"Backbone": ["cpu:0", "cpu"], "VisionTower": ["cpu:0", "cpu"]}
+
+
 def test_unconditional_tokens_depend_on_beta_alone(conditioner: Conditioner) -> None:
     one, two = tokens(conditioner, Identity((face(1),)), Identity((face(2),)), kind=NEGATIVE)
     assert torch.equal(one, two)

@@ -524,3 +524,39 @@ def test_who_was_added_is_remembered(unet, adapter) -> None:
             injection.progress = progress
             run(unet)
             assert rule.drawn == drawn
+
+
+# ------------------------------------------------------------------------------------------------------------ gradients
+
+
+def test_gradients_may_be_taken_again_and_reach_no_weight_whose_lora_is_fused(adapter: Adapter) -> None:
+    """What is kept from step to step would hold the first call's graph, and the host's weights would get a .grad."""
+    own = ldm_unet()
+    site = next(site for site in find_sites(own) if site.cross)
+    own.requires_grad_(False)
+    fused = [site.module.get_submodule(path).weight for path in ("to_q", "to_k", "to_v", "to_out.0")]
+    for weight in fused:
+        weight.requires_grad_(True)
+    x = torch.randn(1, 4, 16, 16, generator=torch.Generator().manual_seed(3)).requires_grad_(True)
+    context = mark(torch.randn(1, 9, WIDTH, generator=torch.Generator().manual_seed(4)), POSITIVE)
+    with Injection(own, UniPortraitRule(adapter, [person(1)])):
+        first, second = (
+            torch.autograd.grad(own(x, torch.tensor([500]), context).square().sum(), x)[0] for _ in range(2)
+        )
+        own(x, torch.tensor([500]), context).square().sum().backward()
+    assert torch.equal(first, second) and first.abs().max() > 0
+    assert all(weight.grad is None for weight in fused)
+
+
+def test_a_weight_that_lies_where_another_lay_is_seen(adapter: Adapter) -> None:
+    own = ldm_unet()
+    layer = next(site for site in find_sites(own) if site.cross).module.to_q
+    other = nn.Parameter(torch.empty_like(layer.weight))
+    with torch.no_grad():
+        while other._version < layer.weight._version:
+            other.copy_(layer.weight * 1.5)
+    with Injection(own, UniPortraitRule(adapter, [person(1)])):
+        before = run(own)
+        assert other._version == layer.weight._version, "the counter does not tell them apart"
+        layer.weight = other
+        assert not torch.equal(run(own), before)
