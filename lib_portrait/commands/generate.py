@@ -271,7 +271,7 @@ def _read(path: Path) -> dict[str, Any]:
             "--request", f"{path} cannot be read ({error})", "Give a file of JSON, saved as UTF-8."
         ) from None
     if not isinstance(value, dict):
-        raise PortraitError("--request", f"{path} holds no JSON object", "Write it as the README's section API does.")
+        raise PortraitError("--request", f"{path} holds no JSON object", "Write it as docs/api.md does.")
     return filled(value)
 
 

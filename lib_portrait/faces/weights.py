@@ -98,7 +98,7 @@ def not_finite(field: str, name: str) -> PortraitError:
     return PortraitError(
         field,
         f"{name} holds infinities or NaN, which a training that failed or a conversion to half precision leaves",
-        "Fetch the file again, or use another: see the README's table of weights.",
+        "Fetch the file again, or use another: models/README.md has the table of weights.",
     )
 
 
@@ -107,5 +107,5 @@ def unfit(field: str, problem: str) -> PortraitError:
     return PortraitError(
         field,
         problem,
-        "Fetch the file again, or use one that belongs to the others: see the README's table of weights.",
+        "Fetch the file again, or use one that belongs to the others: models/README.md has the table of weights.",
     )

@@ -1,4 +1,4 @@
-"""Who may import whom: the table of the README's architecture section, read off the syntax trees of all files."""
+"""Who may import whom: the table of docs/architecture.md, read off the syntax trees of all files."""
 
 from __future__ import annotations
 

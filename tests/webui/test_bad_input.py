@@ -56,7 +56,7 @@ def ask(*identities: Any, **changes: Any) -> dict[str, Any]:
     return {"checkpoint": KIT, "identities": list(identities), **changes}
 
 
-README = (ROOT / "README.md").read_text(encoding="utf-8")
+FIGURES = (ROOT / "docs" / "figures.md").read_text(encoding="utf-8")
 HEIC_START = b"\0\0\0\x18ftypheic\0\0\0\0mif1heic"
 TALL = text(image("L", (64, 128), colour=255))
 
@@ -201,11 +201,11 @@ def refused(answer: Any, field: str, word: str) -> None:
     assert answer.detail.count(". ") >= 1, "the message names a remedy"
 
 
-def test_the_readme_counts_these_cases() -> None:
+def test_the_figures_count_these_cases() -> None:
     """All of the four lists, and the SDXL model."""
     assert len({name for name, *_ in [*CASES, *ASKED]}) == len(CASES) + len(ASKED)
     number = len(CASES) + len(ASKED) + len(FILES) + len(SPOILT) + 1
-    assert f"| Requests and weight files that must be refused, through the API | {number} of {number} |" in README
+    assert f"| Requests and weight files that must be refused, through the API | {number} of {number} |" in FIGURES
 
 
 @pytest.mark.parametrize(("name", "make", "field", "word"), CASES, ids=[case[0] for case in CASES])
