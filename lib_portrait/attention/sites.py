@@ -9,8 +9,9 @@ the same names as ldm, with several transformer blocks in a row) and diffusers.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import nn
@@ -21,6 +22,16 @@ from lib_portrait.errors import PortraitError
 LAYOUTS = {
     "ldm": ("input_blocks", "output_blocks", "middle_block"),
     "diffusers": ("down_blocks", "up_blocks", "mid_block"),
+}
+
+# The arguments of an attention layer's forward, as ldm and sgm name them, by every layout's name.
+_ARGUMENTS = {
+    "x": "x",
+    "hidden_states": "x",
+    "context": "context",
+    "encoder_hidden_states": "context",
+    "mask": "mask",
+    "attention_mask": "mask",
 }
 
 
@@ -47,6 +58,43 @@ class Site:
     def split_heads(self, x: torch.Tensor) -> torch.Tensor:
         """(B, n, heads * d) -> (B, heads, n, d)."""
         return x.unflatten(-1, (self.heads, -1)).transpose(1, 2)
+
+    # ---- for rules that replace the softmax, and so stand around the layer as a whole
+
+    def arguments(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> tuple[torch.Tensor, torch.Tensor]:
+        """What the layer's forward was called with, on every layout: x (B, n, channels) and context (B, m, context).
+
+        forward(x, context=None, mask=None) in ldm and sgm, forward(hidden_states, encoder_hidden_states=None,
+        attention_mask=None) in diffusers; without a context the layer attends to x. Raises PortraitError for a mask:
+        what it hides would be seen again.
+        """
+        given = dict(zip(("x", "context", "mask"), args))
+        given |= {_ARGUMENTS[name]: value for name, value in kwargs.items() if name in _ARGUMENTS and value is not None}
+        if given.get("mask") is not None:
+            raise PortraitError(
+                "model", f"{self.path} was given an attention mask", "Switch off extensions that mask attention.", 500
+            )
+        x, context = given["x"], given.get("context")
+        return x, x if context is None else context
+
+    def qkv(self, x: torch.Tensor, context: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Queries of x (B, n, channels), keys and values of context (B, m, context): (B, heads, n or m, d) each.
+
+        By the layer's own modules, so that LoRAs of the host and of other rules are in them.
+        """
+        layer: Any = self.module
+        return (
+            self.split_heads(layer.to_q(x)),
+            self.split_heads(layer.to_k(context)),
+            self.split_heads(layer.to_v(context)),
+        )
+
+    def out(self, attended: torch.Tensor) -> torch.Tensor:
+        """The layer's output of what the attention gave: (B, heads, n, d) -> (B, n, channels)."""
+        hidden = attended.transpose(1, 2).flatten(2)
+        for module in self.module.to_out:  # type: ignore[union-attr]
+            hidden = module(hidden)
+        return hidden
 
 
 def layout_of(unet: nn.Module) -> str:
