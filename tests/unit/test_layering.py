@@ -11,7 +11,10 @@ from pathlib import Path
 
 import pytest
 
+import portrait
+
 ROOT = Path(__file__).resolve().parents[2]
+OWN = ("lib_portrait", "benchmarks", "scripts", "trainer", "tests")
 HOST = {"modules", "gradio", "ldm", "sgm", "k_diffusion", "networks"}
 
 
@@ -29,15 +32,17 @@ class Room:
 SERIALISED = "torch safetensors"
 PICTURES = "numpy cv2 PIL"
 ROOMS = {
-    "portrait": Room(own="lib_portrait.commands"),
+    "portrait": Room(own="lib_portrait.errors"),
     "install": Room(),
     "scripts": Room("modules gradio", "lib_portrait.webui"),
     "benchmarks": Room("torch numpy einops ldm omegaconf diffusers transformers safetensors", "lib_portrait trainer"),
+    "tests.command": Room(),
     "trainer": Room(
         f"{SERIALISED} {PICTURES} accelerate diffusers transformers tqdm",
         "lib_portrait.errors lib_portrait.request lib_portrait.attention lib_portrait.faces lib_portrait.checkpoints "
         "lib_portrait.methods lib_portrait.picture_files lib_portrait.routing_picture lib_portrait.standalone",
     ),
+    "trainer.commands": Room(own="trainer"),
     "trainer.evaluation": Room(
         f"{SERIALISED} {PICTURES} transformers tqdm open_clip facenet_pytorch",
         "lib_portrait.errors lib_portrait.request lib_portrait.faces lib_portrait.checkpoints "
@@ -73,7 +78,7 @@ ROOMS = {
     ),
     "lib_portrait.commands": Room(
         own="lib_portrait.errors lib_portrait.request lib_portrait.picture_files lib_portrait.checkpoints "
-        "lib_portrait.standalone benchmarks trainer"
+        "lib_portrait.standalone"
     ),
     "lib_portrait.webui": Room(
         "modules gradio ldm sgm k_diffusion networks fastapi starlette pydantic torch numpy PIL",
@@ -85,7 +90,7 @@ HEAVY = {"cv2", "transformers", "insightface", "onnxruntime", "facenet_pytorch",
 
 
 def sources() -> list[Path]:
-    files = [ROOT / "portrait.py", ROOT / "install.py"]
+    files = [ROOT / "portrait.py", ROOT / "install.py", ROOT / "tests" / "command.py"]
     for folder in ("scripts", "benchmarks", "lib_portrait", "trainer"):
         files += sorted((ROOT / folder).rglob("*.py"))
     return files
@@ -134,7 +139,7 @@ def offences(source: str, module: str, package: bool = False) -> list[str]:
     found = []
     for name in imports(ast.parse(source), module, package):
         top = name.split(".")[0]
-        if top in ("lib_portrait", "benchmarks", "scripts", "trainer", "tests"):
+        if top in OWN:
             # The package itself is its version number, which everybody may tell.
             allowed = name == "lib_portrait.__version__" or any(
                 name == place or name.startswith(place + ".") for place in own
@@ -231,8 +236,8 @@ def test_the_webui_starts_without_what_is_heavy():
 
 
 def test_the_commands_parse_on_a_bare_machine():
-    found = imported_at_start(["portrait", "lib_portrait.commands"])
-    bare = {*sys.stdlib_module_names, "portrait", "lib_portrait", "benchmarks"}
+    found = imported_at_start(["portrait", *portrait.COMMANDS.values()])
+    bare = {*sys.stdlib_module_names, "portrait", *OWN}
     assert {name for name in found if name.split(".")[0] not in bare} == set()
 
 
