@@ -14,12 +14,13 @@ pytest.importorskip("skia", reason="the world is drawn with skia", exc_type=Impo
 
 import portrait as command_line
 from lib_portrait.faces.world_detector import faces_in, world_detector
+from trainer.attribute_network import HEADS, AttributeNetwork
 from trainer.dataset import world_sample
-from trainer.evaluation.attributes import HEADS, AttributeNetwork, attributes_of
 from trainer.recipes.attributes import KnownPictures, scene_of
 from trainer.recipes.detector import FoundFaces, targets
 from trainer.shards import Shards
 from trainer.world import render
+from trainer.world.attributes import attributes_of
 
 QUICK = "--steps 2 --batch 4 --warmup 0 --log-every 1 --save-every 2 --ema 0"
 

@@ -31,8 +31,8 @@ from lib_portrait.request import Identity, Photo, PortraitRequest
 from lib_portrait.standalone import model as model_module
 from lib_portrait.standalone.model import save_model
 from tests.small_networks import small_kit, small_model, small_text_folder, tiny_backbone, tiny_vision
+from trainer.attribute_network import AttributeNetwork
 from trainer.evaluation import artist, run
-from trainer.evaluation.attributes import AttributeNetwork
 from trainer.evaluation.instruments import faces_of, fingerprint, open_recogniser, refuse_same
 from trainer.evaluation.people import Folder
 from trainer.evaluation.plans import Extent
