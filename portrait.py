@@ -4,12 +4,17 @@
 It needs nothing installed: until it runs in its own environment (`.venv` beside this file, or where PORTRAIT_VENV says)
 it is standard library only. The environment is made, and its pinned packages are installed, when a command first needs
 them and again when the pins change; otherwise nothing here touches the network.
+
+A command is a module in the package that it drives. It is read before there is an environment, so it imports the
+standard library only at its top; what it works with it imports when it runs.
 """
 
 from __future__ import annotations
 
+import argparse
 import contextlib
 import hashlib
+import importlib
 import os
 import shutil
 import subprocess
@@ -21,6 +26,18 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent
 OLDEST, NEWEST = (3, 10), (3, 12)
 MARK = ".made-by-portrait"
+# Each has `configure(parser)`, `run(options) -> exit status` and REQUIREMENTS; the first line of its docstring tells
+# what it does.
+COMMANDS = {
+    "generate": "lib_portrait.commands.generate",
+    "train": "trainer.commands.train",
+    "evaluate": "trainer.commands.evaluate",
+    "dataset": "trainer.commands.dataset",
+    "test": "tests.command",
+    "bench": "benchmarks.command",
+    "convert": "lib_portrait.commands.convert",
+    "download": "lib_portrait.commands.download",
+}
 # What a command may ask for, and the files of requirements/ (each with an optional NAME-no-deps.txt) that make it up.
 REQUIREMENTS = {
     "standalone": ("standalone",),
@@ -34,18 +51,55 @@ def main(arguments: list[str]) -> int:
 
     Without a command it tells which there are, which is a success.
     """
-    from lib_portrait import commands
-
     # Help and mistakes are answered at once, without an environment.
-    command = commands.parse(arguments)
+    options = parse(arguments)
     environment = Path(os.environ.get("PORTRAIT_VENV") or ROOT / ".venv").expanduser().absolute()
     try:
-        ensure(environment, command.requirements)
+        ensure(environment, options.requirements)
         if inside(environment):
-            return commands.run(command)
+            return run(options)
         return hand_over(environment, arguments)
     except KeyboardInterrupt:
         return 130
+
+
+def parse(arguments: list[str]) -> argparse.Namespace:
+    """The command line as a namespace: `run` is the command's function, `requirements` what it needs installed.
+
+    Prints and raises SystemExit for --help and for no words at all (0), and for a command line that makes no sense (2).
+    """
+    parser = argparse.ArgumentParser(
+        prog="portrait.py",
+        description="Portrait: real people in generated pictures.",
+        epilog="portrait.py COMMAND --help tells more.",
+        allow_abbrev=False,
+    )
+    names = parser.add_subparsers(title="commands", dest="command", metavar="COMMAND", required=True)
+    for name, path in COMMANDS.items():
+        module = importlib.import_module(path)
+        summary = (module.__doc__ or "").splitlines()[0]
+        command = names.add_parser(name, help=summary, description=module.__doc__, allow_abbrev=False)
+        command.formatter_class = argparse.RawDescriptionHelpFormatter
+        command.set_defaults(run=module.run, requirements=module.REQUIREMENTS, others=None)
+        module.configure(command)
+    # Who gives no word at all asks what there is.
+    options, others = parser.parse_known_args(arguments or ["--help"])
+    if options.others is not None:
+        options.others = others
+    elif others:
+        parser.error(f"unrecognized arguments: {' '.join(others)}")
+    return options
+
+
+def run(options: argparse.Namespace) -> int:
+    """Run a parsed command and return its exit status. What the user did wrong is one line, not a traceback."""
+    from lib_portrait.errors import PortraitError
+
+    try:
+        return int(options.run(options))
+    except PortraitError as error:
+        print(f"portrait.py: {error.detail}", file=sys.stderr)
+        return 1
 
 
 def ensure(environment: Path, wanted: str) -> None:

@@ -54,17 +54,6 @@ DEFAULTS = (
 )
 
 
-def request_from_values(values: Sequence[Any]) -> dict[str, Any] | None:
-    """The request's JSON form from the panel's values (see `values.request_from_values`), None where disabled.
-
-    Raises PortraitError in the panel's words.
-    """
-    try:
-        return layout.request_from_values(values, settings.limits())
-    except PortraitError as error:
-        raise layout.said_in_panel(error, layout.tabs_in_use(values)) from None
-
-
 # ----------------------------------------------------------------------------------------------------------- building
 
 

@@ -27,7 +27,7 @@ from lib_portrait.checkpoints.store import AUTOMATIC, EMBEDDED
 from lib_portrait.errors import Notice, PortraitError
 from lib_portrait.regions import WHOLE, Box, check_takes_part
 from lib_portrait.request import PortraitRequest, check_window, parse_request, to_infotext
-from lib_portrait.webui import adetailer, axes, jobs, panel, places, services, settings, upcoming, world
+from lib_portrait.webui import adetailer, axes, jobs, places, services, settings, upcoming, world
 from lib_portrait.webui import values as layout
 from lib_portrait.webui.refusal import refusal
 
@@ -326,25 +326,13 @@ class _Guard:
         return self.host()(*args, **kwargs)
 
 
-def read_form(values: Sequence[Any]) -> tuple[Sequence[int], dict[str, Any] | None]:
-    """The panel's tabs in use and the request's JSON form, None where it is switched off: nothing of it is read then.
-
-    Raises PortraitError.
-    """
-    values = layout.nothing_beyond(values)
-    form = panel.request_from_values(values)
-    if form is None or form.get("enabled") is False:
-        return (), None
-    return layout.tabs_in_use(values), form
-
-
 def check_axis(p: Any, cells: Sequence[Mapping[str, Any]]) -> None:
     """Raises PortraitError for what can be known of a plot before it starts: for each cell the values that an axis puts
     into the request, and once for all the photos. Says nothing where Portrait is switched off."""
     script = next(one for one in p.scripts.alwayson_scripts if one.title() == INFOTEXT_KEY)
     tabs: Sequence[int] = ()
     try:
-        tabs, form = read_form(p.script_args[script.args_from : script.args_to])
+        tabs, form = layout.read_form(p.script_args[script.args_from : script.args_to], settings.limits())
         if form is None:
             return
         for cell in cells:
@@ -361,7 +349,7 @@ def begin(p: Any, values: Sequence[Any]) -> None:
     failure: Exception | None = None
     tabs: Sequence[int] = ()
     try:
-        tabs, form = read_form(values)
+        tabs, form = layout.read_form(values, settings.limits())
         if form is None:
             return
         form = axes.apply_overrides(form, getattr(p, axes.ATTRIBUTE, {}), tabs)

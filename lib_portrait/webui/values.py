@@ -154,6 +154,21 @@ def nothing_beyond(values: Sequence[Any]) -> Sequence[Any]:
     return own
 
 
+def read_form(values: Sequence[Any], limits: Limits) -> tuple[Sequence[int], dict[str, Any] | None]:
+    """The panel's tabs in use and the request's JSON form, None where it is switched off: nothing of it is read then.
+
+    values: all that the panel sends, NOTHING_BEYOND as the last. Raises PortraitError in the panel's words.
+    """
+    values = nothing_beyond(values)
+    try:
+        form = request_from_values(values, limits)
+    except PortraitError as error:
+        raise said_in_panel(error, tabs_in_use(values)) from None
+    if form is None or form.get("enabled") is False:
+        return (), None
+    return tabs_in_use(values), form
+
+
 def tabs_in_use(values: Sequence[Any]) -> list[int]:
     """Which tabs of the panel, from 1, the identities of `request_from_values` come from; [] for a request object."""
     return [] if not values or isinstance(values[0], Mapping) else [tab for tab, _ in _blocks(values)]

@@ -11,12 +11,13 @@ import pytest
 pytest.importorskip("skia", reason="the world is drawn with skia", exc_type=ImportError)
 
 from lib_portrait.errors import PortraitError
+from trainer.attribute_network import HEADS
 from trainer.dataset import person
-from trainer.evaluation.attributes import HEADS, attributes_of
 from trainer.evaluation.people import HELD_OUT, TARGET, TRAINED, Person, World, obeying
 from trainer.evaluation.plans import BASE, BRIEF, PROTOCOLS, REAL, Extent, plan
 from trainer.evaluation.prompts import MULTI, SINGLE
 from trainer.world import held_out, identity, sample_scene
+from trainer.world.attributes import attributes_of
 
 PEOPLE = [Person(str(number), "woman" if number % 2 else "man") for number in range(120)]
 USUAL = Extent(usual=BRIEF)

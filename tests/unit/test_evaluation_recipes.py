@@ -12,14 +12,15 @@ import torch
 pytest.importorskip("accelerate", reason="the trainer's requirements are not installed")
 pytest.importorskip("skia", reason="the world is drawn with skia", exc_type=ImportError)
 
-from lib_portrait import commands
+import portrait as command_line
 from lib_portrait.faces.world_detector import faces_in, world_detector
+from trainer.attribute_network import HEADS, AttributeNetwork
 from trainer.dataset import world_sample
-from trainer.evaluation.attributes import HEADS, AttributeNetwork, attributes_of
 from trainer.recipes.attributes import KnownPictures, scene_of
 from trainer.recipes.detector import FoundFaces, targets
 from trainer.shards import Shards
 from trainer.world import render
+from trainer.world.attributes import attributes_of
 
 QUICK = "--steps 2 --batch 4 --warmup 0 --log-every 1 --save-every 2 --ema 0"
 
@@ -34,7 +35,7 @@ def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def portrait(line: str) -> None:
     """`portrait.py` with these arguments; no path in them may hold spaces."""
-    assert commands.run(commands.parse(line.split())) == 0, line
+    assert command_line.run(command_line.parse(line.split())) == 0, line
 
 
 @pytest.mark.parametrize("seed", range(8))

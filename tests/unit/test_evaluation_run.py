@@ -18,7 +18,7 @@ from safetensors.torch import load_file, save_file
 
 pytest.importorskip("skia", reason="the world is drawn with skia", exc_type=ImportError)
 
-from lib_portrait import commands
+import portrait as command_line
 from lib_portrait.checkpoints.formats import read_tensors
 from lib_portrait.checkpoints.store import Folders, Store
 from lib_portrait.conditioning import Conditioner
@@ -31,8 +31,8 @@ from lib_portrait.request import Identity, Photo, PortraitRequest
 from lib_portrait.standalone import model as model_module
 from lib_portrait.standalone.model import save_model
 from tests.small_networks import small_kit, small_model, small_text_folder, tiny_backbone, tiny_vision
+from trainer.attribute_network import AttributeNetwork
 from trainer.evaluation import artist, run
-from trainer.evaluation.attributes import AttributeNetwork
 from trainer.evaluation.instruments import faces_of, fingerprint, open_recogniser, refuse_same
 from trainer.evaluation.people import Folder
 from trainer.evaluation.plans import Extent
@@ -261,7 +261,7 @@ def test_the_command_line_becomes_settings(world: Path, tmp_path: Path, monkeypa
     monkeypatch.setattr(run, "evaluate", asked.append)
     line = f"evaluate single beta --output {tmp_path} --adapter a={world} --adapter world --number 3 --betas 0 0.5"
     line += " --recogniser r.pt --fid face --steps 7 --device cpu --processes 2"
-    assert commands.run(commands.parse([*line.split(), "--attributes", ""])) == 0
+    assert command_line.run(command_line.parse([*line.split(), "--attributes", ""])) == 0
     (made,) = asked
     assert made == Settings(
         tmp_path,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import os
 import re
 import shutil
@@ -12,11 +13,12 @@ from pathlib import Path
 
 import pytest
 
+import benchmarks
 import lib_portrait
 import portrait
-from lib_portrait import commands
 from lib_portrait.commands.download import Meter
 from lib_portrait.errors import PortraitError
+from tests import command as test_command
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -160,19 +162,20 @@ def test_the_environments_python_goes_on_with_the_same_words(project, monkeypatc
 
 
 def bare_project(folder: Path, command: str) -> Path:
-    """A tree with the real portrait.py, no packages to install, and one command whose code is given."""
-    (folder / "lib_portrait").mkdir(parents=True)
-    (folder / "requirements").mkdir()
+    """A tree with the real portrait.py, no packages to install, and commands whose code is given."""
+    (folder / "requirements").mkdir(parents=True)
     shutil.copy(ROOT / "portrait.py", folder)
     for name in ("standalone", "train", "dev", "constraints"):
         (folder / "requirements" / f"{name}.txt").touch()
-    (folder / "lib_portrait" / "__init__.py").touch()
-    (folder / "lib_portrait" / "commands.py").write_text(
-        "import argparse, sys\n"
-        "def parse(arguments):\n"
-        "    return argparse.Namespace(arguments=arguments, requirements='dev')\n"
-        f"def run(options):\n    {command}\n"
-    )
+    for path in portrait.COMMANDS.values():
+        module = folder.joinpath(*path.split(".")).with_suffix(".py")
+        module.parent.mkdir(parents=True, exist_ok=True)
+        module.write_text(
+            '"""What it does."""\nimport sys\nREQUIREMENTS = "dev"\n'
+            "def configure(parser):\n    parser.add_argument('arguments', nargs='*')\n"
+            f"def run(options):\n    {command}\n"
+        )
+    shutil.copy(ROOT / "lib_portrait" / "errors.py", folder / "lib_portrait")
     return folder
 
 
@@ -190,7 +193,7 @@ def start(folder: Path, *arguments: str) -> subprocess.Popen[str]:
 
 def test_two_commands_on_a_bare_machine_share_one_real_environment(tmp_path):
     folder = bare_project(tmp_path / "with a space", "print(sys.prefix, *options.arguments); return 3")
-    both = [start(folder, "a", "b c"), start(folder, "a", "b c")]
+    both = [start(folder, "generate", "a", "b c"), start(folder, "train", "a", "b c")]
     said = [process.communicate(timeout=300) for process in both]
     for process, (out, _) in zip(both, said, strict=True):
         assert process.returncode == 3
@@ -200,7 +203,7 @@ def test_two_commands_on_a_bare_machine_share_one_real_environment(tmp_path):
     assert sum("Waiting for another portrait.py" in error for error in errors) == 1
 
     began = time.perf_counter()
-    third = start(folder)
+    third = start(folder, "generate")
     out, error = third.communicate(timeout=60)
     assert (third.returncode, error) == (3, "")
     assert time.perf_counter() - began < 2
@@ -210,10 +213,10 @@ def test_two_commands_on_a_bare_machine_share_one_real_environment(tmp_path):
 
 
 def test_the_test_command_hands_its_words_to_pytest_unchanged():
-    assert commands.parse(["test"]).others == []
-    assert commands.parse(["test", "-k", "parity"]).others == ["-k", "parity"]
+    assert portrait.parse(["test"]).others == []
+    assert portrait.parse(["test", "-k", "parity"]).others == ["-k", "parity"]
     words = ["tests/unit", "-x", "--lf", "-k", "not slow"]
-    assert commands.parse(["test", *words]).others == words
+    assert portrait.parse(["test", *words]).others == words
 
 
 def test_the_test_command_runs_every_check_and_fails_with_any(monkeypatch, capfd):
@@ -223,20 +226,20 @@ def test_the_test_command_runs_every_check_and_fails_with_any(monkeypatch, capfd
         ran.append(command[2])
         return subprocess.CompletedProcess(command, 1 if command[2] == "mypy" else 0)
 
-    monkeypatch.setattr(commands.test.subprocess, "run", run)
-    assert commands.run(commands.parse(["test"])) == 1
+    monkeypatch.setattr(test_command.subprocess, "run", run)
+    assert portrait.run(portrait.parse(["test"])) == 1
     assert ran == ["ruff", "ruff", "mypy", "pytest"]
     last = capfd.readouterr().out.splitlines()[-1]
     assert last.startswith("portrait.py test: ruff check passed, ruff format passed, mypy FAILED, pytest passed")
     ran.clear()
-    assert commands.run(commands.parse(["test", "-k", "parity"])) == 0
+    assert portrait.run(portrait.parse(["test", "-k", "parity"])) == 0
     assert ran == ["pytest"]
 
 
 def test_bench_hands_on_what_follows_the_name(monkeypatch):
     seen = []
-    monkeypatch.setattr(commands.bench.benchmarks, "run", lambda name, words: seen.append((name, words)) or 0)
-    assert commands.run(commands.parse(["bench", "step", "--pairs", "5", "--help"])) == 0
+    monkeypatch.setattr(benchmarks, "run", lambda name, words: seen.append((name, words)) or 0)
+    assert portrait.run(portrait.parse(["bench", "step", "--pairs", "5", "--help"])) == 0
     assert seen == [("step", ["--pairs", "5", "--help"])]
 
 
@@ -247,21 +250,21 @@ def test_without_a_command_the_commands_are_told(capsys, monkeypatch):
         portrait.main([])
     said = capsys.readouterr()
     assert (caught.value.code, said.err) == (0, "")
-    for name, module in commands.COMMANDS.items():
-        summary = " ".join(module.__doc__.splitlines()[0].split())
+    for name, module in portrait.COMMANDS.items():
+        summary = " ".join(importlib.import_module(module).__doc__.splitlines()[0].split())
         assert f"{name} {summary}" in " ".join(said.out.split())
 
 
 @pytest.mark.parametrize("words", [["imagine"], ["convert", "a"], ["convert", "a", "b", "--fast"], ["bench", "no"]])
 def test_a_command_line_that_makes_no_sense_is_refused(words, capsys):
     with pytest.raises(SystemExit) as caught:
-        commands.parse(words)
+        portrait.parse(words)
     assert caught.value.code == 2
     assert "portrait.py" in capsys.readouterr().err
 
 
 def test_what_the_user_did_wrong_is_one_line(tmp_path, capsys):
-    assert commands.run(commands.parse(["convert", str(tmp_path / "none.bin"), str(tmp_path / "b.safetensors")])) == 1
+    assert portrait.run(portrait.parse(["convert", str(tmp_path / "none.bin"), str(tmp_path / "b.safetensors")])) == 1
     error = capsys.readouterr().err
     assert error.startswith("portrait.py: none.bin") and error.count("\n") == 1
 
@@ -270,8 +273,8 @@ def test_convert_turns_a_checkpoint_round(tmp_path, capsys):
     import torch
 
     torch.save({"faceid_proj": {"latents": torch.ones(2, 3)}}, tmp_path / "a.bin")
-    assert commands.run(commands.parse(["convert", str(tmp_path / "a.bin"), str(tmp_path / "a.safetensors")])) == 0
-    assert commands.run(commands.parse(["convert", str(tmp_path / "a.safetensors"), str(tmp_path / "b.bin")])) == 0
+    assert portrait.run(portrait.parse(["convert", str(tmp_path / "a.bin"), str(tmp_path / "a.safetensors")])) == 0
+    assert portrait.run(portrait.parse(["convert", str(tmp_path / "a.safetensors"), str(tmp_path / "b.bin")])) == 0
     assert "1 tensors of float32" in capsys.readouterr().out.replace("torch.", "")
     again = torch.load(tmp_path / "b.bin", weights_only=True)
     assert again["faceid_proj"]["latents"].equal(torch.ones(2, 3))
@@ -291,16 +294,16 @@ def test_download_fetches_what_was_named_into_the_folder(tmp_path, monkeypatch, 
         return [folder / name]
 
     monkeypatch.setattr(fetching, "fetch_known", fetch)
-    assert commands.run(commands.parse(["download", "backbone", "vision", "--into", str(tmp_path)])) == 0
+    assert portrait.run(portrait.parse(["download", "backbone", "vision", "--into", str(tmp_path)])) == 0
     assert asked == ["backbone", "vision"]
     said = capsys.readouterr()
     assert f"{tmp_path / 'vision'} is there (1.0 MiB)" in said.out
     assert "vision: 1.0 of 1.0 MiB, 100 %" in said.err
     asked.clear()
-    assert commands.run(commands.parse(["download", "all", "--into", str(tmp_path)])) == 0
+    assert portrait.run(portrait.parse(["download", "all", "--into", str(tmp_path)])) == 0
     assert asked == ["uniportrait", "insightface"]
-    assert commands.parse(["download"]).what == ["uniportrait"]
-    assert commands.run(commands.parse(["download", "unknown"])) == 1
+    assert portrait.parse(["download"]).what == ["uniportrait"]
+    assert portrait.run(portrait.parse(["download", "unknown"])) == 1
 
 
 def test_progress_without_a_terminal_is_a_line_now_and_then(capsys):

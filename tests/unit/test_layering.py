@@ -1,47 +1,72 @@
-"""Who may import whom: the table of docs/architecture.md, read off the syntax trees of all files."""
+"""Who may import whom: the table of docs/architecture.md, read off the syntax trees of all files.
+
+A module that is named in a string is as good as imported: as an entry of a table, by importlib, after `-m`, in code for
+another Python. Docstrings may name what they like; other prose may name packages, and the command `portrait.py`.
+"""
 
 from __future__ import annotations
 
 import ast
+import dataclasses
+import itertools
+import re
 import subprocess
 import sys
 from collections.abc import Iterator
-from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
 
+import portrait
+
 ROOT = Path(__file__).resolve().parents[2]
+OWN = ("lib_portrait", "benchmarks", "scripts", "trainer", "tests")
 HOST = {"modules", "gradio", "ldm", "sgm", "k_diffusion", "networks"}
 
 
-@dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True)
 class Room:
     """What the files of one place may import beside the standard library and their own place.
 
-    packages: from outside. own: other places of this project, by the start of their dotted name.
+    packages: from outside. own: other places of this project, by the start of their dotted name; a place inside of
+    another of this table is one of its own. named: what strings may name beside these.
     """
 
     packages: str = ""
     own: str = ""
+    named: str = ""
 
 
 SERIALISED = "torch safetensors"
 PICTURES = "numpy cv2 PIL"
+WEBUI = Room(
+    "modules gradio ldm sgm k_diffusion networks fastapi starlette pydantic torch numpy PIL",
+    "lib_portrait.errors lib_portrait.request lib_portrait.attention lib_portrait.faces lib_portrait.checkpoints "
+    "lib_portrait.methods lib_portrait.conditioning lib_portrait.regions lib_portrait.routing_picture",
+)
 ROOMS = {
-    "portrait": Room(own="lib_portrait.commands"),
+    "portrait": Room(
+        own="lib_portrait.errors", named="lib_portrait.commands trainer.commands benchmarks.command tests.command"
+    ),
     "install": Room(),
-    "scripts": Room("modules gradio", "lib_portrait.webui"),
-    "benchmarks": Room("torch numpy einops ldm omegaconf diffusers transformers safetensors", "lib_portrait trainer"),
+    "scripts": Room("modules gradio", "lib_portrait.webui lib_portrait.webui.panel"),
+    "benchmarks": Room(
+        "torch numpy einops ldm omegaconf diffusers transformers safetensors",
+        "lib_portrait.attention lib_portrait.methods lib_portrait.standalone trainer",
+    ),
+    "tests.command": Room(),
     "trainer": Room(
         f"{SERIALISED} {PICTURES} accelerate diffusers transformers tqdm",
         "lib_portrait.errors lib_portrait.request lib_portrait.attention lib_portrait.faces lib_portrait.checkpoints "
-        "lib_portrait.methods lib_portrait.picture_files lib_portrait.routing_picture lib_portrait.standalone",
+        "lib_portrait.methods lib_portrait.picture_files lib_portrait.routing_picture lib_portrait.standalone "
+        "trainer.world",
     ),
+    "trainer.commands": Room(own="trainer trainer.evaluation"),
     "trainer.evaluation": Room(
         f"{SERIALISED} {PICTURES} transformers tqdm open_clip facenet_pytorch",
         "lib_portrait.errors lib_portrait.request lib_portrait.faces lib_portrait.checkpoints "
-        "lib_portrait.methods lib_portrait.conditioning lib_portrait.standalone trainer.dataset trainer.features "
+        "lib_portrait.methods lib_portrait.conditioning lib_portrait.standalone "
+        "trainer.attribute_network trainer.dataset trainer.features "
         "trainer.shards trainer.world",
     ),
     "trainer.world": Room("numpy skia cv2 PIL", "lib_portrait.errors trainer.world"),
@@ -70,22 +95,22 @@ ROOMS = {
         f"{SERIALISED} {PICTURES} diffusers transformers yaml",
         "lib_portrait.errors lib_portrait.request lib_portrait.attention lib_portrait.faces lib_portrait.checkpoints "
         "lib_portrait.methods lib_portrait.conditioning lib_portrait.regions lib_portrait.routing_picture",
+        # The .yaml of a world's checkpoint is read by the WebUI, which makes the text encoder that it names.
+        named="lib_portrait.webui.world.text_encoder",
     ),
     "lib_portrait.commands": Room(
         own="lib_portrait.errors lib_portrait.request lib_portrait.picture_files lib_portrait.checkpoints "
-        "lib_portrait.standalone benchmarks trainer"
+        "lib_portrait.standalone"
     ),
-    "lib_portrait.webui": Room(
-        "modules gradio ldm sgm k_diffusion networks fastapi starlette pydantic torch numpy PIL",
-        "lib_portrait.errors lib_portrait.request lib_portrait.attention lib_portrait.faces lib_portrait.checkpoints "
-        "lib_portrait.methods lib_portrait.conditioning lib_portrait.regions lib_portrait.routing_picture",
-    ),
+    "lib_portrait.webui": WEBUI,
+    # A door: only what builds the host's interface goes through it.
+    "lib_portrait.webui.panel": dataclasses.replace(WEBUI, own=f"{WEBUI.own} lib_portrait.webui"),
 }
 HEAVY = {"cv2", "transformers", "insightface", "onnxruntime", "facenet_pytorch", "open_clip", "diffusers"}
 
 
 def sources() -> list[Path]:
-    files = [ROOT / "portrait.py", ROOT / "install.py"]
+    files = [ROOT / "portrait.py", ROOT / "install.py", ROOT / "tests" / "command.py"]
     for folder in ("scripts", "benchmarks", "lib_portrait", "trainer"):
         files += sorted((ROOT / folder).rglob("*.py"))
     return files
@@ -107,6 +132,16 @@ def room_of(module: str) -> str:
     return name
 
 
+_OWN = rf"(?:{'|'.join(OWN)})"
+# A module as a whole string: its dotted name, the start of one that is put together, an entry point, or its file.
+MODULE = re.compile(rf"({_OWN}(?:\.\w+)+|{_OWN}\.(?:\w+\.)*)(?::\w+)?")
+FILE = re.compile(rf"(?:\./)?({_OWN}(?:[/\\]\w+)+)\.py")
+# Inside of a longer string: in a shell's command, or in statements.
+RUN = re.compile(rf"(?:^|\s)-m\s+({_OWN}\b[\w.]*)")
+IMPORT = re.compile(rf"(?:^|[;\n])\s*(?:import\s+(?:[\w.]+\s*,\s*)*|from\s+)({_OWN}\b[\w.]*)")
+IMPORTERS = {"import_module", "__import__", "find_spec", "run_module", "resolve_name"}
+
+
 def imports(tree: ast.AST, module: str, package: bool) -> Iterator[str]:
     """Dotted names of everything imported anywhere below `tree`, also by importlib with a literal name.
 
@@ -122,28 +157,48 @@ def imports(tree: ast.AST, module: str, package: bool) -> Iterator[str]:
             yield from (f"{start}.{alias.name}" for alias in node.names)
         elif isinstance(node, ast.Call) and node.args and isinstance(node.args[0], ast.Constant):
             called = node.func.attr if isinstance(node.func, ast.Attribute) else getattr(node.func, "id", "")
-            if called in ("import_module", "__import__", "find_spec"):
+            if called in IMPORTERS:
                 yield str(node.args[0].value)
 
 
+def named(tree: ast.AST) -> Iterator[str]:
+    """Dotted names of this project's modules in strings below `tree`, but for docstrings: strings that stand alone."""
+    docstrings = {id(node.value) for node in ast.walk(tree) if isinstance(node, ast.Expr)}
+    for node in ast.walk(tree):
+        if isinstance(node, (ast.List, ast.Tuple, ast.Call)):
+            words = node.args if isinstance(node, ast.Call) else node.elts
+            values = [word.value if isinstance(word, ast.Constant) else None for word in words]
+            # A package's bare name is a word like others, but for where it is run.
+            yield from (str(value) for flag, value in itertools.pairwise(values) if flag == "-m" and value in OWN)
+        if isinstance(node, ast.Constant) and isinstance(node.value, str) and id(node) not in docstrings:
+            text = node.value.strip()
+            if (whole := MODULE.fullmatch(text)) is not None:
+                yield whole[1].rstrip(".")
+            if (file := FILE.fullmatch(text)) is not None:
+                yield re.sub(r"[/\\]", ".", file[1])
+            yield from (name.rstrip(".") for inside in (RUN, IMPORT) for name in inside.findall(text))
+
+
 def offences(source: str, module: str, package: bool = False) -> list[str]:
-    """The imports of a file that its place in the table does not allow."""
+    """What a file imports, or names in strings, that its place in the table does not allow."""
     room = room_of(module)
+    tree = ast.parse(source)
     packages = {*ROOMS[room].packages.split(), *sys.stdlib_module_names}
-    own = [room, *ROOMS[room].own.split()]
-    found = []
-    for name in imports(ast.parse(source), module, package):
-        top = name.split(".")[0]
-        if top in ("lib_portrait", "benchmarks", "scripts", "trainer", "tests"):
-            # The package itself is its version number, which everybody may tell.
-            allowed = name == "lib_portrait.__version__" or any(
-                name == place or name.startswith(place + ".") for place in own
-            )
-        else:
-            allowed = top in packages
-        if not allowed:
-            found.append(name)
-    return found
+    own = {room, *ROOMS[room].own.split()}
+    # The package itself is its version number, which everybody may tell.
+    found = [
+        name
+        for name in imports(tree, module, package)
+        if not (within(name, own) or name == "lib_portrait.__version__" or name.split(".")[0] in packages)
+    ]
+    return found + [name for name in named(tree) if not within(name, own | set(ROOMS[room].named.split()))]
+
+
+def within(name: str, places: set[str]) -> bool:
+    """Whether a module, or something in one, belongs to the places, and not to another place that lies inside them."""
+    parts = name.split(".")
+    prefixes = (".".join(parts[:length]) for length in range(len(parts), 0, -1))
+    return next((prefix for prefix in prefixes if prefix in ROOMS or prefix in places), None) in places
 
 
 @pytest.mark.parametrize("path", sources(), ids=lambda path: str(path.relative_to(ROOT)))
@@ -162,6 +217,11 @@ def test_every_file_imports_only_what_its_place_may(path):
         ("lib_portrait.attention.sites", "from lib_portrait import methods", ["lib_portrait.methods"]),
         ("lib_portrait.attention.sites", "from ..methods import uniportrait", ["lib_portrait.methods.uniportrait"]),
         ("lib_portrait.conditioning", "import lib_portrait.webui.panel", ["lib_portrait.webui.panel"]),
+        ("trainer.recipes.attributes", "import trainer.evaluation.run", ["trainer.evaluation.run"]),
+        ("lib_portrait.commands.train", "from trainer import loop", ["trainer.loop"]),
+        ("lib_portrait.commands.bench", "def f():\n    import benchmarks", ["benchmarks"]),
+        ("lib_portrait.webui.session", "from lib_portrait.webui import panel", ["lib_portrait.webui.panel"]),
+        ("lib_portrait.webui.session", "from .panel import build", ["lib_portrait.webui.panel.build"]),
         ("install", "import lib_portrait.errors", ["lib_portrait.errors"]),
         ("portrait", "from lib_portrait import checkpoints", ["lib_portrait.checkpoints"]),
         ("scripts.portrait", "from lib_portrait import conditioning", ["lib_portrait.conditioning"]),
@@ -173,6 +233,51 @@ def test_the_check_catches_what_it_is_for(module, source, caught):
     assert offences(source, module) == caught
 
 
+@pytest.mark.parametrize(
+    ("code", "caught"),
+    [
+        ('importlib.import_module("trainer.loop")', ["trainer.loop"]),
+        ('importlib.import_module("trainer")', ["trainer"]),
+        ('importlib.import_module(f"trainer.recipes.{name}")', ["trainer.recipes"]),
+        ('importlib.import_module("trainer." + name)', ["trainer"]),
+        (
+            'COMMANDS = {"train": "trainer.commands", "bench": "benchmarks.command"}',
+            ["trainer.commands", "benchmarks.command"],
+        ),
+        ('DOORS = ["trainer.loop:train"]', ["trainer.loop"]),
+        ('sys.modules["benchmarks.step"].main([])', ["benchmarks.step"]),
+        ('subprocess.run([sys.executable, "-m", "trainer.release"])', ["trainer.release"]),
+        ('subprocess.run([sys.executable, "-m", "benchmarks"])', ["benchmarks"]),
+        ('os.execl(python, python, "-m", "trainer")', ["trainer"]),
+        ('subprocess.run([sys.executable, "trainer/release.py"])', ["trainer.release"]),
+        ('os.system("python -m trainer.release --vae x")', ["trainer.release"]),
+        ('os.system(f"{sys.executable} -m trainer.world sheet")', ["trainer.world"]),
+        ('subprocess.run([python, "-c", "import sys, trainer.loop"])', ["trainer.loop"]),
+        ('exec("x = 1; from trainer.loop import train")', ["trainer.loop"]),
+        ('exec(f"from trainer.{name} import train")', ["trainer"]),
+        ('def f():\n    "Like `python -m trainer.world`, see trainer.loop."', []),
+        ('"""trainer.loop"""', []),
+        (
+            'raise PortraitError("x", "it is missing", "Run: portrait.py train uniportrait, portrait.py bench step.")',
+            [],
+        ),
+        ('KINDS = ("trainer", "benchmarks")', []),
+        ('text = f"weights from trainer {name}, see trainer/README.md"', []),
+    ],
+)
+def test_modules_named_in_strings_are_caught_and_prose_is_not(code, caught):
+    assert set(offences("import importlib, os, subprocess, sys\n" + code, "lib_portrait.standalone.generation")) == set(
+        caught
+    )
+
+
+def test_what_a_place_may_name_in_strings_it_may_not_import():
+    table = 'TABLE = {"train": "trainer.commands.train"}'
+    assert offences(table, "portrait") == []
+    assert offences("import trainer.commands.train", "portrait") == ["trainer.commands.train"]
+    assert offences(table.replace("commands.train", "loop"), "portrait") == ["trainer.loop"]
+
+
 def test_a_new_place_must_be_entered_in_the_table():
     with pytest.raises(AssertionError, match=r"lib_portrait\.novelty has no place"):
         room_of("lib_portrait.novelty")
@@ -181,7 +286,7 @@ def test_a_new_place_must_be_entered_in_the_table():
 def test_only_webui_and_scripts_may_import_the_host():
     allowed = {name for name, room in ROOMS.items() if HOST & set(room.packages.split())}
     # The bench measures the genuine ldm UNet of stable-diffusion-sdkit, which is no host.
-    assert allowed == {"scripts", "lib_portrait.webui", "benchmarks"}
+    assert allowed == {"scripts", "lib_portrait.webui", "lib_portrait.webui.panel", "benchmarks"}
     assert HOST & set(ROOMS["benchmarks"].packages.split()) == {"ldm"}
 
 
@@ -231,8 +336,8 @@ def test_the_webui_starts_without_what_is_heavy():
 
 
 def test_the_commands_parse_on_a_bare_machine():
-    found = imported_at_start(["portrait", "lib_portrait.commands"])
-    bare = {*sys.stdlib_module_names, "portrait", "lib_portrait", "benchmarks"}
+    found = imported_at_start(["portrait", *portrait.COMMANDS.values()])
+    bare = {*sys.stdlib_module_names, "portrait", *OWN}
     assert {name for name in found if name.split(".")[0] not in bare} == set()
 
 

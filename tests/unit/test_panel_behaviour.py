@@ -470,15 +470,6 @@ def test_what_no_download_brings_is_not_called_there(panel, host):
     assert "uniportrait-router_mine" in last and "All weights" not in last
 
 
-def test_what_cannot_be_read_from_the_controls_is_said_by_their_names(panel):
-    layout = panel.layout
-    blocks = [panel.layout.identity_values(None) for _ in range(2)]
-    blocks[1].update(photos=stored(A), region=layout.MASK)
-    values = [True, *[None] * 5, *(block[name] for block in blocks for name in layout.IDENTITY_FIELDS)]
-    with pytest.raises(PortraitError, match=r"^Identity 2, region, mask: nothing is painted"):
-        panel.request_from_values(values)
-
-
 # ---------------------------------------------------------------------------------------------------- the host's page
 
 

@@ -23,6 +23,7 @@ from lib_portrait.webui.values import (
     box_from_text,
     box_to_text,
     nothing_beyond,
+    read_form,
     request_from_values,
     said_in_panel,
     said_of_tab,
@@ -99,6 +100,37 @@ def test_faults_are_told_by_the_panels_tabs():
     # A request that is an object has keys of its own.
     assert tabs_in_use([{"identities": []}, *values[1:]]) == tabs_in_use([]) == []
     assert said_of_tab("identities[0].photos[1]", []) == "identities[0].photos[1]"
+
+
+def test_the_whole_panel_is_read_as_tabs_and_form():
+    values = panel(4, photos_2=HASH, photos_4=HASH)
+    tabs, form = read_form([*values, layout.NOTHING_BEYOND], Limits())
+    assert (tabs, form) == ([2, 4], request_from_values(values))
+    request = {"identities": [{"photos": [HASH]}]}
+    assert read_form([request, *values[1:], layout.NOTHING_BEYOND], Limits()) == ([], request)
+
+
+@pytest.mark.parametrize("first", [False, None, {"enabled": False, "identities": "not read"}])
+def test_of_a_panel_that_is_switched_off_nothing_is_read(first):
+    values = panel(2, photos_2=HASH, region_2="circle")
+    assert read_form([first, *values[1:], layout.NOTHING_BEYOND], Limits()) == ((), None)
+
+
+def test_what_cannot_be_read_from_the_controls_is_said_by_their_names():
+    values = panel(3, photos_3=HASH, region_3=layout.MASK)
+    with pytest.raises(PortraitError, match=r"^Identity 3, region, mask: nothing is painted"):
+        read_form([*values, layout.NOTHING_BEYOND], Limits())
+
+
+def test_values_beyond_the_panel_are_refused_by_their_place():
+    with pytest.raises(PortraitError, match=r"^args\[\d+\]: the list is longer than the panel, which has 2 people"):
+        read_form([*panel(2, photos=HASH), HASH], Limits())
+
+
+def test_an_upload_beyond_the_limits_is_read_with_these_limits(gradio_folder):
+    values = panel(uploads=[upload(gradio_folder, b"x" * 2000)])
+    with pytest.raises(PortraitError, match=r"^Identity 1, photo 1: .*Settings"):
+        read_form([*values, layout.NOTHING_BEYOND], Limits(photo_bytes=1000, page="Settings > Portrait"))
 
 
 @pytest.mark.parametrize("values", [[], [False], [None], panel(enabled=False), panel(enabled=None)])

@@ -17,7 +17,7 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
-from lib_portrait import commands
+import portrait as command_line
 from lib_portrait.commands import generate
 from lib_portrait.errors import PortraitError
 from lib_portrait.faces import service
@@ -88,7 +88,7 @@ def photos(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def run(*arguments: str | Path) -> int:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        return commands.run(commands.parse(["generate", *map(str, arguments)]))
+        return command_line.run(command_line.parse(["generate", *map(str, arguments)]))
 
 
 def settings(output: Path, number: int = 1) -> dict[str, Any]:
@@ -252,13 +252,13 @@ def test_folders_patterns_and_commas_in_names(album: Path, texts: list[str], nam
 )
 def test_what_is_no_photo_is_named(album: Path, option: str, text: str, told: str) -> None:
     words = ["--face", text] if option == "--face" else ["--face", "c.JPG", "--mix", text]
-    options = commands.parse(["generate", "--prompt", "x", *words])
+    options = command_line.parse(["generate", "--prompt", "x", *words])
     with pytest.raises(PortraitError, match=told):
         generate.request_of(options)
 
 
 def test_a_shell_s_expanded_pattern_is_one_person(album: Path) -> None:
-    options = commands.parse(["generate", "--prompt", "x", "--face", "bob/1.jpg", "c.JPG", "--start", "0.1"])
+    options = command_line.parse(["generate", "--prompt", "x", "--face", "bob/1.jpg", "c.JPG", "--start", "0.1"])
     (face,) = options.faces
     identity = generate.identity_of(face)
     assert (len(identity["photos"]), identity["start"]) == (2, 0.1)

@@ -17,7 +17,7 @@ pytest.importorskip("accelerate", reason="the trainer's requirements are not ins
 
 from accelerate.state import AcceleratorState, GradientState
 
-from lib_portrait import commands
+import portrait as command_line
 from lib_portrait.checkpoints import registry
 from lib_portrait.checkpoints.formats import read_header, write_tensors
 from lib_portrait.checkpoints.hashes import file_sha256
@@ -82,7 +82,7 @@ def somewhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 def portrait(*words: str | Path) -> int:
-    return commands.run(commands.parse([str(word) for word in words]))
+    return command_line.run(command_line.parse([str(word) for word in words]))
 
 
 def test_both_stages_work_at_once_where_they_were_exported(somewhere: Path) -> None:

@@ -12,7 +12,7 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
-from lib_portrait import commands
+import portrait as command_line
 from lib_portrait.errors import PortraitError
 from lib_portrait.faces.detection import Detector, Face
 from lib_portrait.faces.features import FaceEncoder
@@ -216,7 +216,7 @@ def test_bad_photos_are_skipped_counted_and_listed(folder, tmp_path, capsys):
     (folder.place / "notes.md").write_text("no picture")
     words = ["dataset", "photos", str(folder.place), "--output", str(tmp_path / "out"), "--size", "128"]
     words += ["--smallest-face", "20", "--processes", "1"]
-    assert commands.run(commands.parse(words)) == 0
+    assert command_line.run(command_line.parse(words)) == 0
     said = capsys.readouterr().out
     listed = (tmp_path / "out" / "photos-skipped.txt").read_text().splitlines()
     reasons = {
@@ -234,7 +234,7 @@ def test_bad_photos_are_skipped_counted_and_listed(folder, tmp_path, capsys):
         assert line.startswith(f"{reason}: {name!r}")
     assert "1 samples" in said and "8 photos were skipped" in said and "     2  unreadable picture" in said
     # Told again, though not done again, the second time.
-    assert commands.run(commands.parse(words)) == 0
+    assert command_line.run(command_line.parse(words)) == 0
     assert "8 photos were skipped" in capsys.readouterr().out
 
 
@@ -342,7 +342,7 @@ def test_a_lying_photo_of_whatever_format_is_turned_upright_and_listed(tmp_path,
         lying.save(people / "lying.png")
     words = ["dataset", "photos", str(people), "--output", str(tmp_path / "out"), "--size", "256"]
     words += ["--detector", "mtcnn", "--processes", "1", "--kind", "png"]
-    assert commands.run(commands.parse(words)) == 0
+    assert command_line.run(command_line.parse(words)) == 0
     sample = records(tmp_path / "out")[f"lying.{suffix}"]
     upright = np.asarray(photo.resize((256, 256), Image.Resampling.BOX)).astype(int)
     assert np.abs(sample.image - upright).mean() < 4
@@ -393,12 +393,12 @@ def test_check_counts_what_cannot_be_used_and_what_a_person_may_want_to_see(tmp_
         "person with one face only": alone,
     }
     words = ["dataset", "check", str(tmp_path), "--list", str(tmp_path / "faults.txt"), "--processes", "1"]
-    assert commands.run(commands.parse(words)) == 1
+    assert command_line.run(command_line.parse(words)) == 1
     assert "cannot be used: 5" in capsys.readouterr().out
     assert len((tmp_path / "faults.txt").read_text().splitlines()) == 5 + sum(report.doubtful.values())
     (tmp_path / "b-00000.tar").unlink()
     make_world(tmp_path / "good", World(0, 2, size=64))
-    assert commands.run(commands.parse(["dataset", "check", str(tmp_path / "good"), "--processes", "1"])) == 0
+    assert command_line.run(command_line.parse(["dataset", "check", str(tmp_path / "good"), "--processes", "1"])) == 0
     with pytest.raises(PortraitError, match="holds no shards"):
         check(tmp_path / "nowhere")
 
@@ -419,7 +419,9 @@ def networks(tmp_path_factory):
 
 def features(networks, data, *names):
     words = [word for name in names for word in (f"--{name}", str(networks / f"{name}.safetensors"))]
-    return commands.run(commands.parse(["dataset", "features", str(data), *words, "--batch", "2", "--device", "cpu"]))
+    return command_line.run(
+        command_line.parse(["dataset", "features", str(data), *words, "--batch", "2", "--device", "cpu"])
+    )
 
 
 def test_features_are_those_of_the_picture_the_caption_and_the_faces(tmp_path, networks, capsys):
@@ -516,5 +518,5 @@ def test_networks_that_are_not_complete_are_refused(tmp_path, networks, capsys, 
 def test_a_file_that_holds_another_network_is_refused_by_name(tmp_path, networks, capsys):
     make_world(tmp_path, World(0, 1, size=64))
     words = ["dataset", "features", str(tmp_path), "--vae", str(networks / "backbone.safetensors")]
-    assert commands.run(commands.parse(words)) == 1
+    assert command_line.run(command_line.parse(words)) == 1
     assert "backbone.safetensors does not hold the world's VAE" in capsys.readouterr().err

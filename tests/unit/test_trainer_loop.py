@@ -19,8 +19,8 @@ from accelerate.state import AcceleratorState, GradientState
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
+import portrait as command_line
 from benchmarks import train as bench
-from lib_portrait import commands
 from lib_portrait.attention.sites import find_sites
 from lib_portrait.errors import PortraitError
 from tests.tiny_recipe import Numbers, Tiny, settings
@@ -363,7 +363,7 @@ def test_two_processes_of_accelerate_launch_train_what_one_does(tmp_path, capsys
     )
     assert both.returncode == 0, both.stdout + both.stderr
     assert both.stdout.count("Step 4 of 4") == both.stdout.count("Samples a step: 4 (2 processes x 1 x 2)") == 1
-    assert commands.run(commands.parse([*words, "--batch", "4", "--output", str(tmp_path / "one")])) == 0
+    assert command_line.run(command_line.parse([*words, "--batch", "4", "--output", str(tmp_path / "one")])) == 0
     said = capsys.readouterr().out
     assert re.search(r"Step 4 of 4; weights in .*one/export", said.replace("\\", "/"))
     one, two = losses(tmp_path / "one"), losses(tmp_path / "two")
@@ -405,7 +405,7 @@ def test_the_bench_measures_the_loop_beside_an_untouched_unet_with_the_same_weig
     monkeypatch.setattr(bench.Paired, "forward", forward)
     monkeypatch.setattr(bench, "Bare", Noted)
     monkeypatch.setattr(bench.subprocess, "run", alone)
-    assert commands.run(commands.parse(["bench", "train", "--batch", "1", "--steps", "1", "--pairs", "5"])) == 0
+    assert command_line.run(command_line.parse(["bench", "train", "--batch", "1", "--steps", "1", "--pairs", "5"])) == 0
     (line,) = capsys.readouterr().out.splitlines()
     figures = json.loads(line)
     ((unet, steps),) = [(bare.unet, bare.steps) for bare in bares]

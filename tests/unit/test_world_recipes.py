@@ -15,7 +15,7 @@ from safetensors.torch import load_file
 pytest.importorskip("accelerate", reason="the trainer's requirements are not installed")
 pytest.importorskip("skia", reason="the world is drawn with skia", exc_type=ImportError)
 
-from lib_portrait import commands
+import portrait as command_line
 from lib_portrait.attention.sites import find_sites
 from lib_portrait.checkpoints.formats import read_header, read_tensors, write_tensors
 from lib_portrait.errors import PortraitError
@@ -34,7 +34,7 @@ NUMBER = 40
 
 def portrait(line: str) -> None:
     """`portrait.py` with these arguments; no path in them may hold spaces."""
-    assert commands.run(commands.parse(line.split())) == 0, line
+    assert command_line.run(command_line.parse(line.split())) == 0, line
 
 
 @pytest.fixture(scope="module")
@@ -116,7 +116,7 @@ def test_a_base_model_goes_on_with_its_text_encoder_as_it_is(runs: Path) -> None
     before, after = load_file(begun), load_file(runs / "on" / "export" / "base.safetensors")
     moved = {name for name in before if not torch.equal(before[name], after[name])}
     assert moved and all(name.startswith("unet.") for name in moved)
-    assert commands.run(commands.parse(f"{line} --output {runs}/off --fixed-text".split())) == 1
+    assert command_line.run(command_line.parse(f"{line} --output {runs}/off --fixed-text".split())) == 1
 
 
 def test_both_stages_fit_the_base_model(runs: Path) -> None:

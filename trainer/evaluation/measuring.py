@@ -16,12 +16,13 @@ from torch import Tensor
 from lib_portrait.errors import PortraitError
 from lib_portrait.faces.detection import Detector
 from lib_portrait.standalone.measuring import greedy_pairs, owner, recognised_people
+from trainer.attribute_network import AttributeNetwork
 from trainer.evaluation.artist import Pool
-from trainer.evaluation.attributes import AttributeNetwork, agreement
 from trainer.evaluation.instruments import Clip, Recogniser, embedding_of, faces_of
 from trainer.evaluation.metrics import multisim, rank
 from trainer.evaluation.people import Image, Population
 from trainer.evaluation.plans import Shot
+from trainer.world.attributes import Attributes
 
 Floats = NDArray[np.floating]
 CLIP, FACE = "clip", "face"
@@ -213,3 +214,8 @@ def _seen(
         recognised,
         None if owners is None else tuple(placed),
     )
+
+
+def agreement(stated: Attributes, told: Attributes) -> dict[str, bool]:
+    """For each attribute that a caption states and the network knows: whether the picture shows it."""
+    return {name: told[name] == value for name, value in stated.items() if name in told}

@@ -9,9 +9,9 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from lib_portrait.errors import PortraitError
-from trainer.evaluation.attributes import Attributes
 from trainer.evaluation.people import TARGET, Person
 from trainer.evaluation.prompts import MULTI, SINGLE, Prompt, dealt
+from trainer.world.attributes import Attributes
 
 BASE, REAL = "text only", "real pictures"
 PROTOCOLS = ("single", "multi", "references", "beta")

@@ -10,7 +10,7 @@ from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from trainer.evaluation.attributes import Attributes
+from trainer.world.attributes import Attributes
 from trainer.world.captions import NUMBERS, PLACES, PLURALS, STYLE_PHRASES
 
 BACKGROUND_OF = {phrase: name for name, phrases in PLACES.items() for phrase in phrases}

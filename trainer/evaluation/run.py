@@ -26,8 +26,8 @@ from lib_portrait.faces.recognition import backbone_from_state_dict
 from lib_portrait.faces.service import FaceService
 from lib_portrait.faces.world_detector import open_detector
 from lib_portrait.standalone.model import Model, load_model
+from trainer.attribute_network import AttributeNetwork
 from trainer.evaluation.artist import Artist, GlobalFaces, ModelArtist, Pool, Studio, Style
-from trainer.evaluation.attributes import AttributeNetwork
 from trainer.evaluation.instruments import (
     open_clip_of,
     open_recogniser,

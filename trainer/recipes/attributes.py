@@ -21,11 +21,12 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from lib_portrait.faces.world_networks import GRID, view
+from trainer.attribute_network import HEADS, OF_THE_FACE, AttributeNetwork
 from trainer.draws import Draws
-from trainer.evaluation.attributes import HEADS, OF_THE_FACE, AttributeNetwork, attributes_of
 from trainer.loop import Recipe
 from trainer.shards import Record, Shards
 from trainer.world import Identity, Scene, caption, identity, sample_scene
+from trainer.world.attributes import attributes_of
 
 UNKNOWN = -1
 # Made pictures are softer than drawn ones, and their colours are a little off.

@@ -11,12 +11,12 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from lib_portrait.faces.world_networks import Trunk, filled, read_network, save_network, view
+from trainer.world.attributes import Attributes
 from trainer.world.backgrounds import BACKGROUNDS
-from trainer.world.scenes import MOST_PEOPLE, STYLES, Scene
+from trainer.world.scenes import MOST_PEOPLE, STYLES
 from trainer.world.situations import CLOTHES_COLOURS, EXPRESSIONS, GARMENTS, HATS
 
 KIND = "attributes"
-Attributes = dict[str, str]
 
 # What is told of every picture, and what of pictures of one person only. Every value is a word of `attributes_of`.
 HEADS: dict[str, tuple[str, ...]] = {
@@ -31,33 +31,8 @@ HEADS: dict[str, tuple[str, ...]] = {
     "glasses": ("no", "yes"),
     "scarf": ("no", "yes"),
 }
-COLOURLESS = ("pencil drawing",)
 # Heads that have to look at the face, which training shows them.
 OF_THE_FACE = ("expression", "glasses")
-
-
-def attributes_of(scene: Scene) -> Attributes:
-    """The truth about a scene. Of several people only how many there are; in pencil drawings no colours."""
-    people = scene.people
-    told = {
-        "people": str(len(people)),
-        "women": str(sum(person.identity.woman for person in people)),
-        "style": scene.style,
-        "background": scene.background,
-    }
-    if len(people) > 1:
-        return told
-    situation = people[0].situation
-    told |= {
-        "expression": situation.expression,
-        "garment": situation.garment,
-        "hat": situation.hat or "none",
-        "glasses": "yes" if situation.glasses else "no",
-        "scarf": "yes" if situation.scarf else "no",
-    }
-    if scene.style not in COLOURLESS:
-        told["clothes_colour"] = situation.clothes_colour
-    return told
 
 
 class AttributeNetwork(nn.Module):
@@ -104,8 +79,3 @@ class AttributeNetwork(nn.Module):
         logits, _ = self(torch.stack([view(picture) for picture in pictures]).to(device))
         best = {name: values.argmax(dim=-1).tolist() for name, values in logits.items()}
         return [{name: self.heads[name][best[name][row]] for name in best} for row in range(len(pictures))]
-
-
-def agreement(stated: Attributes, told: Attributes) -> dict[str, bool]:
-    """For each attribute that a caption states and the network knows: whether the picture shows it."""
-    return {name: told[name] == value for name, value in stated.items() if name in told}

@@ -14,7 +14,7 @@ import time
 from pathlib import Path
 
 REQUIREMENTS = "dev"
-ROOT = Path(__file__).resolve().parents[2]
+ROOT = Path(__file__).resolve().parents[1]
 CHECKS = {
     "ruff check": ["ruff", "check", "."],
     "ruff format": ["ruff", "format", "--check", "."],
