@@ -171,7 +171,9 @@ class Host:
             return p.steps, int(min(p.denoising_strength, 0.999) * p.steps)
 
         def checkpoint_match(name: str) -> Any:
-            return SimpleNamespace(filename=str(folder / f"{name}.safetensors")) if name in self.models else None
+            files = (folder / f"{name}.safetensors", folder / f"{name}.ckpt")
+            file = next((file for file in files if file.is_file()), files[-1])
+            return SimpleNamespace(filename=str(file)) if name in self.models else None
 
         opts = SimpleNamespace(
             data={},
@@ -259,6 +261,8 @@ class Host:
                     p.scripts.each("postprocess_image", p, SimpleNamespace(image=picture))
                     images.append(picture)
                     infotexts.append(text)
+                    if getattr(p, "mask_for_overlay", None) is not None and self.opts.return_mask:
+                        images.append(p.mask_for_overlay.convert("RGB"))
         processed = Processed(images, infotexts, list(p.all_prompts))
         if p.grid and len(images) > 1:
             processed.images.insert(0, images[0].copy())
@@ -463,6 +467,9 @@ class CFGDenoiser:
     def __init__(self, p: Processing, total_steps: int, cond: Any, uncond: Any):
         self.p, self.host, self.total_steps, self.cond, self.uncond = p, p.host, total_steps, cond, uncond
         self.step = 0
+        # Of each picture its prompts, as modules/prompt_parser.py: MulticondLearnedConditioning has them.
+        composed = SimpleNamespace(batch=[[None] * count for count in p.repeats])
+        self.sampler = SimpleNamespace(sampler_extra_args={"cond": composed, "uncond": uncond})
 
     def __call__(self, x: torch.Tensor) -> torch.Tensor:
         host, opts, p = self.host, self.host.opts, self.p
