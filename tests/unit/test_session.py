@@ -563,7 +563,7 @@ def test_each_sampling_is_judged_by_itself(host: Host) -> None:
     assert "of 2 rows of the prompt only 0" in error.problem
 
 
-# ------------------------------------------------------------------------------ processing objects, used again and again
+# ---------------------------------------------------------------------------------- processing objects, used again
 
 
 def test_nothing_is_left_on_a_processing_object(host: Host) -> None:
