@@ -641,6 +641,19 @@ def test_copies_have_requests_of_their_own(host: Host) -> None:
     assert ours(p) == set() and off.closed == 0 and p.closed == 1
 
 
+def test_a_copy_does_not_draw_the_object_that_it_is_a_copy_of(host: Host) -> None:
+    """What a neighbour put on the object, below our guard, is bound to the object."""
+    expected = images(host.generate(Processing(host, one(), steps=1)))
+    p = Processing(host, one())
+    inner = p.sample
+    p.sample = lambda *args, **kwargs: inner(*args, **kwargs)
+    p.scripts.each("before_process", p)
+    cell = copy.copy(p)
+    cell.steps = 1
+    assert images(host.process_images(cell)) == expected
+    p.close()
+
+
 @pytest.mark.parametrize("name", ["init", "sample"])
 def test_a_neighbours_wrapper_stays_where_it_is(host: Host, name: str) -> None:
     """Around ours, below ours, and ours once more around it when the object is processed again."""
