@@ -345,6 +345,7 @@ def check_axis(p: Any, cells: Sequence[Mapping[str, Any]]) -> None:
 def begin(p: Any, values: Sequence[Any]) -> None:
     """`before_process`: reads the request and sets the guards. Faults are kept, not raised."""
     forget(p)
+    jobs.release_copy(p)
     request: PortraitRequest | None = None
     failure: Exception | None = None
     tabs: Sequence[int] = ()
@@ -356,7 +357,6 @@ def begin(p: Any, values: Sequence[Any]) -> None:
         request = parse_request(form, services.limits())
     except Exception as error:
         failure = _known(error, tabs)
-    jobs.release_copy(p)
     setattr(p, _ATTRIBUTE, Session(request, tabs, failure))
     for name in ("init", "sample"):
         setattr(p, name, _Guard(p, name))
@@ -405,8 +405,12 @@ def _add_maps(p: Any, processed: Any, session: Session) -> None:
     numbers = session.tabs or range(1, len(session.request.identities) + 1)
     legend = Legend([f"Identity {number}" for number in numbers], numbers, images.get_font)
     pictures = places.pictures(p, processed)
-    for picture, drawn in zip(pictures, draw_routing(pictures, session.maps, session.place, legend)):
-        infotext = processed.infotexts[min(processed.images.index(picture), len(processed.infotexts) - 1)]
+    infotexts = processed.infotexts[processed.index_of_first_image :]
+    # The host gives none to inpaint masks, which stand between the pictures; those of the maps must come after them.
+    processed.infotexts += processed.infotexts[-1:] * (len(processed.images) - len(processed.infotexts))
+    for picture, infotext, drawn in zip(
+        pictures, infotexts, draw_routing(pictures, session.maps, session.place, legend)
+    ):
         saved = getattr(picture, "already_saved_as", None)
         if saved and settings.saves_maps():
             file = Path(saved)
