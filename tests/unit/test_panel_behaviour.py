@@ -6,9 +6,11 @@ import importlib
 import io
 import json
 import re
+import shutil
 import sys
 import threading
 import types
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -19,6 +21,7 @@ from lib_portrait.checkpoints import Folders, Store
 from lib_portrait.errors import NoSuchFace, PortraitError
 from lib_portrait.request import Limits, Photo
 
+WORLD = Path(__file__).resolve().parents[2] / "models" / "world"
 MODULES = tuple(f"lib_portrait.webui.{name}" for name in ("adetailer", "panel", "services", "settings", "world"))
 
 
@@ -399,12 +402,12 @@ def complete(store, name="mine", router=True):
 
 
 def complete_world(store):
-    """Puts the files of the embedded world there: an adapter that names networks of its own, and these."""
+    """Puts the embedded world's kit there, as it is but for the adapter itself."""
     store.home.mkdir(exist_ok=True)
-    networks = {role: f"world-{role}.safetensors" for role in ("backbone", "vision")}
-    save_file({"x": np.zeros(1)}, store.home / "uniportrait-faceid_world.safetensors", networks)
-    for file in (*networks.values(), "uniportrait-router_world.safetensors"):
-        (store.home / file).touch()
+    for file in ("kit.json", "world-recognition.safetensors", "world-vision.safetensors"):
+        shutil.copyfile(WORLD / file, store.home / file)
+    save_file({"x": np.zeros(1)}, store.home / "uniportrait-faceid_world.safetensors")
+    (store.home / "uniportrait-router_world.safetensors").touch()
 
 
 @pytest.mark.parametrize("loaded", ["SD1.5", None])
