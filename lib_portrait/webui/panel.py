@@ -718,7 +718,10 @@ def weights_html(chosen: str, loaded: str | None, file: Path | None = None) -> t
     if loaded not in (world.WORLD, world.SD15, None):
         text = f"UniPortrait needs a checkpoint of the SD1.5 family, and the loaded one is {loaded}. Load another."
         return message_html(text, "warning"), False
-    name, kit = _wanted(chosen, loaded, file)
+    try:
+        name, kit = _wanted(chosen, loaded, file)
+    except PortraitError as error:  # of the embedded kit's manifest
+        return message_html(error.detail), False
     if kit is None:
         return message_html(f"There is no adapter {name}. Choose another Checkpoint here.", "warning"), False
     if kit.problem is not None:
