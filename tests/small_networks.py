@@ -55,6 +55,30 @@ def small_kit(folder: Path, name: str, router: bool = True) -> None:
     save_file(vision, folder / names["vision"])
 
 
+def small_manifest(folder: Path, name: str) -> None:
+    """The manifest of the kit in `folder`, with all that a world's has."""
+    from lib_portrait.checkpoints.hashes import file_sha256
+    from lib_portrait.checkpoints.kit import Manifest, Sampling, StoredFile, TextEncoder, write_manifest
+
+    def stored(name: str) -> StoredFile:
+        return StoredFile(name, file_sha256(folder / name), (folder / name).stat().st_size)
+
+    text = json.loads((folder / "text" / "config.json").read_text("utf-8"))
+    manifest = Manifest(
+        name=name,
+        method="uniportrait",
+        adapter={role: f"uniportrait-{role}_{name}.safetensors" for role in ("faceid", "router")},
+        encoders={role: stored(f"small_{role}.safetensors") for role in ("backbone", "vision")},
+        detector=StoredFile("world-detector.safetensors"),
+        measuring=stored("world-measuring.safetensors"),
+        base=stored("world.safetensors"),
+        text_encoder=TextEncoder(**{size: text[size] for size in TextEncoder.__dataclass_fields__}),
+        picture=(64, 64),
+        sampling=Sampling("DDIM", 20, 5),
+    )
+    write_manifest(folder / "kit.json", manifest)
+
+
 def small_text_folder(folder: Path) -> None:
     """Fills `folder` as models/world/text, for a text encoder of the parity UNet's context width."""
     from lib_portrait.standalone.layout import SD1_TEXT

@@ -1,7 +1,8 @@
-"""What an adapter needs beside its own file: named in its metadata, and brought along where no model folder has it.
+"""What an adapter needs beside its own file: named in its kit's manifest, and brought along where no folder has it.
 
-An adapter's file names its networks by bare file names, which are looked for in the folder of the adapter and in the
-model folders. So an export holds what those would not give: the adapter works where it was exported.
+The manifest names the networks by their content, which is looked for in the folder of the adapter and in the model
+folders; for readers of the weight file alone their bare names stand in its metadata. So an export holds what those
+folders would not give: the adapter works where it was exported.
 """
 
 from __future__ import annotations
@@ -16,7 +17,8 @@ from pathlib import Path
 from lib_portrait.checkpoints import registry
 from lib_portrait.checkpoints.formats import SAFETENSORS_SUFFIX, read_header
 from lib_portrait.checkpoints.hashes import file_sha256
-from lib_portrait.checkpoints.store import Folders, Store, bare_name
+from lib_portrait.checkpoints.kit import StoredFile, bare_name
+from lib_portrait.checkpoints.store import Folders, Store
 from lib_portrait.errors import PortraitError
 
 MODELS = Path(__file__).resolve().parents[1] / "models"
@@ -87,6 +89,36 @@ def beside(faceid: Path, adapter: str) -> list[Companion]:
     first = Companion("faceid", f"uniportrait-faceid_{adapter}{faceid.suffix}", faceid)
     names = {role: told[role] for role in ROLES if role in told}
     return [first, *(Companion(role, name, _found(role, name, [faceid.parent])) for role, name in names.items())]
+
+
+def stored_file(path: Path) -> StoredFile:
+    """What a manifest says of a file."""
+    return StoredFile(path.name, file_sha256(path), path.stat().st_size)
+
+
+def encoders(
+    companions: Sequence[Companion], hashes: Mapping[str, str], folders: Sequence[Path] = FOLDERS
+) -> dict[str, StoredFile]:
+    """What a manifest says of the networks that the features were made with, by role.
+
+    companions: those of them that have been named. hashes: their SHA-256 by role. Of a network that nobody has named
+    the published one's name is told; of a file that is not there, its content's hash alone.
+    """
+    named = {one.role: one for one in companions}
+    found = {}
+    for role in ROLES:
+        sha256 = hashes.get(role)
+        if sha256 is None:
+            continue
+        one = named.get(role)
+        path = one.path if one is not None else Store(Folders(folders)).published(role)
+        if path is not None and file_sha256(path) == sha256:
+            # As it is called where `Companion.bring` puts it.
+            name = Path(one.name).stem + path.suffix if one is not None else path.name
+            found[role] = StoredFile(name, sha256, path.stat().st_size)
+        else:
+            found[role] = StoredFile(one.name if one is not None else registry.by_role(role).filename, sha256)
+    return found
 
 
 def _say(text: str) -> None:

@@ -1,22 +1,26 @@
 """Puts the trained networks of a world together in the form in which they are used: `python -m trainer.release --help`.
 
 The folder then holds what `portrait.py generate` and the WebUI read: one Stable Diffusion checkpoint with its .yaml,
-the adapter's files, the face networks, and photos of people that no training has seen.
+the adapter's files, the face networks, and photos of people that no training has seen. Its kit.json is brought up to
+date with what lies there.
 """
 
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import shutil
 from pathlib import Path
 
 import torch
 
 from lib_portrait.checkpoints.formats import read_tensors, write_tensors
+from lib_portrait.checkpoints.kit import ALONE, StoredFile, read_manifest, write_manifest
 from lib_portrait.errors import PortraitError
 from lib_portrait.faces.weights import check_finite, fitting
-from lib_portrait.standalone.model import make_model, save_model
+from lib_portrait.standalone.model import load_model, make_model, save_model, text_encoder_of
 from trainer.architectures import world_text_encoder, world_unet, world_vae
+from trainer.companions import stored_file
 from trainer.recipes.base import latent_scale
 from trainer.shards import encode_png
 from trainer.uniportrait_start import of_rank
@@ -77,6 +81,31 @@ def reduced(file: Path, rank: int, target: Path) -> None:
     write_tensors(target, stated, {**stored.metadata, "reduced": f"LoRA reduced to rank {rank}"})
 
 
+def renew_manifest(folder: Path) -> None:
+    """Brings the kit.json in `folder` up to date with the files it names there: their content, the checkpoint's sizes.
+
+    Files that are not there stay as they were told. Raises PortraitError for a manifest or checkpoint that is refused.
+    """
+    kit = read_manifest(folder / ALONE)
+
+    def renewed(file: StoredFile) -> StoredFile:
+        path = folder / file.name
+        return stored_file(path) if path.is_file() else file
+
+    kit = dataclasses.replace(
+        kit,
+        encoders={role: renewed(file) for role, file in kit.encoders.items()},
+        detector=kit.detector and renewed(kit.detector),
+        measuring=kit.measuring and renewed(kit.measuring),
+        base=kit.base and renewed(kit.base),
+    )
+    if kit.base is not None and (folder / kit.base.name).is_file():
+        model = load_model(folder / kit.base.name)
+        text_encoder = text_encoder_of(model.text_encoder)
+        kit = dataclasses.replace(kit, text_encoder=text_encoder, picture=(model.size, model.size))
+    write_manifest(folder / ALONE, kit)
+
+
 def photos(folder: Path, people: int) -> None:
     """WORD-NUMBER-K.png: photo K of held-out person NUMBER, a plain photograph of one person."""
     folder.mkdir(parents=True, exist_ok=True)
@@ -129,6 +158,8 @@ def main() -> None:
             shutil.copyfile(file, options.output / file.name)
         else:
             reduced(file, options.rank, options.output / file.name)
+    if (options.output / ALONE).is_file():
+        renew_manifest(options.output)
 
 
 if __name__ == "__main__":

@@ -8,6 +8,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from lib_portrait.checkpoints.kit import CLIP_L, Manifest, StoredFile
+
 ROLES = ("faceid", "router", "backbone", "vision", "detector")
 
 UNIPORTRAIT = "https://huggingface.co/Junjie96/UniPortrait/resolve/main/"
@@ -114,6 +116,23 @@ KNOWN: tuple[KnownWeight, ...] = (
 GROUPS: dict[str, tuple[str, ...]] = {
     "uniportrait": ("faceid", "router", "backbone", "vision"),
     "insightface": ("detector",),
+}
+
+# The manifests of published adapters, by name. They come without default sampler settings: any of the WebUI's do.
+PUBLISHED_KITS: dict[str, Manifest] = {
+    "sd15": Manifest(
+        name="sd15",
+        method="uniportrait",
+        adapter={weight.role: weight.filename for weight in KNOWN if weight.role in ("faceid", "router")},
+        encoders={
+            weight.role: StoredFile(weight.filename, weight.sha256, weight.size)
+            for weight in KNOWN
+            if weight.role in ("backbone", "vision")
+        },
+        text_encoder=CLIP_L,
+        picture=(512, 512),
+        licence="see the publisher's page (the code is Apache-2.0)",
+    )
 }
 
 

@@ -17,7 +17,7 @@ import numpy as np
 import torch
 from PIL import Image, ImageFont
 
-from lib_portrait.checkpoints.store import EMBEDDED, Folders, Store
+from lib_portrait.checkpoints.store import Folders, Store
 from lib_portrait.conditioning import Conditioner
 from lib_portrait.errors import Notice, PortraitError
 from lib_portrait.faces.service import FaceService
@@ -26,14 +26,13 @@ from lib_portrait.methods.uniportrait import RoutingMaps
 from lib_portrait.request import AUTOMATIC, Limits, PortraitRequest, to_json
 from lib_portrait.routing_picture import Legend, draw_routing
 from lib_portrait.standalone.measuring import Likeness, Measurer, owners_of, shows_everybody
-from lib_portrait.standalone.model import WORLD, load_model
+from lib_portrait.standalone.model import WORLD, load_model, text_encoder_of
 from lib_portrait.standalone.sampling import Sampling, check, sample
 from lib_portrait.standalone.sheet import Cell, Section, draw_sheet
 
 GET_BACK = "get it back with `git checkout models/world`"
 CACHE = WORLD.parents[1] / ".cache"
 WORLD_CHECKPOINT = WORLD / "world.safetensors"
-MEASURING, FINDING = WORLD / "world-measuring.safetensors", WORLD / "world-detector.safetensors"
 # Four pictures of SD1.5's size, sixty-four of the world's.
 PIXELS_AT_ONCE = 4 * 512 * 512
 ACROSS = 4
@@ -152,9 +151,10 @@ class Studio:
         return notices
 
     def resolved(self, request: PortraitRequest) -> PortraitRequest:
-        """The request with the world's adapter where the model is the world's and no adapter is named."""
-        if self.model.of_world and request.checkpoint == AUTOMATIC:
-            return replace(request, checkpoint=EMBEDDED)
+        """The request with the adapter that *automatic* means for this checkpoint."""
+        if request.checkpoint == AUTOMATIC:
+            name = self.store.automatic(self.checkpoint, text_encoder_of(self.model.text_encoder))
+            return replace(request, checkpoint=name)
         return request
 
     def crops(self, request: PortraitRequest) -> list[list[np.ndarray]]:
@@ -167,17 +167,20 @@ class Studio:
     def comparison(self, request: PortraitRequest, crops: Sequence[Sequence[np.ndarray]]) -> Comparison:
         """What holds pictures against the request's people, whose aligned faces are given.
 
-        For the world's adapter that is the world's own measuring network. For others there is none here: the one that
+        That is the network that the adapter's kit names for it. Where it names none there is none: the one that
         conditions would find its own mark in every picture.
         """
-        if self.store.kit(request.checkpoint).name != EMBEDDED:
-            return Comparison("similarity not measured: only the embedded world brings a network for it")
-        missing = [path for path in (MEASURING, FINDING) if not path.is_file()]
+        kit = self.store.kit(request.checkpoint)
+        manifest, home = kit.manifest, kit.home
+        if manifest is None or home is None or manifest.measuring is None or manifest.detector is None:
+            return Comparison(f"similarity not measured: {kit.name} comes without a network for it")
+        measuring, detector = home / manifest.measuring.name, home / manifest.detector.name
+        missing = [path for path in (measuring, detector) if not path.is_file()]
         if missing:
-            return Comparison(f"similarity not measured: {missing[0]} is not there; {GET_BACK}")
-        # Detectors made for photographs miss many of the world's drawn people.
-        measurer = Measurer.load(MEASURING, world_detector(FINDING))
-        note = f"similarity measured by {MEASURING.name}, which took no part in drawing"
+            return Comparison(f"similarity not measured: {missing[0]} is not there; get the kit anew")
+        # Detectors made for photographs miss faces of other kinds of pictures.
+        measurer = Measurer.load(measuring, world_detector(detector))
+        note = f"similarity measured by {measuring.name}, which took no part in drawing"
         return Comparison(note, measurer, measurer.references(crops))
 
 

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
 from lib_portrait.checkpoints.formats import read_tensors, write_tensors
+from lib_portrait.checkpoints.kit import TextEncoder
 from lib_portrait.errors import PortraitError
 from lib_portrait.faces.weights import all_finite, not_finite
 from lib_portrait.standalone import layout
@@ -105,6 +106,11 @@ def make_model(unet: UNet2DConditionModel, vae: AutoencoderKL, text_encoder: CLI
         )
     config = layout.describe(unet.config, vae.config, own_text)
     return Model(unet, vae, text_encoder, load_tokenizer(), config)
+
+
+def text_encoder_of(network: CLIPTextModel) -> TextEncoder:
+    """A text encoder's sizes, as the manifests of kits have them."""
+    return TextEncoder(**{name: getattr(network.config, name) for name in TextEncoder.__dataclass_fields__})
 
 
 # ---------------------------------------------------------------------------------------------------------------- load

@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import Any
 
 from lib_portrait.checkpoints import KitStatus, KnownWeight, Missing
-from lib_portrait.checkpoints.store import AUTOMATIC, EMBEDDED
+from lib_portrait.checkpoints.store import AUTOMATIC
 from lib_portrait.errors import NoSuchFace, PortraitError
 from lib_portrait.request import HASH_PREFIX, METHODS, Identity, Limits, Mix, Photo, PortraitRequest, parse_request
 from lib_portrait.webui import adetailer, paste, services, settings, world
@@ -35,11 +35,6 @@ CROP_SIDE = 112
 IMAGE_TYPES = [".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".avif", ".heic", ".heif"]
 DOWNLOAD_PERIOD = 0.5
 FACE_SIDE = 40
-WORLD_LOADED = (
-    f"The embedded world is loaded. It draws {world.SETTINGS['width']} × {world.SETTINGS['height']} px with "
-    f"{world.SETTINGS['sampling']}, {world.SETTINGS['steps']} steps and CFG {world.SETTINGS['cfg_scale']}; larger "
-    "pictures become crowds."
-)
 # The panel's controls that the host keeps as defaults (Settings > Defaults): no photo is one, nor whether it is used.
 DEFAULTS = (
     "checkpoint",
@@ -118,7 +113,7 @@ def watch_host(script: Any, is_img2img: bool) -> None:
 
         return note
 
-    for name in world.SETTINGS:
+    for name in world.CONTROLS:
         script.on_after_component(noting(name), elem_id=f"{tab}_{name}")
 
 
@@ -126,9 +121,9 @@ def _connect_world(script: Any) -> None:
     """Has the button set the host's controls, once the button and all of them are there."""
     button = getattr(script, "portrait_world_button", None)
     controls = getattr(script, "portrait_host_controls", {})
-    if button is not None and len(controls) == len(world.SETTINGS):
-        outputs = [controls[name] for name in world.SETTINGS]
-        button.click(lambda: list(world.SETTINGS.values()), [], outputs, show_progress=False)
+    if button is not None and len(controls) == len(world.CONTROLS):
+        outputs = [controls[name] for name in world.CONTROLS]
+        button.click(lambda: list(world.controls().values()), [], outputs, show_progress=False)
 
 
 class _Label(str):
@@ -224,7 +219,7 @@ def _build_top(gr: Any, tab: str) -> dict[str, Any]:
 
     def judge(chosen: str) -> list[Any]:
         loaded = world.loaded_family()
-        message, loadable = weights_html(chosen, loaded)
+        message, loadable = weights_html(chosen, loaded, world.loaded_file())
         return [message + neighbours_html(), gr.update(visible=loadable), gr.update(visible=loaded == world.WORLD)]
 
     def look_again(chosen: str) -> list[Any]:
@@ -241,7 +236,7 @@ def _build_top(gr: Any, tab: str) -> dict[str, Any]:
     top["checkpoint"].change(judge, [top["checkpoint"]], judged, show_progress=False)
 
     def fetch(chosen: str) -> Iterator[list[Any]]:
-        for message in download_missing(chosen, world.loaded_family()):
+        for message in download_missing(chosen, world.loaded_family(), world.loaded_file()):
             yield [paste.UNCHANGED, message, gr.update(interactive=False)]
         choices, _, visible, _ = look_again(chosen)
         yield [choices, message, {**visible, "interactive": True}]
@@ -693,25 +688,29 @@ def checkpoint_choices() -> list[str]:
     return [AUTOMATIC] + [kit.name + ("" if kit.usable else layout.INCOMPLETE) for kit in services.store().kits()]
 
 
-def _wanted(chosen: str, loaded: str | None) -> tuple[str, KitStatus | None]:
-    """The adapter that a choice of the checkpoint control means with a checkpoint of family `loaded` (`world`): its
-    name, and what is there of it."""
+def _wanted(chosen: str, loaded: str | None, file: Path | None) -> tuple[str, KitStatus | None]:
+    """The adapter that a choice of the checkpoint control means with the checkpoint in `file`, of family `loaded`
+    (`world`): its name, and what is there of it."""
     name = str(chosen).removesuffix(layout.INCOMPLETE)
     if name == AUTOMATIC:
-        name = EMBEDDED if loaded == world.WORLD else services.store().automatic()
+        name = world.adapter_for(loaded == world.WORLD, file)
     return name, next((kit for kit in services.store().kits() if kit.name == name), None)
 
 
-def weights_html(chosen: str, loaded: str | None) -> tuple[str, bool]:
+def weights_html(chosen: str, loaded: str | None, file: Path | None = None) -> tuple[str, bool]:
     """What the loaded checkpoint lacks to draw people, or what is to be known of it (HTML, or ""); and whether a
     download would help.
 
-    chosen: of the checkpoint control. loaded: the family (`world.loaded_family`), None where it is not known.
+    chosen: of the checkpoint control. loaded: the family (`world.loaded_family`), file: the checkpoint's; None where
+    they are not known.
     """
     if loaded not in (world.WORLD, world.SD15, None):
         text = f"UniPortrait needs a checkpoint of the SD1.5 family, and the loaded one is {loaded}. Load another."
         return message_html(text, "warning"), False
-    name, kit = _wanted(chosen, loaded)
+    try:
+        name, kit = _wanted(chosen, loaded, file)
+    except PortraitError as error:  # of the embedded kit's manifest
+        return message_html(error.detail), False
     if kit is None:
         return message_html(f"There is no adapter {name}. Choose another Checkpoint here.", "warning"), False
     if kit.problem is not None:
@@ -726,7 +725,13 @@ def weights_html(chosen: str, loaded: str | None) -> tuple[str, bool]:
         text = f"For several people in one picture a file is missing (adapter {escape(kit.name)}): {how}."
         return _missing_html(text, kit.missing, "info"), loadable
     if loaded == world.WORLD:
-        return message_html(WORLD_LOADED, "info"), False
+        values = world.controls()
+        text = (
+            f"The embedded world is loaded. It draws {values['width']} × {values['height']} px with "
+            f"{values['sampling']}, {values['steps']} steps and CFG {values['cfg_scale']}; larger pictures become "
+            "crowds."
+        )
+        return message_html(text, "info"), False
     return "", False
 
 
@@ -746,13 +751,13 @@ def _missing_html(text: str, gaps: Sequence[Missing], kind: str) -> str:
     return f'<div class="portrait-message portrait-{kind}" role="alert">{text}{which}</div>'
 
 
-def download_missing(chosen: str, loaded: str | None) -> Iterator[str]:
+def download_missing(chosen: str, loaded: str | None, file: Path | None = None) -> Iterator[str]:
     """Downloads the published files that a choice of the checkpoint control lacks; messages (HTML) on how it goes, the
     last on how it ended.
 
     The first file that cannot be had ends it: what comes after usually has the same source.
     """
-    _, kit = _wanted(chosen, loaded)
+    _, kit = _wanted(chosen, loaded, file)
     gaps = kit.missing if kit is not None else ()
     for gap in gaps:
         if gap.known is None:

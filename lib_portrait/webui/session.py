@@ -23,7 +23,7 @@ import torch
 from modules import devices, errors, images, shared
 
 from lib_portrait.attention import NEGATIVE, POSITIVE, Injection, find_sites, mark
-from lib_portrait.checkpoints.store import AUTOMATIC, EMBEDDED
+from lib_portrait.checkpoints.store import AUTOMATIC
 from lib_portrait.errors import Notice, PortraitError
 from lib_portrait.regions import WHOLE, Box, check_takes_part
 from lib_portrait.request import PortraitRequest, check_window, parse_request, to_infotext
@@ -254,9 +254,9 @@ class Session:
 
 
 def resolved(request: PortraitRequest) -> PortraitRequest:
-    """The request, with the adapter of the embedded world for *automatic* where that is the loaded checkpoint."""
-    if request.checkpoint == AUTOMATIC and world.is_world(shared.sd_model):
-        return dataclasses.replace(request, checkpoint=EMBEDDED)
+    """The request, with the adapter that *automatic* means for the loaded checkpoint."""
+    if request.checkpoint == AUTOMATIC:
+        return dataclasses.replace(request, checkpoint=world.automatic(shared.sd_model))
     return request
 
 

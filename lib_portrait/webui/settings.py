@@ -110,8 +110,8 @@ def limits() -> Limits:
 def folders() -> Folders:
     """Where weights are looked for: folders of the settings page, the WebUI's models/Portrait, this extension's models.
 
-    In the last of these lie those of the embedded world. Image encoders and detectors that ControlNet, IP-Adapter or
-    another WebUI extension brought are found where those keep them.
+    In the last of these lies the embedded kit, in a folder of its own. Image encoders and detectors that ControlNet,
+    IP-Adapter or another WebUI extension brought are found where those keep them.
     """
     models = Path(models_path)
     lines = str(_option("model_folders", "")).splitlines()
@@ -124,7 +124,7 @@ def folders() -> Folders:
     # Below each of these the detector looks into insightface's own subfolders too.
     detector = [models, models / "insightface", *annotators, Path.home() / ".insightface"]
     return Folders(
-        own=[*further, models / "Portrait", EXTENSION / "models", EXTENSION / "models" / "world"],
+        own=[*further, models / "Portrait", EXTENSION / "models"],
         shared={"vision": vision, "detector": detector},
     )
 

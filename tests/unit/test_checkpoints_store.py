@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import dataclasses
+import hashlib
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from safetensors.torch import save_file
 
 from lib_portrait.checkpoints import Folders, Store, registry
+from lib_portrait.checkpoints.kit import Manifest, StoredFile, TextEncoder, write_manifest
 from lib_portrait.errors import PortraitError
 
 BACKBONE = "glint360k_curricular_face_r101_backbone.bin"
@@ -114,13 +118,134 @@ def test_automatic_without_the_published_one_is_the_first_by_name(store: Store, 
     assert store.kit().name == "a"
 
 
-def test_automatic_is_never_the_embedded_world_s(store: Store, tmp_path: Path) -> None:
-    put(tmp_path / "models", BACKBONE, VISION, "uniportrait-faceid_world.bin")
+SMALL = TextEncoder(96, 4, 4, 77)
+
+
+def manifest(name: str = "mine", **entries: Any) -> Manifest:
+    return Manifest(**{"name": name, "method": "uniportrait", "adapter": {"faceid": f"{name}.bin"}, **entries})
+
+
+def stored(path: Path, content: bytes) -> StoredFile:
+    """Writes a file, and what a manifest says of it."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_bytes(content)
+    return StoredFile(path.name, hashlib.sha256(content).hexdigest(), len(content))
+
+
+def test_automatic_is_never_an_adapter_of_another_text_encoder(store: Store, tmp_path: Path) -> None:
+    world = tmp_path / "models" / "world"
+    put(tmp_path / "models", BACKBONE, VISION, "world/world.bin")
+    base = stored(tmp_path / "world.safetensors", b"a world")
+    write_manifest(world / "kit.json", manifest("world", text_encoder=SMALL, base=base))
     with pytest.raises(PortraitError, match="uniportrait-faceid_sd15"):
         store.kit()
-    assert store.kit("world").name == "world"
+    assert store.kit("world").faceid == world / "world.bin"
+    assert store.kit("world").home == world
     put(tmp_path / "models", "uniportrait-faceid_zoe.bin")
     assert store.kit().name == "zoe"
+    assert store.automatic(text_encoder=SMALL) == store.automatic(tmp_path / "world.safetensors", SMALL) == "world"
+    assert store.automatic(tmp_path / "world.safetensors") == "zoe"
+
+
+def test_automatic_is_the_adapter_of_the_very_checkpoint_where_several_fit(store: Store, tmp_path: Path) -> None:
+    put(tmp_path / "Portrait", *PUBLISHED, "mine.bin", "other.bin")
+    base = stored(tmp_path / "base.safetensors", b"one base")
+    stored(tmp_path / "same-size.safetensors", b"two base")
+    write_manifest(tmp_path / "Portrait" / "mine.kit.json", manifest(base=base))
+    write_manifest(tmp_path / "Portrait" / "other.kit.json", manifest("other", base=StoredFile("base.safetensors")))
+    (tmp_path / "base.safetensors").rename(tmp_path / "renamed.safetensors")
+    assert store.automatic(tmp_path / "renamed.safetensors") == "mine"
+    for other in ("same-size.safetensors", "gone.safetensors"):
+        assert store.automatic(tmp_path / other) == "sd15"
+    assert store.automatic() == "sd15"
+
+
+@pytest.mark.parametrize("size_known", [True, False])
+def test_an_adapter_finds_its_own_encoders_by_content(store: Store, tmp_path: Path, size_known: bool) -> None:
+    """Several recognition networks lie around, one under the name that the manifest says, two of one size."""
+    own, models = tmp_path / "Portrait", tmp_path / "models"
+    put(own, *PUBLISHED, "mine.bin", "eyes_backbone.bin", "another_backbone.safetensors")
+    wanted = stored(models / "renamed_backbone.safetensors", b"my eyes")
+    vision = stored(tmp_path / "clip_vision" / "whatever.pth", b"my clip!")
+    if not size_known:
+        wanted, vision = (dataclasses.replace(file, size=None) for file in (wanted, vision))
+    encoders = {"backbone": dataclasses.replace(wanted, name="eyes_backbone.bin"), "vision": vision}
+    write_manifest(own / "mine.kit.json", manifest(encoders=encoders))
+    kit = store.kit("mine")
+    assert kit.faceid == own / "mine.bin" and kit.router is None
+    assert kit.backbone == models / "renamed_backbone.safetensors"
+    assert kit.vision == tmp_path / "clip_vision" / "whatever.pth"
+    assert kit.manifest == manifest(encoders=encoders)
+    assert store.kit("sd15").backbone.name == BACKBONE
+    assert [status.usable for status in store.kits()] == [True, True]
+    put(models, "uniportrait-router_mine.bin")
+    assert store.kit("mine").router == models / "uniportrait-router_mine.bin"
+
+
+def test_a_file_of_the_right_name_with_another_content_is_refused_in_words(store: Store, tmp_path: Path) -> None:
+    own = tmp_path / "Portrait"
+    put(own, *PUBLISHED, "mine.bin")
+    wanted = stored(own / "eyes.safetensors", b"my own eyes")
+    write_manifest(own / "mine.kit.json", manifest(encoders={"backbone": wanted}))
+    assert store.kit("mine").backbone == own / "eyes.safetensors"
+    for other in (b"no own eyes", b"others, and longer"):
+        (own / "eyes.safetensors").write_bytes(other)
+        with pytest.raises(PortraitError) as caught:
+            store.kit("mine")
+        assert caught.value.field == "checkpoint" and caught.value.status_code == 422
+        assert "'mine' was trained with another eyes.safetensors than " in caught.value.problem
+        assert f"of 11 bytes whose SHA-256 begins with {str(wanted.sha256)[:12]}" in caught.value.problem
+        assert f"into {store.home}, under any name" in caught.value.remedy
+    mine, _ = store.kits()
+    assert not mine.usable and "another eyes.safetensors" in str(mine.problem)
+    (own / "eyes.safetensors").unlink()
+    with pytest.raises(PortraitError, match=r"Put into .*Portrait: eyes\.safetensors\."):
+        store.kit("mine")
+
+
+def test_an_adapter_of_an_earlier_folder_is_not_given_a_later_one_s_manifest(store: Store, tmp_path: Path) -> None:
+    own, models = tmp_path / "Portrait", tmp_path / "models"
+    put(own, BACKBONE, VISION, "uniportrait-faceid_mine.bin")
+    put(models, "mine.bin")
+    write_manifest(
+        models / "mine.kit.json", manifest(encoders={"backbone": stored(models / "eyes.bin", b"my own eyes")})
+    )
+    kit = store.kit("mine")
+    assert (kit.faceid, kit.backbone, kit.manifest) == (own / "uniportrait-faceid_mine.bin", own / BACKBONE, None)
+    (own / "uniportrait-faceid_mine.bin").unlink()
+    assert store.kit("mine").backbone == models / "eyes.bin"
+
+
+def test_a_list_of_adapters_reads_no_file_for_its_hash(
+    store: Store, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    own = tmp_path / "Portrait"
+    put(own, *PUBLISHED, "mine.bin")
+    write_manifest(own / "mine.kit.json", manifest(encoders={"backbone": stored(own / "eyes.bin", b"my eyes")}))
+    monkeypatch.setattr(store, "sha256", None)
+    assert [status.usable for status in store.kits()] == [True, True]
+
+
+def test_a_damaged_manifest_is_told_and_hides_no_other_adapter(store: Store, tmp_path: Path) -> None:
+    put(tmp_path / "Portrait", *PUBLISHED, "uniportrait-faceid_mine.bin", "mine.kit.json", "world/kit.json")
+    for name in ("mine", "world"):
+        with pytest.raises(PortraitError, match=r"kit\.json: it is not JSON"):
+            store.kit(name)
+    assert [(status.name, status.usable) for status in store.kits()] == [
+        ("mine", False),
+        ("sd15", True),
+        ("world", False),
+    ]
+    assert store.kit().name == "sd15"
+
+
+def test_a_kit_of_another_method_is_no_checkpoint(store: Store, tmp_path: Path) -> None:
+    put(tmp_path / "Portrait", *PUBLISHED, "fusion.bin")
+    write_manifest(
+        tmp_path / "Portrait" / "fused.kit.json", manifest("fused", method="fusion", adapter={"fusion": "fusion.bin"})
+    )
+    with pytest.raises(PortraitError, match=r"'fused' is a kit of fusion"):
+        store.kit("fused")
 
 
 def test_own_adapter_names_its_backbone_and_vision(store: Store, tmp_path: Path) -> None:

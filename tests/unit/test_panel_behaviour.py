@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import dataclasses
 import importlib
 import io
 import json
 import re
+import shutil
 import sys
 import threading
 import types
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -16,9 +19,11 @@ from PIL import Image
 from safetensors.numpy import save_file
 
 from lib_portrait.checkpoints import Folders, Store
+from lib_portrait.checkpoints.kit import Manifest, Sampling
 from lib_portrait.errors import NoSuchFace, PortraitError
 from lib_portrait.request import Limits, Photo
 
+WORLD = Path(__file__).resolve().parents[2] / "models" / "world"
 MODULES = tuple(f"lib_portrait.webui.{name}" for name in ("adetailer", "panel", "services", "settings", "world"))
 
 
@@ -399,12 +404,12 @@ def complete(store, name="mine", router=True):
 
 
 def complete_world(store):
-    """Puts the files of the embedded world there: an adapter that names networks of its own, and these."""
+    """Puts the embedded world's kit there, as it is but for the adapter itself."""
     store.home.mkdir(exist_ok=True)
-    networks = {role: f"world-{role}.safetensors" for role in ("backbone", "vision")}
-    save_file({"x": np.zeros(1)}, store.home / "uniportrait-faceid_world.safetensors", networks)
-    for file in (*networks.values(), "uniportrait-router_world.safetensors"):
-        (store.home / file).touch()
+    for file in ("kit.json", "world-recognition.safetensors", "world-vision.safetensors"):
+        shutil.copyfile(WORLD / file, store.home / file)
+    save_file({"x": np.zeros(1)}, store.home / "uniportrait-faceid_world.safetensors")
+    (store.home / "uniportrait-router_world.safetensors").touch()
 
 
 @pytest.mark.parametrize("loaded", ["SD1.5", None])
@@ -429,6 +434,26 @@ def test_what_is_missing_is_judged_for_what_is_loaded(panel, host):
     assert "missing" in panel.weights_html("sd15 (files missing)", "world")[0]
     complete(host.store, "sd15")
     assert panel.weights_html("automatic", "SD1.5") == ("", False)
+
+
+def test_a_kit_whose_manifest_cannot_be_read_is_told_by_the_panel(panel, host, tmp_path, monkeypatch):
+    monkeypatch.setattr(panel.world, "HOME", tmp_path)
+    (tmp_path / "kit.json").write_text("{}")
+    message, loadable = panel.weights_html("automatic", "world")
+    assert "kit.json: format: it is missing" in message and not loadable
+    complete_world(host.store)
+    (host.store.home / "kit.json").rename(host.store.home / "world.kit.json")
+    (host.store.home / "world.kit.json").write_text("{}")
+    assert "world.kit.json: format: it is missing" in panel.weights_html("world", "SD1.5")[0]
+
+
+def test_the_settings_of_a_kit_go_to_the_hosts_controls(panel):
+    values = {"sampling": "DDIM", "scheduler": "Automatic", "steps": 20, "width": 128, "height": 128, "cfg_scale": 5}
+    assert panel.world.controls() == values and tuple(values) == panel.world.CONTROLS
+    other = Manifest("mine", "uniportrait", {"faceid": "a"}, picture=(512, 768), sampling=Sampling("Euler a", 30, 7.5))
+    assert list(panel.world.controls(other).values()) == ["Euler a", "Automatic", 30, 512, 768, 7.5]
+    with pytest.raises(PortraitError, match="the kit 'mine' tells no settings"):
+        panel.world.controls(dataclasses.replace(other, sampling=None))
 
 
 def test_another_complete_adapter_is_enough(panel, host):

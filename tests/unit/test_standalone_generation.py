@@ -28,7 +28,7 @@ from lib_portrait.standalone import model as model_module
 from lib_portrait.standalone.measuring import Measurer, greedy_pairs
 from lib_portrait.standalone.model import save_model
 from lib_portrait.standalone.sheet import Cell, Section, draw_sheet
-from tests.small_networks import small_kit, small_model, small_text_folder, tiny_backbone
+from tests.small_networks import small_kit, small_manifest, small_model, small_text_folder, tiny_backbone
 
 FAST = ["--steps", "2", "--size", "64x64"]
 EYES_TO_MOUTH = np.array([[0.35, 0.4], [0.65, 0.4], [0.5, 0.6], [0.38, 0.75], [0.62, 0.75]], np.float32)
@@ -52,7 +52,7 @@ def two_halves(image: np.ndarray) -> list[Face]:
 @pytest.fixture(scope="module")
 def world(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     """A folder like models/world with small random networks, in that one's place; a detector that needs no face."""
-    folder = tmp_path_factory.mktemp("world")
+    folder = tmp_path_factory.mktemp("root") / "models" / "world"
     with pytest.MonkeyPatch.context() as patch:
         small_text_folder(folder / "text")
         patch.setattr(model_module, "TEXT_FOLDER", folder / "text")
@@ -63,12 +63,12 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
         (folder / "faces").mkdir()
         for name in ("man-0019-0", "man-0019-1", "woman-0009-0", "woman-0009-1"):
             noise(len(name) + int(name[-1])).save(folder / "faces" / f"{name}.png")
+        patch.setattr(generate, "ROOT", folder.parents[1])
         patch.setattr(generation, "WORLD", folder)
         patch.setattr(generation, "WORLD_CHECKPOINT", folder / "world.safetensors")
-        patch.setattr(generation, "MEASURING", folder / "world-measuring.safetensors")
         patch.setattr(generation, "CACHE", folder / "cache")
         (folder / "world-detector.safetensors").touch()
-        patch.setattr(generation, "FINDING", folder / "world-detector.safetensors")
+        small_manifest(folder, "world")
         patch.setattr(generation, "world_detector", lambda path: Detector("halves", "1", two_halves))
         patch.setattr(service, "get_detector", lambda name, folders: Detector("halves", "1", two_halves))
         patch.setattr(generation, "SINGLE_PROMPTS", generation.SINGLE_PROMPTS[:2])
@@ -284,7 +284,7 @@ def test_which_face_of_several_is_taken_is_told_by_the_file_s_name(
 # --------------------------------------------------------------------------------------------------------- not measured
 
 
-@pytest.mark.parametrize("missing", ["MEASURING", "FINDING"])
+@pytest.mark.parametrize("missing", ["world-measuring.safetensors", "world-detector.safetensors"])
 def test_without_a_measuring_network_pictures_are_made_and_the_sheet_says_so(
     world: Path,
     photos: Path,
@@ -293,7 +293,8 @@ def test_without_a_measuring_network_pictures_are_made_and_the_sheet_says_so(
     capsys: pytest.CaptureFixture[str],
     missing: str,
 ) -> None:
-    monkeypatch.setattr(generation, missing, tmp_path / "missing.safetensors")
+    is_file = Path.is_file
+    monkeypatch.setattr(Path, "is_file", lambda path: path.name != missing and is_file(path))
     notes: list[str] = []
     drawn = draw_sheet
     monkeypatch.setattr(generation, "draw_sheet", lambda title, texts, parts: notes.extend(texts) or drawn("", [], []))
@@ -303,7 +304,7 @@ def test_without_a_measuring_network_pictures_are_made_and_the_sheet_says_so(
     assert "similarity" not in made["pictures"][0]
     for text in (made["measuring"], notes[-1], capsys.readouterr().out):
         assert "imilarity not measured" in text
-        assert "git checkout models/world" in text
+        assert f"{missing} is not there; get the kit anew" in text
 
 
 def test_another_adapter_than_the_world_s_is_not_measured(world: Path, photos: Path, tmp_path: Path) -> None:
@@ -313,7 +314,7 @@ def test_another_adapter_than_the_world_s_is_not_measured(world: Path, photos: P
     assert run(*asked, "--output", tmp_path / "out", *FAST) == 0
     made = settings(tmp_path / "out")
     assert made["adapter"] == "mine"
-    assert made["measuring"].startswith("similarity not measured: only the embedded world")
+    assert made["measuring"].startswith("similarity not measured: mine comes without a network")
 
 
 # --------------------------------------------------------------------------------------------------------------- faults

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -21,6 +22,8 @@ import portrait as command_line
 from lib_portrait.checkpoints import registry
 from lib_portrait.checkpoints.formats import read_header, write_tensors
 from lib_portrait.checkpoints.hashes import file_sha256
+from lib_portrait.checkpoints.kit import StoredFile, read_manifest
+from lib_portrait.checkpoints.store import Folders, Store
 from lib_portrait.errors import PortraitError
 from lib_portrait.faces import service
 from lib_portrait.faces.detection import Detector, Face
@@ -29,7 +32,7 @@ from lib_portrait.standalone import model as model_module
 from lib_portrait.standalone.model import save_model
 from tests.small_networks import small_model, small_text_folder, tiny_backbone, tiny_vision
 from trainer import companions
-from trainer.companions import Companion, beside, named, unnamed
+from trainer.companions import Companion, beside, encoders, named, stored_file, unnamed
 from trainer.shards import FaceRecord, Record, encode_png, writing
 
 POINTS = np.array([[0.35, 0.4], [0.65, 0.4], [0.5, 0.6], [0.38, 0.75], [0.62, 0.75]], np.float32)
@@ -102,8 +105,30 @@ def test_both_stages_work_at_once_where_they_were_exported(somewhere: Path) -> N
     assert portrait(*draw, "--models", one / "export") == 0
     assert portrait(*draw, "--models", two / "export", "--face", somewhere / "ada.png") == 0
 
-    for export in (one / "export", two / "export"):
-        for file in export.iterdir():
+    # The recognition network has gone elsewhere under another name, and another has come in its place.
+    later = somewhere / "later"
+    later.mkdir()
+    for name in ("mine.kit.json", "uniportrait-faceid_mine.safetensors", "uniportrait-router_mine.safetensors"):
+        shutil.copyfile(two / "export" / name, later / name)
+    shutil.copyfile(own / "eyes.safetensors", later / "a.safetensors")
+    shutil.copyfile(own / "clip.safetensors", later / "b.safetensors")
+    save_file(dict(tiny_backbone(24).state_dict()), later / "eyes.safetensors")
+    kit = Store(Folders([later])).kit("mine")
+    assert (kit.backbone.name, kit.vision.name) == ("a.safetensors", "b.safetensors")
+    assert portrait(*draw, "--models", later, "--face", somewhere / "ada.png") == 0
+
+    for stage, export in ((1, one / "export"), (2, two / "export")):
+        manifest = read_manifest(export / "mine.kit.json")
+        assert manifest.adapter == {
+            role: f"uniportrait-{role}_mine.safetensors" for role in ("faceid", "router")[:stage]
+        }
+        eyes, clip = own / "eyes.safetensors", own / "clip.safetensors"
+        assert manifest.encoders == {"backbone": stored_file(eyes), "vision": stored_file(clip)}
+        assert manifest.base == stored_file(base)
+        assert manifest.picture == (128, 128) and manifest.text_encoder is not None
+        assert manifest.training["steps"] == "1" and manifest.training["recipe"] == f"uniportrait stage {stage}"
+        assert str(somewhere) not in (export / "mine.kit.json").read_text("utf-8")
+        for file in export.glob("*.safetensors"):
             assert file.stat().st_mode & 0o044 == 0o044, f"{file} is for its maker alone"
             metadata = json.dumps(read_header(file)[1])
             assert str(somewhere) not in metadata and "/" not in metadata
@@ -197,6 +222,23 @@ def test_features_of_an_unnamed_network_that_is_not_the_published_one_are_told(
     there.unlink()
     unnamed("vision", {"vision": "0" * 64}, [models])
     assert capsys.readouterr().err.count("--vision FILE names theirs") == 2
+
+
+def test_a_manifest_tells_of_each_network_what_is_known(tmp_path: Path, models: Path) -> None:
+    lone = file_of(tmp_path / "own", "lone.safetensors", 1.0)
+    published = file_of(models, registry.by_role("vision").filename, 2.0)
+    hashes = {"backbone": file_sha256(lone), "vision": file_sha256(published), "vae": "0" * 64}
+    assert encoders([named("backbone", str(lone), hashes, [models])], hashes, [models]) == {
+        "backbone": stored_file(lone),
+        "vision": stored_file(published),
+    }
+    lone.unlink()
+    published.unlink()
+    assert encoders([Companion("backbone", "lone.safetensors", None)], hashes, [models]) == {
+        "backbone": StoredFile("lone.safetensors", hashes["backbone"]),
+        "vision": StoredFile(published.name, hashes["vision"]),
+    }
+    assert encoders([], {}, [models]) == {}
 
 
 def test_a_router_goes_with_the_faceid_of_its_first_stage_under_its_own_name(tmp_path: Path, models: Path) -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 
@@ -10,12 +12,14 @@ import torch
 from torch import nn
 
 from lib_portrait.checkpoints import read_tensors, write_tensors
+from lib_portrait.checkpoints.kit import StoredFile, read_manifest, write_manifest
 from lib_portrait.errors import PortraitError
 from trainer.frozen import frozen_networks
 from trainer.recipes.vision import VisionRecipe
-from trainer.release import between, checkpoint, reduced
+from trainer.release import between, checkpoint, reduced, renew_manifest
 from trainer.uniportrait_start import begin_with_faceid, begin_with_router, second_stage
 
+WORLD = Path(__file__).parents[2] / "models" / "world"
 PARITY = Path(__file__).parents[1] / "data" / "parity"
 
 
@@ -71,3 +75,21 @@ def test_a_first_stage_without_lora_is_refused(tmp_path: Path) -> None:
     write_tensors(path, {name: tensor for name, tensor in tensors.items() if "lora" not in name})
     with pytest.raises(PortraitError, match="mine.safetensors holds no LoRA"):
         second_stage(path, [])
+
+
+def test_a_manifest_is_renewed_from_the_files_beside_it(tmp_path: Path) -> None:
+    shipped = read_manifest(WORLD / "kit.json")
+    stale = dataclasses.replace(
+        shipped,
+        encoders={**shipped.encoders, "backbone": StoredFile("world-recognition.safetensors", "0" * 64, 8)},
+        base=StoredFile("world.safetensors"),
+        detector=StoredFile("world-detector.safetensors", "1" * 64),
+        text_encoder=None,
+        picture=(512, 512),
+    )
+    write_manifest(tmp_path / "kit.json", stale)
+    for name in ("world-recognition.safetensors", "world.safetensors", "world.yaml"):
+        shutil.copyfile(WORLD / name, tmp_path / name)
+    renew_manifest(tmp_path)
+    # The detector is not there: what was told of it stays.
+    assert read_manifest(tmp_path / "kit.json") == dataclasses.replace(shipped, detector=stale.detector)

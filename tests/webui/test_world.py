@@ -16,7 +16,6 @@ import pytest
 from diffusers import DDIMScheduler
 from PIL import Image
 
-from lib_portrait.checkpoints.store import EMBEDDED
 from lib_portrait.request import Limits, PortraitRequest, parse_request
 from lib_portrait.standalone import generation
 from lib_portrait.standalone.generation import Studio, sample_people
@@ -40,8 +39,9 @@ DDIM = {**SETTINGS, "sampler_name": "DDIM", "scheduler": "Automatic"}
 NEEDED = (
     "world.safetensors",
     "world.yaml",
-    f"uniportrait-faceid_{EMBEDDED}.safetensors",
-    f"uniportrait-router_{EMBEDDED}.safetensors",
+    "kit.json",
+    "uniportrait-faceid_world.safetensors",
+    "uniportrait-router_world.safetensors",
     "world-recognition.safetensors",
     "world-vision.safetensors",
     "world-measuring.safetensors",
@@ -81,7 +81,7 @@ def everyone(shipped: Path) -> PortraitRequest:
     """All sample people of the world that the sheet of `portrait.py generate` shows."""
     people = sample_people(shipped / "faces")[: generation.PEOPLE_SHOWN]
     identities = [{"photos": [photo(person.photos[0])]} for person in people]
-    return parse_request({"identities": identities, "checkpoint": EMBEDDED}, Limits(identities=len(people)))
+    return parse_request({"identities": identities, "checkpoint": "world"}, Limits(identities=len(people)))
 
 
 # Places in the list of sample people, of those drawn together.
@@ -225,12 +225,12 @@ def test_automatic_is_the_world_s_adapter_with_the_world_s_checkpoint_only(
 ) -> None:
     few = {**DDIM, "steps": 2, "batch_size": 1, "prompt": prompt_of(shipped)}
     named, automatic = (
-        host.generate(as_json(together(everyone), checkpoint=name), **few) for name in (EMBEDDED, "automatic")
+        host.generate(as_json(together(everyone), checkpoint=name), **few) for name in ("world", "automatic")
     )
     assert (named.status, automatic.status) == (200, 200), automatic.detail
     # The files differ: the request stands in them.
     assert np.array_equal(pictures(named.images), pictures(automatic.images))
     with host.options(sd_model_checkpoint="first"):
-        refused = host.generate(as_json(together(everyone), checkpoint=EMBEDDED), **few)
+        refused = host.generate(as_json(together(everyone), checkpoint="world"), **few)
         assert refused.status == 422
         assert "another kind of model" in refused.detail

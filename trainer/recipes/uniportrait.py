@@ -28,14 +28,14 @@ from lib_portrait.attention import POSITIVE, Injection, mark
 from lib_portrait.attention.sites import find_sites, spatial_shape
 from lib_portrait.checkpoints.formats import read_tensors, write_tensors
 from lib_portrait.checkpoints.hashes import file_sha256
-from lib_portrait.checkpoints.store import bare_name
+from lib_portrait.checkpoints.kit import SUFFIX, Manifest, bare_name, write_manifest
 from lib_portrait.errors import PortraitError
 from lib_portrait.faces.recognition import Backbone, backbone_from_state_dict
 from lib_portrait.faces.world_detector import open_detector
 from lib_portrait.methods.uniportrait import IDEmbedding
 from lib_portrait.request import Identity, PortraitRequest
 from lib_portrait.routing_picture import draw_routing
-from lib_portrait.standalone.model import Model, load_model
+from lib_portrait.standalone.model import Model, load_model, text_encoder_of
 from trainer import companions
 from trainer.diffusion import NoiseSchedule, add_face_weight, emphasised
 from trainer.drawing import STEPS, draw, guided
@@ -97,6 +97,7 @@ class UniPortraitRecipe(Recipe):
             raise PortraitError("identity-weight", "it is for local features", "Give it without global.")
         self.dropping = not options.no_dropping
         self.adapter_name = bare_name(options.name, "name")
+        self.base = options.checkpoint
         model = load_model(options.checkpoint)
         self.schedule = NoiseSchedule(model.schedule)
         steps = len(self.schedule.alphas_bar)
@@ -359,6 +360,26 @@ class UniPortraitRecipe(Recipe):
         write_tensors(path, tensors, {**facts, **named, "features": str(sorted(self.data.features.hashes.items()))})
         for companion in self.companions:
             companion.bring(folder)
+        self._write_manifest(folder, {role: path.name}, {**facts, "components": self.components})
+
+    def _write_manifest(self, folder: Path, adapter: Mapping[str, str], facts: Mapping[str, str]) -> None:
+        """NAME.kit.json: the files of this export, with what they were made and for what.
+
+        adapter: the file of this stage, by role.
+        """
+        first = {one.role: one.name for one in self.companions if one.role == "faceid"}
+        side = self.model.size
+        manifest = Manifest(
+            name=self.adapter_name,
+            method="uniportrait",
+            adapter={**first, **adapter},
+            encoders=companions.encoders(self.companions, self.data.features.hashes),
+            base=companions.stored_file(self.base),
+            text_encoder=text_encoder_of(self.model.text_encoder),
+            picture=(side, side),
+            training=facts,
+        )
+        write_manifest(folder / f"{self.adapter_name}{SUFFIX}", manifest)
 
 
 def routing_loss(
