@@ -18,7 +18,7 @@ import torch
 from PIL import Image
 from safetensors.torch import save_file
 
-from lib_portrait.checkpoints.store import AUTOMATIC, EMBEDDED
+from lib_portrait.checkpoints.store import AUTOMATIC
 from lib_portrait.errors import PortraitError
 from tests.host_stand_in import LOOPBACK, PLOT, UPSCALE, Host, Img2Img, Processed, Processing, standing_in
 from tests.parity.unets import ldm_config, ldm_unet
@@ -914,9 +914,9 @@ def test_a_fault_that_a_neighbour_swallows_is_raised_at_the_end(host: Host) -> N
 def test_automatic_is_the_worlds_adapter_where_the_world_is_loaded(host: Host) -> None:
     session, request = sys.modules["lib_portrait.webui.session"], sys.modules["lib_portrait.request"]
     asked = request.parse_request(ask({"photos": [ADA]}, checkpoint=AUTOMATIC)[0])
-    assert session.resolved(asked).checkpoint == AUTOMATIC
+    assert session.resolved(asked).checkpoint == "small"
     host.shared.sd_model.cond_stage_model = SimpleNamespace(wrapped=SimpleNamespace(portrait_world=True))
-    assert session.resolved(asked).checkpoint == EMBEDDED
+    assert session.resolved(asked).checkpoint == "world"
     named = request.parse_request(one()[0])
     assert session.resolved(named) is named
 
