@@ -284,6 +284,14 @@ def test_routing_loss_is_equation_4() -> None:
     by_hand = ((0.5**2 + 0.5**2) + (wrong**2 + wrong**2)) / 2 / 2
     assert float(loss) == pytest.approx(by_hand, rel=1e-5)
     assert float(right) == pytest.approx(0.5)
+    # A third place with nobody in it changes nothing.
+    nobody = torch.full((1, 4, 1), -torch.inf)
+    filled = torch.cat([logits, nobody], dim=-1).requires_grad_()
+    regions, present = torch.cat([regions, torch.zeros(1, 1, 2, 2)], dim=1), torch.tensor([[True, True, False]])
+    again, right = uniportrait.routing_loss({7: filled}, regions, present, (2, 2))
+    assert float(again) == pytest.approx(by_hand, rel=1e-5) and float(right) == pytest.approx(0.5)
+    again.backward()
+    assert filled.grad is not None and filled.grad.isfinite().all() and not filled.grad[..., 2].any()
 
 
 def test_stage_one_can_begin_with_another_runs_file(
