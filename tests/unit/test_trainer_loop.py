@@ -133,9 +133,11 @@ def test_a_run_that_is_asked_to_end_saves_after_the_step_under_way(tmp_path, num
     assert losses(tmp_path) == losses(tmp_path / "whole")
 
 
-def test_ctrl_c_goes_to_the_processes_that_load_data_too_and_the_step_still_ends(tmp_path):
-    changes = {"accumulate": 4, "workers": 2}
-    assert sending(tmp_path, 4 * 4 + 1, signal.SIGINT, **changes) == 0
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_the_processes_that_load_data_hear_the_signal_too_and_the_step_still_ends(tmp_path, number):
+    """As with a terminal's Ctrl-C; the step needs more batches than they have made beforehand."""
+    changes = {"accumulate": 8, "workers": 1}
+    assert sending(tmp_path, 4 * 8 + 1, number, **changes) == 0
     assert checkpoints(tmp_path) == ["step-00000004", "step-00000005"]
     run(tmp_path, **changes)
     run(tmp_path / "whole", **changes)
