@@ -19,7 +19,7 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, cast
 
 import torch
 from accelerate import Accelerator, DistributedType
@@ -441,7 +441,7 @@ def _agreement(accelerator: Accelerator) -> Callable[[bool], bool]:
     """As `_any`, but asked of the processes alone: a GPU that has steps in its queue is not waited for."""
     if accelerator.num_processes == 1:
         return bool
-    group = torch.distributed.new_group(backend="gloo")
+    group = cast(torch.distributed.ProcessGroup, torch.distributed.new_group(backend="gloo"))
 
     def any_says(mine: bool) -> bool:
         said = torch.tensor(int(mine))
