@@ -1,12 +1,13 @@
 """A training that takes no time: two small layers learn numbers drawn from a sample's own number.
 
-`python -m tests.tiny_recipe OUTPUT STEPS CALL` trains with those settings, and kills itself in that forward pass.
+`python -m tests.tiny_recipe OUTPUT CALL SIGNAL CHANGES` trains with those changes of the settings (JSON), and in that
+forward pass sends that signal to itself and the processes that load its data; of several processes the second does.
 """
 
 from __future__ import annotations
 
+import json
 import os
-import signal
 import sys
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -78,14 +79,17 @@ class Tiny(Recipe):
         save_file(tensors, folder / "tiny.safetensors", metadata=dict(facts))
 
 
-def _kill_in(calls: int) -> Callable[[Tiny], None]:
+def _sending(call: int, number: int) -> Callable[[Tiny], None]:
     def each_call(recipe: Tiny) -> None:
-        if recipe.calls == calls:
-            os.kill(os.getpid(), signal.SIGKILL)
+        if recipe.calls == call and os.environ.get("RANK", "1") == "1":
+            os.killpg(0, number)
 
     return each_call
 
 
 if __name__ == "__main__":
-    chosen = settings(Path(sys.argv[1]), steps=int(sys.argv[2]))
-    train(seeded(lambda: Tiny(each_call=_kill_in(int(sys.argv[3]))), chosen), chosen)
+    output, call, number, changes = sys.argv[1:]
+    chosen = settings(Path(output), **json.loads(changes))
+    # Drop-out is each process's own, with which two would not train what one does.
+    alone = "RANK" not in os.environ
+    train(seeded(lambda: Tiny(drawn=alone, each_call=_sending(int(call), int(number))), chosen), chosen)

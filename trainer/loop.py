@@ -19,7 +19,7 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, cast
 
 import torch
 from accelerate import Accelerator, DistributedType
@@ -87,12 +87,6 @@ class Settings:
             raise PortraitError("optimizer", f"{self.optimizer!r} was given", f"Give one of: {', '.join(OPTIMIZERS)}.")
         if self.precision not in PRECISIONS:
             raise PortraitError("precision", f"{self.precision!r} was given", f"Give one of: {', '.join(PRECISIONS)}.")
-        if self.save_every % self.log_every:
-            raise PortraitError(
-                "save_every",
-                f"{self.save_every} is no multiple of log_every, {self.log_every}",
-                "Choose a multiple, so that a resumed run logs what an unbroken one would have.",
-            )
 
 
 class Samples(Protocol):
@@ -214,10 +208,10 @@ def train(recipe: Recipe, settings: Settings) -> int:
     ema = EMAModel(weights, decay=settings.ema, use_ema_warmup=True, power=0.75) if settings.ema else None
     if ema is not None:
         accelerator.register_for_checkpointing(ema)
-    first = _resume(accelerator, settings)
+    first, logged = _resume(accelerator, settings)
     if ema is not None:
         ema.to(accelerator.device)
-    log = _Log(accelerator, settings, first)
+    log = _Log(accelerator, settings, first, logged)
     watch = _Watch(accelerator, settings)
 
     sampler = ResumableSampler(
@@ -233,11 +227,13 @@ def train(recipe: Recipe, settings: Settings) -> int:
             data,
             batch_sampler=sampler,
             num_workers=settings.workers,
+            worker_init_fn=_leave_signals_to_the_loop,
             collate_fn=collate_tensors,
             pin_memory=accelerator.device.type == "cuda",
         )
     )
     part = slice(accelerator.process_index * settings.batch, (accelerator.process_index + 1) * settings.batch)
+    any_says = _agreement(accelerator)
     started = time.monotonic()
     step = first
     with _stop_signals() as stopped:
@@ -269,7 +265,7 @@ def train(recipe: Recipe, settings: Settings) -> int:
                 ema.step(weights)
             log.step(step, settings.rate * rate_at(step - 1, settings))
             over = settings.minutes > 0 and time.monotonic() - started > settings.minutes * 60
-            ends = _any(accelerator, over or bool(stopped)) if step % settings.log_every == 0 else False
+            ends = any_says(over or bool(stopped))
             saved = step % settings.save_every == 0 or step == settings.steps or ends
             shown = settings.sample_every > 0 and step % settings.sample_every == 0
             if saved or shown or step % settings.log_every == 0:
@@ -283,7 +279,7 @@ def train(recipe: Recipe, settings: Settings) -> int:
                         export(recipe, settings, {"steps": str(step), "seed": str(settings.seed)})
                 recipe.train()
             if saved:
-                _save(accelerator, settings, step)
+                _save(accelerator, settings, step, log.since_last_line())
             if ends:
                 break
     if step == first and accelerator.is_main_process:
@@ -403,19 +399,22 @@ def _checkpoints(settings: Settings) -> list[Path]:
     return sorted((settings.output / "checkpoints").glob("step-????????"))
 
 
-def _resume(accelerator: Accelerator, settings: Settings) -> int:
+def _resume(accelerator: Accelerator, settings: Settings) -> tuple[int, dict[str, Any]]:
+    """The newest checkpoint's step, and what was added to the log since the last line before it."""
     found = _checkpoints(settings)
     if not found:
-        return 0
+        return 0, {}
     accelerator.load_state(str(found[-1]))
-    return _step_of_checkpoint(found[-1])
+    note = found[-1] / "log.json"
+    # Checkpoints were once made at lines of the log alone, where nothing has been added since.
+    return _step_of_checkpoint(found[-1]), json.loads(note.read_text()) if note.exists() else {}
 
 
 def _step_of_checkpoint(folder: Path) -> int:
     return int(folder.name.removeprefix("step-"))
 
 
-def _save(accelerator: Accelerator, settings: Settings, step: int) -> None:
+def _save(accelerator: Accelerator, settings: Settings, step: int, logged: Mapping[str, Any]) -> None:
     """A checkpoint that appears under its name only when it is whole; the oldest beyond `keep` go."""
     folder = settings.output / "checkpoints" / f"step-{step:08d}"
     part = folder.with_suffix(".part")
@@ -425,6 +424,7 @@ def _save(accelerator: Accelerator, settings: Settings, step: int) -> None:
     accelerator.save_state(str(part))
     accelerator.wait_for_everyone()
     if accelerator.is_main_process:
+        (part / "log.json").write_text(json.dumps(logged))
         shutil.rmtree(folder, ignore_errors=True)
         os.replace(part, folder)
         for old in _checkpoints(settings)[: -settings.keep]:
@@ -435,6 +435,26 @@ def _save(accelerator: Accelerator, settings: Settings, step: int) -> None:
 def _any(accelerator: Accelerator, mine: bool) -> bool:
     """Whether any process says so; all hear the same."""
     return bool(accelerator.reduce(torch.tensor(float(mine), device=accelerator.device), "sum") > 0)
+
+
+def _agreement(accelerator: Accelerator) -> Callable[[bool], bool]:
+    """As `_any`, but asked of the processes alone: a GPU that has steps in its queue is not waited for."""
+    if accelerator.num_processes == 1:
+        return bool
+    group = cast(torch.distributed.ProcessGroup, torch.distributed.new_group(backend="gloo"))
+
+    def any_says(mine: bool) -> bool:
+        said = torch.tensor(int(mine))
+        torch.distributed.all_reduce(said, torch.distributed.ReduceOp.MAX, group)
+        return bool(said)
+
+    return any_says
+
+
+def _leave_signals_to_the_loop(worker: int) -> None:
+    """For processes that load data, to which a terminal's Ctrl-C goes as well: the step under way needs them."""
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, signal.SIG_IGN)
 
 
 @contextmanager
@@ -453,7 +473,10 @@ def _averaged(ema: EMAModel | None, weights: list[nn.Parameter]) -> Iterator[Non
 
 @contextmanager
 def _stop_signals() -> Iterator[list[int]]:
-    """A list that is no longer empty once the process was asked to end (SIGTERM, SIGINT): the loop then saves first."""
+    """A list that is no longer empty once the process was asked to end (SIGTERM, SIGINT).
+
+    The loop then ends the step under way and saves. A second SIGINT ends it at once.
+    """
     caught: list[int] = []
     previous = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
 
@@ -511,13 +534,16 @@ class _Watch:
 class _Log:
     """Means of the losses since the last line: into losses.jsonl, TensorBoard and the progress bar."""
 
-    def __init__(self, accelerator: Accelerator, settings: Settings, first: int):
+    def __init__(self, accelerator: Accelerator, settings: Settings, first: int, logged: Mapping[str, Any]):
+        """logged: of the checkpoint at step `first`, from `since_last_line`; nothing in a new run."""
         self.accelerator, self.settings = accelerator, settings
         self.file = settings.output / "losses.jsonl"
-        self.sums: dict[str, Tensor] = {}
-        self.count = 0
-        # Samples passed over: by this process, and, at the last line, by all.
-        self.unusable = self.unusable_in_all = 0
+        sums: dict[str, float] = logged.get("sums", {})
+        self.sums = {name: torch.tensor(value, device=accelerator.device) for name, value in sums.items()}
+        self.count: int = logged.get("count", 0)
+        # Samples passed over: by this process, and, when they were last counted, by all.
+        self.unusable_in_all: int = logged.get("unusable", 0)
+        self.unusable = self.unusable_in_all if accelerator.is_main_process else 0
         self.last = (time.monotonic(), first)
         self.bar = tqdm(
             initial=first, total=settings.steps, unit="step", disable=not accelerator.is_main_process, mininterval=5
@@ -527,8 +553,6 @@ class _Log:
             # What a killed run logged after its last checkpoint is about to be logged again.
             lines = [line for line in self.file.read_text().splitlines() if _step_of(line) <= first]
             _write(self.file, "".join(line + "\n" for line in lines))
-            if lines:
-                self.unusable = self.unusable_in_all = int(json.loads(lines[-1])["unusable"])
 
     def add(self, losses: Mapping[str, Tensor], unusable: Tensor) -> None:
         for name, value in losses.items():
@@ -542,19 +566,15 @@ class _Log:
         self.bar.update()
         if step % self.settings.log_every:
             return
-        values = {}
-        for name, total in self.sums.items():
-            # The gradient's norm comes once a step, the losses with every micro-batch.
-            count = self.count // (self.settings.accumulate if name == "gradient" else 1)
-            mean = self.accelerator.reduce(total.to(self.accelerator.device) / count, "mean")
-            values[name] = float(mean)
-        unusable = self.accelerator.reduce(torch.tensor(float(self.unusable), device=self.accelerator.device), "sum")
-        self.unusable_in_all = int(unusable)
+        # The gradient's norm comes once a step, the losses with every micro-batch.
+        counts = {"gradient": self.count // self.settings.accumulate}
+        values = {name: total / counts.get(name, self.count) for name, total in self._mean_sums().items()}
+        self._count_unusable()
         now = time.monotonic()
         samples = (step - self.last[1]) * self.settings.batch * self.settings.accumulate
         values |= {
             "rate": rate,
-            "unusable": float(unusable),
+            "unusable": float(self.unusable_in_all),
             "samples_per_second": samples * self.accelerator.num_processes / (now - self.last[0]),
         }
         self.last, self.sums, self.count = (now, step), {}, 0
@@ -563,6 +583,22 @@ class _Log:
                 file.write(json.dumps({"step": step, **values}) + "\n")
             self.bar.set_postfix({name: f"{value:.4g}" for name, value in values.items()}, refresh=False)
         self.accelerator.log(values, step=step)
+
+    def since_last_line(self) -> dict[str, Any]:
+        """What a checkpoint needs to hold, so that the next line is that of an unbroken run; asked in all processes.
+
+        sums: means over the processes. count: of micro-batches. unusable: samples passed over since the run began.
+        """
+        self._count_unusable()
+        return {"sums": self._mean_sums(), "count": self.count, "unusable": self.unusable_in_all}
+
+    def _mean_sums(self) -> dict[str, float]:
+        device = self.accelerator.device
+        return {name: float(self.accelerator.reduce(total.to(device), "mean")) for name, total in self.sums.items()}
+
+    def _count_unusable(self) -> None:
+        mine = torch.tensor(self.unusable, device=self.accelerator.device)
+        self.unusable_in_all = int(self.accelerator.reduce(mine, "sum"))
 
     def pictures(self, step: int, recipe: Recipe, draws: Draws) -> None:
         with torch.no_grad():

@@ -61,15 +61,44 @@ def checkpoints(output):
     return sorted(path.name for path in (output / "checkpoints").iterdir())
 
 
+def sending(output, call, number, *launcher, **changes):
+    """The exit status of a run in a process (group) of its own, which in that forward pass gets that signal."""
+    words = ["-m", "tests.tiny_recipe", str(output), str(call), str(int(number)), json.dumps(changes)]
+    done = subprocess.run(
+        [sys.executable, *launcher, *words],
+        cwd=ROOT,
+        env=os.environ if not launcher else environment_of_processes(),
+        capture_output=True,
+        text=True,
+        timeout=300,
+        start_new_session=True,
+    )
+    print(done.stdout, done.stderr)
+    return done.returncode
+
+
+def two_processes():
+    """The words that have accelerate launch start two."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    # Accelerate's --cpu would need mpirun; its --multi_gpu starts processes, and they take what device there is.
+    words = ["-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", "2", "--num_machines", "1"]
+    return [*words, "--mixed_precision", "no", "--dynamo_backend", "no", "--main_process_port", str(port)]
+
+
+def environment_of_processes():
+    environment = {name: value for name, value in os.environ.items() if name != "ACCELERATE_USE_CPU"}
+    return {**environment, "PORTRAIT_VENV": sys.prefix, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+
+
 # ------------------------------------------------------------------------------------------------------------- resume
 
 
 def test_a_killed_run_goes_on_with_the_very_losses_of_an_unbroken_one(tmp_path):
     run(tmp_path / "whole", steps=20)
     # In the middle of step 12: after the checkpoint of step 8 and the lines of steps 10 and 12 less one.
-    command = [sys.executable, "-m", "tests.tiny_recipe", str(tmp_path / "killed"), "20", "12"]
-    killed = subprocess.run(command, cwd=ROOT, capture_output=True, timeout=120)
-    assert killed.returncode == -signal.SIGKILL, killed.stderr.decode()
+    assert sending(tmp_path / "killed", 12, signal.SIGKILL, steps=20) == -signal.SIGKILL
     assert checkpoints(tmp_path / "killed") == ["step-00000004", "step-00000008"]
     assert losses(tmp_path / "killed")[-1]["step"] == 10
     with (tmp_path / "killed" / "losses.jsonl").open("a") as file:
@@ -82,17 +111,47 @@ def test_a_killed_run_goes_on_with_the_very_losses_of_an_unbroken_one(tmp_path):
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
-def test_a_run_that_is_asked_to_end_saves_first(tmp_path, number):
+@pytest.mark.parametrize("accumulate", [1, 2])
+def test_a_run_that_is_asked_to_end_saves_after_the_step_under_way(tmp_path, number, accumulate):
+    """Between two lines of the log, whose means are those of an unbroken run all the same."""
+
     def ask(recipe):
-        if recipe.calls == 5:
+        if recipe.calls == 5 * accumulate - (accumulate - 1):
             os.kill(os.getpid(), number)
 
+    def recipe(each_call=None):
+        return Tiny(Numbers(10, bad=frozenset({3})), each_call=each_call)
+
+    changes = {"log_every": 4, "accumulate": accumulate}
     before = signal.getsignal(number)
-    assert run(tmp_path, lambda: Tiny(each_call=ask)) == 6
+    assert run(tmp_path, lambda: recipe(ask), **changes) == 5
     assert signal.getsignal(number) is before
-    assert checkpoints(tmp_path) == ["step-00000004", "step-00000006"]
-    run(tmp_path)
-    run(tmp_path / "whole")
+    assert checkpoints(tmp_path) == ["step-00000004", "step-00000005"]
+    run(tmp_path, recipe, **changes)
+    run(tmp_path / "whole", recipe, **changes)
+    assert [line["step"] for line in losses(tmp_path)] == [4, 8, 12]
+    assert losses(tmp_path) == losses(tmp_path / "whole")
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_the_processes_that_load_data_hear_the_signal_too_and_the_step_still_ends(tmp_path, number):
+    """As with a terminal's Ctrl-C; the step needs more batches than they have made beforehand."""
+    changes = {"accumulate": 8, "workers": 1}
+    assert sending(tmp_path, 4 * 8 + 1, number, **changes) == 0
+    assert checkpoints(tmp_path) == ["step-00000004", "step-00000005"]
+    run(tmp_path, **changes)
+    run(tmp_path / "whole", **changes)
+    assert losses(tmp_path) == losses(tmp_path / "whole")
+
+
+def test_checkpoints_between_two_lines_of_the_log_lose_none_of_their_means(tmp_path):
+    changes = {"log_every": 5, "save_every": 2}
+    run(tmp_path, steps=7, **changes)
+    assert checkpoints(tmp_path) == ["step-00000006", "step-00000007"]
+    assert sending(tmp_path, 3, signal.SIGKILL, **changes) == -signal.SIGKILL
+    assert checkpoints(tmp_path) == ["step-00000007", "step-00000008"]
+    run(tmp_path, **changes)
+    run(tmp_path / "whole", **changes)
     assert losses(tmp_path) == losses(tmp_path / "whole")
 
 
@@ -145,7 +204,6 @@ def test_a_folder_with_a_run_of_other_settings_is_refused(tmp_path, change):
         {"ema": 1.0},
         {"seed": -1},
         {"precision": "half"},
-        {"save_every": 5},
     ],
 )
 def test_settings_that_make_no_sense_are_refused(tmp_path, wrong):
@@ -346,17 +404,10 @@ def test_two_processes_of_accelerate_launch_train_what_one_does(tmp_path, capsys
         f"import sys\nsys.path.insert(0, {str(ROOT)!r})\nimport portrait\nportrait.ensure = lambda *_: None\n"
         "sys.exit(portrait.main(sys.argv[1:]))\n"
     )
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    # Accelerate's --cpu would need mpirun; its --multi_gpu starts processes, and they take what device there is.
-    command = [sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", "2"]
-    command += ["--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no"]
-    command += ["--main_process_port", str(port), str(script)]
-    environment = {name: value for name, value in os.environ.items() if name != "ACCELERATE_USE_CPU"}
+    command = [sys.executable, *two_processes(), str(script), *words, "--batch", "2"]
     both = subprocess.run(
-        [*command, *words, "--batch", "2", "--output", str(tmp_path / "two")],
-        env={**environment, "PORTRAIT_VENV": sys.prefix, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""},
+        [*command, "--output", str(tmp_path / "two")],
+        env=environment_of_processes(),
         capture_output=True,
         text=True,
         timeout=300,
@@ -375,6 +426,19 @@ def test_two_processes_of_accelerate_launch_train_what_one_does(tmp_path, capsys
     differences = torch.cat([(weights[0][name] - weights[1][name]).abs().flatten() for name in weights[0]])
     # Adam makes whole steps of gradients that are nothing but rounding.
     assert float(differences.mean()) < 1e-6 and float(differences.max()) < 1e-4
+
+
+def test_when_one_of_two_processes_is_asked_to_end_both_save_after_that_step(tmp_path):
+    changes = {"batch": 2, "log_every": 4}
+    assert sending(tmp_path / "two", 5, signal.SIGTERM, *two_processes(), **changes) == 0
+    assert checkpoints(tmp_path / "two") == ["step-00000004", "step-00000005"]
+    assert sending(tmp_path / "two", 0, 0, *two_processes(), **changes) == 0
+    run(tmp_path / "one", lambda: Tiny(drawn=False), log_every=4)
+    one, two = losses(tmp_path / "one"), losses(tmp_path / "two")
+    assert [line["step"] for line in two] == [4, 8, 12]
+    for alone, shared in zip(one, two, strict=True):
+        for name in ("loss", "gradient"):
+            assert shared[name] == pytest.approx(alone[name], rel=1e-4), (name, alone["step"])
 
 
 # -------------------------------------------------------------------------------------------------------------- bench

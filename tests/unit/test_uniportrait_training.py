@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import argparse
 import copy
+import itertools
 import json
+import math
 from dataclasses import replace
 from pathlib import Path
 
@@ -33,13 +35,13 @@ from trainer import portraits
 from trainer.diffusion import NoiseSchedule, emphasised
 from trainer.draws import Draws
 from trainer.faces import faces_of, region_of
-from trainer.features import features_path, global_feature
+from trainer.features import features_path, global_feature, uncaptioned
 from trainer.identity_loss import Likeness
 from trainer.loop import Settings, train
 from trainer.portraits import FacesOfPictures
 from trainer.recipes import uniportrait
 from trainer.shards import FaceRecord, Record, Shards, encode_png, writing
-from trainer.uniportrait_rule import Condition, LowRankLayers
+from trainer.uniportrait_rule import Condition, LowRankLayers, SiteLayers, TrainingRule
 
 CONTEXT, TOKENS, GRID, SHALLOW = 32, 4, 16, 24
 PEOPLE = (1, 2, 1, 3, 2, 1, 4, 2)
@@ -282,6 +284,14 @@ def test_routing_loss_is_equation_4() -> None:
     by_hand = ((0.5**2 + 0.5**2) + (wrong**2 + wrong**2)) / 2 / 2
     assert float(loss) == pytest.approx(by_hand, rel=1e-5)
     assert float(right) == pytest.approx(0.5)
+    # A third place with nobody in it changes nothing.
+    nobody = torch.full((1, 4, 1), -torch.inf)
+    filled = torch.cat([logits, nobody], dim=-1).requires_grad_()
+    regions, present = torch.cat([regions, torch.zeros(1, 1, 2, 2)], dim=1), torch.tensor([[True, True, False]])
+    again, right = uniportrait.routing_loss({7: filled}, regions, present, (2, 2))
+    assert float(again) == pytest.approx(by_hand, rel=1e-5) and float(right) == pytest.approx(0.5)
+    again.backward()
+    assert filled.grad is not None and filled.grad.isfinite().all() and not filled.grad[..., 2].any()
 
 
 def test_stage_one_can_begin_with_another_runs_file(
@@ -345,6 +355,88 @@ def test_structure_branch_is_dropped_as_in_the_paper(
     made.dropping = False
     made._embed(batch, no_face, Draws(0, 0, 0, many, slice(0, many), torch.device("cpu")))
     assert (seen["beta"] == 1).all() and seen["keep"].all()
+
+
+@pytest.mark.parametrize("ahead", [0.0, math.log(3)])
+def test_positions_go_to_people_by_chance_as_their_logits_say(
+    stages: tuple[Path, Path, Model], monkeypatch: pytest.MonkeyPatch, data: Path, ahead: float
+) -> None:
+    """Gumbel-softmax (sec. 3.3), straight through: with logits (0, a) a position goes wholly to the second person with
+    probability e^a / (1 + e^a), anew at every position, row and site; the error reaches both people's logits."""
+    made = recipe(monkeypatch, data, "--stage", "2", "--faceid", str(stages[0]))
+    many, chosen, leaves = 64, [], []
+    # All ID tokens of a person alike: what a position attends to is then that person's value, whatever its query.
+    tokens = torch.randn(2, 1, CONTEXT).expand(2, TOKENS, CONTEXT)
+    attend = TrainingRule._attend
+
+    def route(layers: SiteLayers, hidden: torch.Tensor, people: torch.Tensor) -> torch.Tensor:
+        assert people.shape[:2] == (many, 2)
+        leaves.append(torch.tensor([0.0, ahead]).expand(many, hidden.shape[1], 2).clone().requires_grad_())
+        return leaves[-1]
+
+    def attending(rule, site, hidden, q):  # type: ignore[no-untyped-def]
+        attended = attend(rule, site, hidden, q)
+        first, second = (rule.identity[str(site.index)].to_v_faceid(own[0]) for own in tokens)
+        share = ((attended - first) * (second - first)).sum(dim=-1) / (second - first).square().sum()
+        torch.testing.assert_close(attended, torch.lerp(first, second, share[..., None]), rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(share, share.round(), rtol=0, atol=1e-4)
+        chosen.append(share.detach().round())
+        return attended
+
+    monkeypatch.setattr(SiteLayers, "route", route)
+    monkeypatch.setattr(TrainingRule, "_attend", attending)
+    monkeypatch.setattr(made, "_embed", lambda batch, no_face, draws: tokens.expand(many, *tokens.shape))
+    batch = {name: tensor.expand(many, *tensor.shape) for name, tensor in made.data[0, (0, 0, 0)].items()}
+    batch = {**batch, "regions": batch["regions"][:, :2], "present": torch.ones(many, 2, dtype=torch.bool)}
+    device = torch.device("cpu")
+    with Injection(made.model.unet, made.rule) as made._injection:
+        made.train()
+        made(batch, Draws(0, 0, 0, many, slice(0, many), device))["diffusion"].backward()
+        drawn = torch.cat([share.flatten() for share in chosen])
+        expected = 1 / (1 + math.exp(-ahead))
+        deviation = math.sqrt(expected * (1 - expected) / len(drawn))
+        assert float(drawn.mean()) == pytest.approx(expected, abs=4 * deviation)
+        assert all(not torch.equal(share[0], share[1]) for share in chosen)
+        assert not any(torch.equal(one, other) for one, other in itertools.combinations(chosen, 2))
+        for leaf, share in zip(leaves, chosen, strict=True):
+            assert leaf.grad is not None
+            second = share == 1
+            losing = torch.stack([second, ~second], dim=-1)
+            assert (leaf.grad[losing] != 0).float().mean() > 0.99
+            # The gradient of soft shares that add up to one: what one logit gains, the other loses.
+            torch.testing.assert_close(leaf.grad.sum(dim=-1), torch.zeros_like(share), rtol=0, atol=1e-7)
+
+        chosen.clear()
+        made.eval()
+        with torch.no_grad():
+            made(batch, Draws(0, 0, 0, many, slice(0, many), device))
+        assert all((share == (ahead > 0)).all() for share in chosen), "not in training: the likeliest person's"
+
+
+def test_captions_and_faces_are_dropped_each_in_five_percent(monkeypatch: pytest.MonkeyPatch, data: Path) -> None:
+    """One without regard to the other; a caption that is not dropped stays as it is."""
+    made, many = recipe(monkeypatch, data), 20000
+    seen: dict[str, torch.Tensor] = {}
+
+    def embed(batch, no_face, draws):  # type: ignore[no-untyped-def]
+        seen["no_face"] = no_face
+        return torch.zeros(many, 1, TOKENS, CONTEXT)
+
+    def predict(noisy, t, told, noise):  # type: ignore[no-untyped-def]
+        seen["captions"] = told.tokens
+        return noisy, {}
+
+    monkeypatch.setattr(made, "_embed", embed)
+    monkeypatch.setattr(made, "_predict", predict)
+    batch = {name: tensor.expand(many, *tensor.shape) for name, tensor in made.data[0, (0, 0, 0)].items()}
+    captions = torch.randint(1000, 40000, (many, 77))
+    made({**batch, "tokens": captions}, Draws(0, 0, 0, many, slice(0, many), torch.device("cpu")))
+    no_caption = (seen["captions"] == uncaptioned(captions)).all(dim=1)
+    assert torch.equal(seen["captions"][~no_caption], captions[~no_caption])
+    for dropped in (no_caption, seen["no_face"]):
+        assert float(dropped.float().mean()) == pytest.approx(0.05, abs=0.006)
+    both = float((no_caption & seen["no_face"]).float().mean())
+    assert both == pytest.approx(0.05 * 0.05, abs=0.0014), "four standard errors of what chance gives"
 
 
 def test_another_photo_of_the_same_person_feeds_the_intrinsic_branch(

@@ -387,7 +387,8 @@ def routing_loss(
 ) -> tuple[Tensor, Tensor]:
     """Eq. 4 without its lambda, and the share of face positions whose arg-max is right; means over sites and rows.
 
-    logits: by site (B, n, N); regions (B, N, h, w) the masks M at the latent's size; present (B, N) bool.
+    logits: by site (B, n, N), -inf of people who are not there; regions (B, N, h, w) the masks M at the latent's size,
+    empty of those; present (B, N) bool.
     """
     losses, rights = [], []
     for site_logits in logits.values():
@@ -395,7 +396,7 @@ def routing_loss(
         masks = F.adaptive_avg_pool2d(regions, shape).flatten(2).transpose(1, 2)
         union = masks.amax(dim=-1)
         routed = site_logits.float().softmax(dim=-1)
-        squared = ((routed - masks) ** 2 * present[:, None]).sum(dim=-1)
+        squared = ((routed - masks) ** 2).sum(dim=-1)
         people = present.sum(dim=1).clamp(min=1)
         area = union.sum(dim=1).clamp(min=1e-6)
         losses.append(((union**2 * squared).sum(dim=1) / area / people).mean())
