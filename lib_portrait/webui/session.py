@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from modules import devices, errors, images, shared
 
-from lib_portrait.attention import NEGATIVE, POSITIVE, Injection, find_sites, mark
+from lib_portrait.attention import NEGATIVE, POSITIVE, Injection, Row, find_sites, mark
 from lib_portrait.checkpoints.store import AUTOMATIC, EMBEDDED
 from lib_portrait.errors import Notice, PortraitError
 from lib_portrait.regions import WHOLE, Box, check_takes_part
@@ -170,7 +170,7 @@ class Session:
         self.check()
         assert self._injection is not None and self._rule is not None
         call = self._injection.call
-        if call.kinds is not None and call.latent != self._latent:
+        if call.numbers is not None and call.latent != self._latent:
             # People without regions are routed in each piece; a region would have to know which one this is.
             first = next((i for i, person in enumerate(self._rule.people) if person.region is not None), None)
             if first is not None:
@@ -231,7 +231,7 @@ class Session:
     # ---- in the host's denoiser callback
 
     def denoise(self, params: Any) -> None:
-        """Marks the rows of a denoiser step by their kind. Never raises: the host would swallow it."""
+        """Marks the rows of a denoiser step: kind and picture. Never raises: the host would swallow it."""
         if not self._sampling or self.failure is not None:
             return
         try:
@@ -246,9 +246,11 @@ class Session:
             self._latent = (params.x.shape[-2], params.x.shape[-1])
             self._injection.progress = min(denoiser.step / max(denoiser.total_steps or 1, 1), 1.0)
             self._steps.add(self._injection.progress)
-            params.text_cond = _marked(params.text_cond, POSITIVE)
-            params.text_uncond = _marked(params.text_uncond, NEGATIVE)
-            self._expected += _rows(params.text_cond)
+            positive, negative = _rows(params)
+            self._injection.rows = dict(enumerate([*positive, *negative]))
+            params.text_cond = _marked(params.text_cond, range(len(positive)))
+            params.text_uncond = _marked(params.text_uncond, range(len(positive), len(positive) + len(negative)))
+            self._expected += len(positive)
         except Exception as error:
             self.fail(_known(error, self.tabs))
 
@@ -264,18 +266,35 @@ def _show_progress(text: str) -> None:
     shared.state.textinfo = f"Portrait: {text}"
 
 
-def _marked(cond: Any, kind: int) -> Any:
+def _rows(params: Any) -> tuple[list[Row], list[Row]]:
+    """The positive and the negative rows of a denoiser step. Raises PortraitError if the conditions have others.
+
+    The host gives every picture a positive row for each of the prompts that its own is composed of (AND), in order, and
+    one negative row. Which row is whose it tells the sampler alone.
+    """
+    composed = params.denoiser.sampler.sampler_extra_args["cond"].batch
+    positive = [Row(POSITIVE, picture) for picture, prompts in enumerate(composed) for _ in prompts]
+    negative = [Row(NEGATIVE, picture) for picture in range(len(composed))]
+    for rows, cond in ((positive, params.text_cond), (negative, params.text_uncond)):
+        found = (cond["crossattn"] if isinstance(cond, dict) else cond).shape[0]
+        if found != len(rows):
+            raise PortraitError(
+                "rows",
+                f"the prompts of this batch make {len(rows)} rows, but the conditions have {found}",
+                "Switch off extensions that change the prompts while a picture is drawn.",
+                500,
+            )
+    return positive, negative
+
+
+def _marked(cond: Any, numbers: Sequence[int]) -> Any:
     """A condition with its rows marked: a tensor (SD1, SD2), or a mapping with `crossattn` (SDXL)."""
     if isinstance(cond, dict):
         # The host's mapping type carries a shape that others read; its other entries stay shared.
         marked = copy.copy(cond)
-        marked["crossattn"] = mark(cond["crossattn"], kind)
+        marked["crossattn"] = mark(cond["crossattn"], numbers)
         return marked
-    return mark(cond, kind)
-
-
-def _rows(cond: Any) -> int:
-    return (cond["crossattn"] if isinstance(cond, dict) else cond).shape[0]
+    return mark(cond, numbers)
 
 
 def lora_state() -> Hashable:

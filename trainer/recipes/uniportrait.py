@@ -289,7 +289,7 @@ class UniPortraitRecipe(Recipe):
         dtype = next(model.unet.parameters()).dtype
         predicted = model.unet(noisy.to(dtype), t, mark(text, POSITIVE)).sample
         # Gradient checkpointing runs the layers again during the backward pass, and the rule must act there too.
-        self._injection.call.kinds = [POSITIVE] * len(noisy)
+        self._injection.call.numbers = [POSITIVE] * len(noisy)
         return predicted.float(), condition.logits
 
     def _embed(self, batch: dict[str, Tensor], no_face: Tensor, draws: Draws) -> Tensor:
