@@ -408,38 +408,46 @@ class Person:
 
 
 class RoutingMaps:
-    """Collects where each person went: per site and step, and averaged over both.
+    """Collects where each person went in each picture: per site and step, and averaged over both.
 
     A map tells for every position which of N people it was given to: the one that the router chose (eq. 2), or those
     whose region it lies in. The choice and not the router's softmax: it is what the picture was made with, and in the
-    mean over sites and steps it still tells people apart where each softmax decides by little.
+    mean over sites and steps it still tells people apart where each softmax decides by little. Where a picture has
+    several positive rows, its map is the mean of theirs.
     """
 
     def __init__(self, keep_all: bool = False):
         self.keep_all = keep_all
-        self.maps: dict[tuple[int, float], Tensor] = {}
-        """(site number, progress) -> (rows, N, h, w) of the positive rows; filled only with `keep_all`."""
-        self._sums: dict[torch.Size, tuple[Tensor, int]] = {}
-        self._last: torch.Size | None = None
+        self.maps: dict[tuple[int, float, int], Tensor] = {}
+        """(site number, progress, picture) -> (N, h, w) of the last call; filled only with `keep_all`."""
+        self._sums: dict[tuple[int, int], dict[int, tuple[Tensor, int]]] = {}
+        self._last: tuple[int, int] | None = None
 
-    def add(self, site: Site, call: Call, shares: Tensor) -> None:
-        """shares (rows, n, N) of the positive rows of a call."""
+    def add(self, site: Site, call: Call, pictures: Sequence[int], shares: Tensor) -> None:
+        """shares (rows, n, N) of the positive rows of a call; pictures: the number of each row's picture."""
         h, w = call.shape_at(site, shares.shape[1])
         maps = shares.detach().float().transpose(1, 2).unflatten(-1, (h, w))
-        if self.keep_all:
-            self.maps[(site.index, call.progress)] = maps.cpu()
         resized = F.interpolate(maps, size=call.latent, mode="bilinear", align_corners=False).cpu()
         # Kept apart by shape: hires fix changes the latent's size, and the last pass is the one that is seen.
-        self._last = resized.shape
-        total, count = self._sums.get(self._last, (torch.zeros_like(resized), 0))
-        self._sums[self._last] = (total + resized, count + 1)
+        self._last = call.latent
+        sums = self._sums.setdefault(call.latent, {})
+        for picture in dict.fromkeys(pictures):
+            own = [row for row, other in enumerate(pictures) if other == picture]
+            if self.keep_all:
+                self.maps[(site.index, call.progress, picture)] = maps[own].mean(dim=0).cpu()
+            total, count = sums.get(picture, (torch.zeros_like(resized[0]), 0))
+            sums[picture] = (total + resized[own].sum(dim=0), count + len(own))
 
     def mean(self) -> Tensor | None:
-        """(rows, N, h, w) in [0, 1] at the size of the last latent; None before the first map."""
+        """(pictures, N, h, w) in [0, 1] at the size of the last latent; None before the first map.
+
+        A picture that was never seen is nobody's.
+        """
         if self._last is None:
             return None
-        total, count = self._sums[self._last]
-        return total / count
+        means = {picture: total / count for picture, (total, count) in self._sums[self._last].items()}
+        nobody = torch.zeros_like(next(iter(means.values())))
+        return torch.stack([means.get(picture, nobody) for picture in range(max(means) + 1)])
 
 
 # ---------------------------------------------------------------------------------------------------------------- rule
@@ -613,7 +621,7 @@ class UniPortraitRule:
         self, site: Site, call: Call, state: _SiteState, hidden: Tensor, q: Tensor, attended: Tensor
     ) -> Tensor:
         """attended + s * identity attention; hidden (B, n, C), q and attended (B, n, H * d)."""
-        kinds = call.kinds or []
+        numbers, kinds = call.numbers or [], call.kinds
         if len(kinds) != q.shape[0]:
             raise PortraitError(
                 "rows",
@@ -637,7 +645,7 @@ class UniPortraitRule:
             # All rows are of one kind where cond and uncond run apart: a view then saves the copies.
             every = len(rows) == q.shape[0]
             q_rows, hidden_rows = (q, hidden) if every else (q[rows], hidden[rows])
-            identity = self._attend(site, call, state, kind, q_rows, hidden_rows, regions)
+            identity = self._attend(site, call, state, [numbers[row] for row in rows], q_rows, hidden_rows, regions)
             if every:
                 added = identity
             else:
@@ -649,22 +657,28 @@ class UniPortraitRule:
         site: Site,
         call: Call,
         state: _SiteState,
-        kind: int,
+        numbers: Sequence[int],
         q: Tensor,
         hidden: Tensor,
         regions: _Regions | None,
     ) -> Tensor:
-        """Sum over people of weight * attention to their tokens, for rows of one kind: (R, n, H * d)."""
+        """Sum over people of weight * attention to their tokens, for rows of one kind: (R, n, H * d).
+
+        numbers: the rows', in the call's table.
+        """
+        kind = call.table[numbers[0]].kind
         groups = state.groups[kind]
         heads = site.split_heads(q)
         if len(groups) == 1 and regions is None:
             # One person, or several whose tokens are equal (the unconditional ones): nothing to route. People of
             # different scale would be told apart by the router only, which cannot: they share the mean scale.
             scale = math.fsum(self.people[i].scale for i in groups[0]) / len(groups[0])
-            self._record(site, call, state, kind, q.new_full((*q.shape[:2], len(state.active)), 1 / len(state.active)))
+            self._record(
+                site, call, state, numbers, q.new_full((*q.shape[:2], len(state.active)), 1 / len(state.active))
+            )
             key, value = (x[kind].expand(q.shape[0], -1, -1, -1) for x in (state.key, state.value))
             return F.scaled_dot_product_attention(heads, key, value).transpose(1, 2).flatten(2) * scale
-        weights = self._weights(site, call, state, kind, hidden, regions)
+        weights = self._weights(site, call, state, numbers, hidden, regions)
         out = torch.zeros_like(q)
         for g in range(len(groups)):
             # Each position is computed for the people it belongs to only: with eight people the cost is that of one.
@@ -678,7 +692,13 @@ class UniPortraitRule:
         return out
 
     def _weights(
-        self, site: Site, call: Call, state: _SiteState, kind: int, hidden: Tensor, regions: _Regions | None
+        self,
+        site: Site,
+        call: Call,
+        state: _SiteState,
+        numbers: Sequence[int],
+        hidden: Tensor,
+        regions: _Regions | None,
     ) -> Tensor:
         """How much each position belongs to each group of people, scales included: (R, n, G).
 
@@ -686,13 +706,13 @@ class UniPortraitRule:
         people without one, by routing (eq. 2), or is nobody's. Where regions overlap the router decides between those
         who claim the position: who is chosen gets their whole share, the others what that leaves.
         """
-        active = state.active
+        active, kind = state.active, call.table[numbers[0]].kind
         if regions is None:
             everybody = torch.ones(len(active), dtype=torch.bool, device=hidden.device)
             weights = _evenly(self._chosen(state, kind, hidden, everybody), hidden)
         else:
             weights = self._shares(state, kind, hidden, regions)
-        self._record(site, call, state, kind, weights)
+        self._record(site, call, state, numbers, weights)
         weights = weights * hidden.new_tensor([self.people[i].scale for i in active])
         groups = [[active.index(i) for i in group] for group in state.groups[kind]]
         return torch.stack([weights[..., group].sum(dim=-1) for group in groups], dim=-1)
@@ -711,10 +731,11 @@ class UniPortraitRule:
             shares = shares + left * _evenly(self._chosen(state, kind, hidden, regions.free), hidden)
         return shares.expand(hidden.shape[0], -1, -1)
 
-    def _record(self, site: Site, call: Call, state: _SiteState, kind: int, shares: Tensor) -> None:
+    def _record(self, site: Site, call: Call, state: _SiteState, numbers: Sequence[int], shares: Tensor) -> None:
         """Gives the routing maps the shares (R, n, A) of the active people, while all people are active."""
-        if self.routing is not None and kind == POSITIVE and len(state.active) == len(self.people):
-            self.routing.add(site, call, shares)
+        rows = [call.table[number] for number in numbers]
+        if self.routing is not None and rows[0].kind == POSITIVE and len(state.active) == len(self.people):
+            self.routing.add(site, call, [row.picture for row in rows], shares)
 
     def _chosen(self, state: _SiteState, kind: int, hidden: Tensor, claims: Tensor) -> Tensor:
         """Whom eq. 2 chooses among those who claim a position: (R, n, A) bool, of largest logit (eq. 3).

@@ -124,7 +124,7 @@ class Studio:
             maps: Sequence[Image.Image | None] = [None] * len(pictures)
             owners: Sequence[torch.Tensor | None] = [None] * len(pictures)
             if mean is not None and request is not None and request.show_routing:
-                maps = draw_routing(pictures, [mean], legend=legend)
+                maps = draw_routing(pictures, list(mean), legend=legend)
             if mean is not None and mean.shape[1] > 1:
                 owners = [owners_of(own) for own in mean]
             drawn += [Drawn(*one) for one in zip(batch, pictures, maps, owners, strict=True)]

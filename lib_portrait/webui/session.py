@@ -47,8 +47,8 @@ class Session:
     """One request while the WebUI processes it.
 
     number: its own. request: what was asked for, or None if it could not even be read. tabs: the panel's tabs that its
-    identities come from. failure: the first fault, to be raised where the host lets it through. maps: the mean routing
-    map of every sampling done so far, (rows, N, h, w).
+    identities come from. failure: the first fault, to be raised where the host lets it through. maps: of every sampling
+    done so far the mean routing map of each picture, (pictures, N, h, w), or None where it drew nothing.
     """
 
     def __init__(self, request: PortraitRequest | None, tabs: Sequence[int], failure: Exception | None):
@@ -56,7 +56,7 @@ class Session:
         self.request = request
         self.tabs = tabs
         self.failure = failure
-        self.maps: list[torch.Tensor] = []
+        self.maps: list[torch.Tensor | None] = []
         self.place: Box = WHOLE
         self._notices: list[Notice] = []
         self._conditioning: Conditioning | None = None
@@ -143,8 +143,8 @@ class Session:
         finally:
             self._leave()
             self._sampling = False
-            if self._rule.routing is not None and (mean := self._rule.routing.mean()) is not None:
-                self.maps.append(mean)
+            if self._rule.routing is not None:
+                self.maps.append(self._rule.routing.mean())
                 self.place = self._rule.place
                 self._rule.routing = None
 
@@ -435,8 +435,9 @@ def _add_maps(p: Any, processed: Any, session: Session) -> None:
     assert session.request is not None
     numbers = session.tabs or range(1, len(session.request.identities) + 1)
     legend = Legend([f"Identity {number}" for number in numbers], numbers, images.get_font)
-    pictures = places.pictures(p, processed)
-    for picture, drawn in zip(pictures, draw_routing(pictures, session.maps, session.place, legend)):
+    found = _with_maps(places.pictures(p, processed), session.maps, p.batch_size)
+    pictures, maps = [picture for picture, _ in found], [own for _, own in found]
+    for picture, drawn in zip(pictures, draw_routing(pictures, maps, session.place, legend)):
         infotext = processed.infotexts[min(processed.images.index(picture), len(processed.infotexts) - 1)]
         saved = getattr(picture, "already_saved_as", None)
         if saved and settings.saves_maps():
@@ -453,6 +454,19 @@ def _add_maps(p: Any, processed: Any, session: Session) -> None:
         if places.shows_maps(p):
             processed.images.append(drawn)
             processed.infotexts.append(infotext)
+
+
+def _with_maps(
+    pictures: Sequence[Any], maps: Sequence[torch.Tensor | None], batch_size: int
+) -> list[tuple[Any, torch.Tensor]]:
+    """The pictures of all samplings in order, each with its own routing map (N, h, w), where it has one."""
+    found = []
+    for number, picture in enumerate(pictures):
+        sampling, place = divmod(number, batch_size)
+        own = maps[sampling] if sampling < len(maps) else None
+        if own is not None and place < len(own):
+            found.append((picture, own[place]))
+    return found
 
 
 def forget(p: Any, keep_infotext: bool = False) -> None:

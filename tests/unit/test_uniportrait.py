@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 
 import pytest
 import torch
@@ -12,7 +12,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from torch import nn
 
-from lib_portrait.attention import NEGATIVE, POSITIVE, Injection, find_sites, mark
+from lib_portrait.attention import NEGATIVE, POSITIVE, Injection, Row, find_sites, mark
 from lib_portrait.errors import PortraitError
 from lib_portrait.faces.weights import STRETCH, all_finite
 from lib_portrait.methods.uniportrait import (
@@ -152,7 +152,7 @@ def shares_of(unet: nn.Module, adapter: Adapter, people: list[Person]) -> torch.
     """How much of each position each person has at the first site: (N, 16, 16)."""
     maps = RoutingMaps(keep_all=True)
     with_people(unet, adapter, people, routing=maps)
-    return maps.maps[(1, 0.5)][0]
+    return maps.maps[(1, 0.5, 0)]
 
 
 def test_a_mask_s_grey_is_a_share_and_the_rest_is_nobody_s(unet, adapter) -> None:
@@ -249,21 +249,56 @@ def test_routing_maps_are_given_per_site_and_step_and_averaged(unet, adapter) ->
     with Injection(unet, rule) as injection:
         for progress in (0.0, 0.5):
             injection.progress = progress
-            run(unet, (POSITIVE, NEGATIVE, POSITIVE), (16, 24))
+            run(unet, (POSITIVE, NEGATIVE), (16, 24))
     cross = [site.index for site in find_sites(unet) if site.cross]
-    assert sorted(maps.maps) == sorted((index, progress) for index in cross for progress in (0.0, 0.5))
-    assert {tuple(each.shape) for each in maps.maps.values()} == {
-        (2, 3, 16, 24),
-        (2, 3, 8, 12),
-        (2, 3, 4, 6),
-        (2, 3, 2, 3),
-    }
+    assert sorted(maps.maps) == sorted((index, progress, 0) for index in cross for progress in (0.0, 0.5))
+    assert {tuple(each.shape) for each in maps.maps.values()} == {(3, 16, 24), (3, 8, 12), (3, 4, 6), (3, 2, 3)}
     # What was chosen (eq. 2), not how surely: a position is somebody's in whole.
     assert all(((each == 0) | (each == 1)).all() for each in maps.maps.values())
     mean = maps.mean()
     assert mean is not None
-    assert mean.shape == (2, 3, 16, 24)
-    assert torch.allclose(mean.sum(dim=1), torch.ones(2, 16, 24), atol=1e-5)
+    assert mean.shape == (1, 3, 16, 24)
+    assert torch.allclose(mean.sum(dim=1), torch.ones(1, 16, 24), atol=1e-5)
+
+
+# Picture 0 is composed of two prompts (AND), picture 1 is not; each row has a latent and a text of its own.
+COMPOSED = {
+    0: Row(POSITIVE, 0),
+    1: Row(POSITIVE, 0),
+    2: Row(POSITIVE, 1),
+    3: Row(NEGATIVE, 0),
+    4: Row(NEGATIVE, 1),
+}
+
+
+def composed(unet: nn.Module, rule: UniPortraitRule, *slices: Sequence[int]) -> dict[int, torch.Tensor]:
+    """What the UNet gives for the rows of COMPOSED, called with some of them at a time."""
+    x = torch.randn(2, 4, 16, 16, generator=torch.Generator().manual_seed(5))
+    text = torch.randn(5, 9, WIDTH, generator=torch.Generator().manual_seed(6))
+    found = {}
+    with Injection(unet, rule, rows=COMPOSED), torch.no_grad():
+        for numbers in slices:
+            own = x[[COMPOSED[number].picture for number in numbers]]
+            out = unet(own, torch.tensor([500] * len(numbers)), mark(text[list(numbers)], numbers))
+            found |= dict(zip(numbers, out, strict=True))
+    return found
+
+
+def test_every_picture_has_its_own_map_in_whatever_slices_its_rows_come(unet, adapter) -> None:
+    people = [person(1), person(2)]
+
+    def mean_of(*slices: Sequence[int]) -> torch.Tensor:
+        maps = RoutingMaps()
+        composed(unet, UniPortraitRule(adapter, people, routing=maps), *slices)
+        mean = maps.mean()
+        assert mean is not None
+        return mean
+
+    first, second, other = (mean_of([number])[-1] for number in (0, 1, 2))
+    expected = torch.stack([(first + second) / 2, other])
+    assert (expected[0] - expected[1]).abs().max() > 0.1, "two pictures that cannot be told apart show nothing"
+    for slices in ([range(5)], [[0, 1], [2, 3], [4]], [[3, 4], [0, 1, 2]], [[2], [1, 0]], [[4, 0], [3], [2, 1]]):
+        assert torch.allclose(mean_of(*slices), expected, atol=1e-5), slices
 
 
 def test_one_person_has_a_map_too_and_regions_show_in_it(unet, adapter) -> None:
@@ -273,7 +308,7 @@ def test_one_person_has_a_map_too_and_regions_show_in_it(unet, adapter) -> None:
     ]:
         maps = RoutingMaps(keep_all=True)
         with_people(unet, adapter, people, routing=maps)
-        assert torch.allclose(maps.maps[(1, 0.5)][0], expected)
+        assert torch.allclose(maps.maps[(1, 0.5, 0)], expected)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])

@@ -341,7 +341,7 @@ class UniPortraitRecipe(Recipe):
             maps = finest.softmax(dim=-1).transpose(1, 2).unflatten(-1, tuple(latent.shape[-2:])).cpu()
             made = [Image.fromarray(p.permute(1, 2, 0).mul(255).byte().cpu().numpy()) for p in decoded.clamp(0, 1)]
             counts = batch["present"].sum(dim=1).tolist()
-            drawn = [draw_routing([p], [m[None, :n]])[0] for p, m, n in zip(made, maps, counts)]
+            drawn = [draw_routing([p], [m[:n]])[0] for p, m, n in zip(made, maps, counts)]
             tensors = [torch.from_numpy(np.array(p.convert("RGB"))).permute(2, 0, 1) / 255 for p in drawn]
             rows_of.append(torch.cat(tensors, dim=2).to(device))
         return {"people": torch.cat(rows_of, dim=1)}
