@@ -516,7 +516,8 @@ class _SiteState:
     """Keys, values and router keys of one site for one set of active people; and its query while the site runs.
 
     key, value: per kind (G, H, T, d), one entry for each group of people whose tokens are equal; group_of: per kind
-    (A), the group of each active person.
+    (A), the group of each active person. scales: (A), of the active people. local_scales: by the number of a positive
+    row, the scale that each position had when that row was last here, (n, 1); filled while people's scales differ.
     """
 
     active: tuple[int, ...] = ()
@@ -527,6 +528,8 @@ class _SiteState:
     value: dict[int, Tensor] = field(default_factory=dict)
     router_key: dict[int, Tensor] = field(default_factory=dict)
     theta: tuple[Tensor, Tensor] | None = None
+    scales: Tensor | None = None
+    local_scales: dict[int, Tensor] = field(default_factory=dict)
     regions: dict[Hashable, _Regions] = field(default_factory=dict)
     query: Tensor | None = None
     hidden: Tensor | None = None
@@ -563,10 +566,16 @@ class UniPortraitRule:
         self.lora_scale = lora_scale
         self.routing = routing
         self.drawn: set[int] = set()
-        """Who was added to positive rows with a strength above 0, by number; cleared by whoever starts a sampling."""
+        """Who was added to positive rows with a strength above 0, by number."""
         self.place: Box = WHOLE
         self._covered: dict[tuple[int, Box, tuple[int, int]], Tensor] = {}
         self._states: dict[int, _SiteState] = {}
+
+    def begin(self) -> None:
+        """Forgets what belongs to the sampling before: who was drawn, and with which scale at which position."""
+        self.drawn.clear()
+        for state in self._states.values():
+            state.local_scales.clear()
 
     # ---- what Injection asks
 
@@ -638,7 +647,8 @@ class UniPortraitRule:
             self.drawn.update(i for i in active if self.people[i].scale > 0)
         regions = self._regions_at(site, call, state, q.shape[1]) if self._has_regions(active) else None
         added = torch.zeros_like(attended)
-        for kind in dict.fromkeys(kinds):
+        # Positive rows first: negative ones take their scales.
+        for kind in sorted(set(kinds), key=lambda kind: kind != POSITIVE):
             if kind not in state.key:
                 continue
             rows = call.rows_of(kind)
@@ -670,14 +680,15 @@ class UniPortraitRule:
         groups = state.groups[kind]
         heads = site.split_heads(q)
         if len(groups) == 1 and regions is None:
-            # One person, or several whose tokens are equal (the unconditional ones): nothing to route. People of
-            # different scale would be told apart by the router only, which cannot: they share the mean scale.
-            scale = math.fsum(self.people[i].scale for i in groups[0]) / len(groups[0])
+            # One person, or several whose tokens are equal (the unconditional ones): nothing to route.
             self._record(
                 site, call, state, numbers, q.new_full((*q.shape[:2], len(state.active)), 1 / len(state.active))
             )
             key, value = (x[kind].expand(q.shape[0], -1, -1, -1) for x in (state.key, state.value))
-            return F.scaled_dot_product_attention(heads, key, value).transpose(1, 2).flatten(2) * scale
+            seen = F.scaled_dot_product_attention(heads, key, value).transpose(1, 2).flatten(2)
+            if self._differ(state.active):
+                return seen * self._scales(call, state, numbers, q.shape[1]).mean(dim=-1, keepdim=True)
+            return seen * self.people[groups[0][0]].scale
         weights = self._weights(site, call, state, numbers, hidden, regions)
         out = torch.zeros_like(q)
         for g in range(len(groups)):
@@ -713,9 +724,50 @@ class UniPortraitRule:
         else:
             weights = self._shares(state, kind, hidden, regions)
         self._record(site, call, state, numbers, weights)
-        weights = weights * hidden.new_tensor([self.people[i].scale for i in active])
+        assert state.scales is not None
+        # Where regions alone decide, whoever is at a position is there in every row.
+        routed = regions is None or regions.overlap or regions.free is not None
+        if routed and self._differ(active):
+            shares, weights = weights, weights * self._scales(call, state, numbers, weights.shape[1])
+            if kind == POSITIVE:
+                local = weights.sum(dim=-1, keepdim=True) / shares.sum(dim=-1, keepdim=True).clamp(min=1e-6)
+                for number in dict.fromkeys(numbers):
+                    own = [row for row, other in enumerate(numbers) if other == number]
+                    state.local_scales[number] = local[own].mean(dim=0)
+        else:
+            weights = weights * state.scales
         groups = [[active.index(i) for i in group] for group in state.groups[kind]]
         return torch.stack([weights[..., group].sum(dim=-1) for group in groups], dim=-1)
+
+    def _differ(self, active: Sequence[int]) -> bool:
+        """Whether the active people's scales do: else no row needs to know who is where in another."""
+        return len({self.people[i].scale for i in active}) > 1
+
+    def _scales(self, call: Call, state: _SiteState, numbers: Sequence[int], positions: int) -> Tensor:
+        """The scale that each active person's share of each position has, for rows of one kind: (R, n, A).
+
+        In positive rows it is the person's own. The tokens of negative rows cannot be routed, for they are the same for
+        all; but guidance pushes away from what a negative row shows at a position, so it must show there as much of a
+        face as the positive row does: every share of the position has the scale of whom the positive row of the same
+        picture gave it to, at this site, when it last ran (the mean over several). In one call, and where a host runs
+        the positive rows first, as the WebUI does, that is in the same step; where it runs them later, in the step
+        before. Before any has run, and where it had another size, everybody has their own scale, which with equal
+        tokens comes to the mean of all.
+        """
+        assert state.scales is not None
+        own = state.scales.expand(positions, -1)
+        found = []
+        for row in (call.table[number] for number in numbers):
+            known = [
+                state.local_scales[other]
+                for other, positive in call.table.items()
+                if row.kind != POSITIVE
+                and positive.kind == POSITIVE
+                and row.picture == positive.picture
+                and len(state.local_scales.get(other, ())) == positions
+            ]
+            found.append(torch.stack(known).mean(dim=0).expand_as(own) if known else own)
+        return torch.stack(found)
 
     def _shares(self, state: _SiteState, kind: int, hidden: Tensor, regions: _Regions) -> Tensor:
         """The share of each position that each active person has with these regions: (R, n, A), at most 1 together."""
@@ -758,6 +810,8 @@ class UniPortraitRule:
         weights = self.adapter.sites[site.index]
         assert weights.key is not None and weights.value is not None
         state.active, state.device = active, (q.device, q.dtype)
+        state.scales = q.new_tensor([self.people[i].scale for i in active])
+        state.local_scales.clear()
         state.regions.clear()
         for kind in sorted({kind for i in active for kind in self.people[i].tokens}):
             tokens = [self.people[i].tokens[kind].to(q.device, torch.float32) for i in active]

@@ -130,7 +130,7 @@ class Session:
         self._check_windows(upcoming.steps(p))
         self._check_places(p)
         self._rule.routing = RoutingMaps() if self.request.show_routing else None
-        self._rule.drawn.clear()
+        self._rule.begin()
         self._sampling = True
         self._expected = self._seen = 0
         self._steps.clear()
