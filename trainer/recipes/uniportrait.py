@@ -24,7 +24,7 @@ import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor
 
-from lib_portrait.attention import POSITIVE, Injection, mark
+from lib_portrait.attention import POSITIVE, Injection, Row, mark
 from lib_portrait.attention.sites import find_sites, spatial_shape
 from lib_portrait.checkpoints.formats import read_tensors, write_tensors
 from lib_portrait.checkpoints.hashes import file_sha256
@@ -287,9 +287,11 @@ class UniPortraitRecipe(Recipe):
             text = model.text_encoder(told.tokens).last_hidden_state
         self.rule.condition = condition = Condition(told.people, told.present, noise, {}, told.scale)
         dtype = next(model.unet.parameters()).dtype
-        predicted = model.unet(noisy.to(dtype), t, mark(text, POSITIVE)).sample
+        numbers = range(len(noisy))
+        self._injection.rows = {number: Row(POSITIVE, picture=number) for number in numbers}
+        predicted = model.unet(noisy.to(dtype), t, mark(text, numbers)).sample
         # Gradient checkpointing runs the layers again during the backward pass, and the rule must act there too.
-        self._injection.call.numbers = [POSITIVE] * len(noisy)
+        self._injection.call.numbers = list(numbers)
         return predicted.float(), condition.logits
 
     def _embed(self, batch: dict[str, Tensor], no_face: Tensor, draws: Draws) -> Tensor:
