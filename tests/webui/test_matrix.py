@@ -206,9 +206,11 @@ def difference(first: torch.Tensor, second: torch.Tensor) -> float:
     return ((first - second).abs().max() / first.std()).item()
 
 
-@pytest.mark.parametrize("count", [1, 2])
-def test_one_call_and_separate_calls_agree(server: Client, people: dict[str, str], count: int) -> None:
-    portrait = one(people) if count == 1 else two(people)
+@pytest.mark.parametrize("scales", [(1.0,), (1.0, 1.0), (0.2, 1.0)], ids=str)
+def test_one_call_and_separate_calls_agree(server: Client, people: dict[str, str], scales: tuple[float, ...]) -> None:
+    """Also where negative rows take their scales from positive ones, which separate calls have run before them."""
+    portrait = one(people) if len(scales) == 1 else two(people)
+    portrait["identities"] = [{**own, "scale": scale} for own, scale in zip(portrait["identities"], scales)]
     for changes in ({}, {"prompt": LONG}, {"prompt": "a person AND a hat", "batch_size": 2}):
         settings = {"pad_cond_uncond": "prompt" in changes}
         together = server.record(portrait, override_settings={**settings, "batch_cond_uncond": True}, **changes)
