@@ -17,12 +17,12 @@ import numpy as np
 import torch
 from PIL import Image, ImageFont
 
+from lib_portrait.attention import RoutingMaps
 from lib_portrait.checkpoints.store import EMBEDDED, Folders, Store
 from lib_portrait.conditioning import Conditioner
 from lib_portrait.errors import Notice, PortraitError
 from lib_portrait.faces.service import FaceService
 from lib_portrait.faces.world_detector import world_detector
-from lib_portrait.methods.uniportrait import RoutingMaps
 from lib_portrait.request import AUTOMATIC, Limits, PortraitRequest, to_json
 from lib_portrait.routing_picture import Legend, draw_routing
 from lib_portrait.standalone.measuring import Likeness, Measurer, owners_of, shows_everybody

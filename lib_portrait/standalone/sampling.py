@@ -13,10 +13,9 @@ import torch
 from diffusers import DDIMScheduler, DPMSolverMultistepScheduler, EulerDiscreteScheduler
 from torch import Tensor
 
-from lib_portrait.attention import NEGATIVE, POSITIVE, Injection, Row, find_sites, mark
+from lib_portrait.attention import NEGATIVE, POSITIVE, Injection, RoutingMaps, Row, find_sites, mark
 from lib_portrait.conditioning import Conditioning
 from lib_portrait.errors import PortraitError
-from lib_portrait.methods.uniportrait import RoutingMaps
 from lib_portrait.request import check_window
 from lib_portrait.standalone.model import Model
 

@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from modules import devices, errors, images, shared
 
-from lib_portrait.attention import NEGATIVE, POSITIVE, Injection, Row, find_sites, mark
+from lib_portrait.attention import NEGATIVE, POSITIVE, Injection, RoutingMaps, Row, find_sites, mark
 from lib_portrait.checkpoints.store import AUTOMATIC, EMBEDDED
 from lib_portrait.errors import Notice, PortraitError
 from lib_portrait.regions import WHOLE, Box, check_takes_part
@@ -125,8 +125,6 @@ class Session:
             return run(*args, **kwargs)
         self.check()
         assert self._rule is not None and self.request is not None
-        from lib_portrait.methods.uniportrait import RoutingMaps
-
         self._check_windows(upcoming.steps(p))
         self._check_places(p)
         self._rule.routing = RoutingMaps() if self.request.show_routing else None

@@ -12,7 +12,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from torch import nn
 
-from lib_portrait.attention import NEGATIVE, POSITIVE, Injection, Row, find_sites, mark
+from lib_portrait.attention import NEGATIVE, POSITIVE, Injection, RoutingMaps, Row, find_sites, mark
 from lib_portrait.errors import PortraitError
 from lib_portrait.faces.weights import STRETCH, all_finite
 from lib_portrait.methods.uniportrait import (
@@ -20,7 +20,6 @@ from lib_portrait.methods.uniportrait import (
     Adapter,
     IDEmbedding,
     Person,
-    RoutingMaps,
     UniPortraitRule,
     interpolate,
 )
