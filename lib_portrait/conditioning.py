@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from lib_portrait import regions
-from lib_portrait.attention import NEGATIVE, POSITIVE
+from lib_portrait.attention import NEGATIVE, POSITIVE, RoutingMaps
 from lib_portrait.checkpoints.formats import read_tensors
 from lib_portrait.checkpoints.store import Kit, Store
 from lib_portrait.errors import Notice, PortraitError
@@ -21,7 +21,7 @@ from lib_portrait.faces.features import FaceEncoder, FaceFeatures
 from lib_portrait.faces.recognition import Backbone, backbone_from_state_dict
 from lib_portrait.faces.service import FaceService
 from lib_portrait.faces.vision import VisionTower, vision_from_state_dict
-from lib_portrait.methods.uniportrait import Adapter, Person, RoutingMaps, UniPortraitRule, interpolate
+from lib_portrait.methods.uniportrait import Adapter, Person, UniPortraitRule, interpolate
 from lib_portrait.request import Identity, Photo, PortraitRequest, Region
 
 # How far a mask's aspect ratio may be from the picture's: pictures are rounded to multiples of 8.

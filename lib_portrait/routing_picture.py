@@ -60,19 +60,14 @@ def draw_routing(
 ) -> list[Image.Image]:
     """Each picture in grey under the colours of the people to whom most of its positions were given.
 
-    maps: one tensor (rows, N, h, w) in [0, 1] for each sampling, whose rows are its pictures in order, or several rows
-    a picture (AND), which are averaged; what a position's shares lack of 1 is nobody's. place: the part of the picture
-    that the maps are of; what lies outside stays as it is. legend: is written below and numbers the areas; without one
-    the size stays.
+    maps: one (N, h, w) in [0, 1] for each picture; what a position's shares lack of 1 is nobody's. place: the part of
+    the picture that the maps are of; what lies outside stays as it is. legend: is written below and numbers the areas;
+    without one the size stays.
     """
     drawn: list[Image.Image] = []
-    per_sampling = max(1, len(pictures) // max(1, len(maps)))
-    for number, picture in enumerate(pictures):
-        rows = maps[min(number // per_sampling, len(maps) - 1)]
-        share = rows.shape[0] // per_sampling
-        own = rows[(number % per_sampling) * share :][:share] if share else rows
-        owners, parts = _owners(own.mean(dim=0), (picture.height, picture.width), place)
-        numbers = legend.numbers if legend is not None else range(1, own.shape[1] + 1)
+    for picture, own in zip(pictures, maps, strict=True):
+        owners, parts = _owners(own, (picture.height, picture.width), place)
+        numbers = legend.numbers if legend is not None else range(1, len(own) + 1)
         painted = _paint(picture, owners, numbers)
         if legend is not None:
             _number_areas(painted, owners, legend)

@@ -1,7 +1,8 @@
 """A UNet seen as an ordered list of attention sites, and the one way to change what happens at them."""
 
 from lib_portrait.attention.injection import Call, Injection, Rule
-from lib_portrait.attention.rows import NEGATIVE, POSITIVE, mark, unmark
+from lib_portrait.attention.maps import RoutingMaps
+from lib_portrait.attention.rows import NEGATIVE, POSITIVE, Row, mark, unmark
 from lib_portrait.attention.sites import Site, find_sites, spatial_shape
 
 __all__ = [
@@ -9,6 +10,8 @@ __all__ = [
     "POSITIVE",
     "Call",
     "Injection",
+    "RoutingMaps",
+    "Row",
     "Rule",
     "Site",
     "find_sites",

@@ -7,7 +7,7 @@ are never touched, so attention optimisations, LoRA, tiling and the like go on w
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable
+from collections.abc import Callable, Hashable, Mapping
 from dataclasses import dataclass, field
 from types import TracebackType
 from typing import Any, Protocol
@@ -15,7 +15,7 @@ from typing import Any, Protocol
 import torch
 from torch import nn
 
-from lib_portrait.attention.rows import unmark
+from lib_portrait.attention.rows import ONE_PICTURE, Row, unmark
 from lib_portrait.attention.sites import Site, find_sites, spatial_shape
 from lib_portrait.errors import PortraitError
 
@@ -28,18 +28,29 @@ Around = Callable[..., torch.Tensor]
 class Call:
     """The UNet call that is under way, as the rules see it.
 
-    kinds: the kind of each row (`rows.POSITIVE`, ...), or None while rules must stand aside (no call, or one that
-    is not of the sampling: its rows carry no mark).
+    numbers: the number of each row in `table`, or None while rules must stand aside (no call, or one that is not of the
+    sampling: its rows carry no mark). table: what each number means.
     latent: (height, width) of the call's latent. progress: how far the sampling has come, 0 to 1.
     host_state: changes whenever the host may compute something else from the same weights.
     visited: sites at which a rule did its work in this call.
     """
 
-    kinds: list[int] | None = None
+    numbers: list[int] | None = None
+    table: Mapping[int, Row] = field(default_factory=lambda: ONE_PICTURE)
     latent: tuple[int, int] = (0, 0)
     progress: float = 0.0
     host_state: Hashable = None
     visited: set[int] = field(default_factory=set)
+
+    @property
+    def rows(self) -> list[Row]:
+        """The call's rows in order; none while rules must stand aside."""
+        return [self.table[number] for number in self.numbers or []]
+
+    @property
+    def kinds(self) -> list[int]:
+        """The kind of each row (`rows.POSITIVE`, ...)."""
+        return [row.kind for row in self.rows]
 
     def shape_at(self, site: Site, tokens: int) -> tuple[int, int]:
         """(height, width) of `site`, which sees `tokens` positions. PortraitError if that is no whole level."""
@@ -51,7 +62,7 @@ class Call:
             ) from None
 
     def rows_of(self, kind: int) -> list[int]:
-        return [row for row, row_kind in enumerate(self.kinds or []) if row_kind == kind]
+        return [row for row, row_kind in enumerate(self.kinds) if row_kind == kind]
 
 
 class Rule(Protocol):
@@ -84,7 +95,7 @@ class _Override:
         return type(self.module).forward(self.module, *args, **kwargs)
 
     def __call__(self, *args: Any, **kwargs: Any) -> torch.Tensor:
-        if self.removed or self.call.kinds is None:
+        if self.removed or self.call.numbers is None:
             return self.host(*args, **kwargs)
         return self.around(self.host, *args, **kwargs)
 
@@ -109,15 +120,23 @@ class Injection:
 
     unet: ldm, sgm or diffusers layout. Its context must be marked (`rows.mark`) in every call that belongs to the
     sampling; calls without marks run as if nothing were injected.
+    rows: what the numbers in the marks mean; may be set anew between two calls.
     host_state: asked once a call; whenever its answer changes, what was computed from the host's weights is stale.
 
-    Raises PortraitError from inside a UNet call when the call cannot be honoured: rows are mixed up, or a site was
-    passed by (its attention was replaced by something that does not use the layer's own projections).
+    Raises PortraitError from inside a UNet call when the call cannot be honoured: rows are mixed up or unknown, or a
+    site was passed by (its attention was replaced by something that does not use the layer's own projections).
     """
 
-    def __init__(self, unet: nn.Module, rule: Rule, host_state: Callable[[], Hashable] = lambda: None):
+    def __init__(
+        self,
+        unet: nn.Module,
+        rule: Rule,
+        host_state: Callable[[], Hashable] = lambda: None,
+        rows: Mapping[int, Row] = ONE_PICTURE,
+    ):
         self.unet = unet
         self.rule = rule
+        self.rows = rows
         self.sites = find_sites(unet)
         self.call = Call()
         self.progress = 0.0
@@ -153,7 +172,7 @@ class Injection:
         return self
 
     def eject(self) -> None:
-        self.call.kinds = None
+        self.call.numbers = None
         # Reverse order, so that two overrides of one module come off as they went on.
         for override in reversed(self._overrides):
             override.remove()
@@ -174,7 +193,7 @@ class Injection:
         self, unet: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> tuple[tuple[Any, ...], dict[str, Any]]:
         call = self.call
-        call.kinds = None
+        call.numbers = None
         call.visited.clear()
         # forward(x, timesteps, context, ...) in ldm and sgm, forward(sample, timestep, encoder_hidden_states, ...) in
         # diffusers.
@@ -183,29 +202,33 @@ class Injection:
         if context is None:
             return args, kwargs
         try:
-            kinds, context = unmark(context)
+            numbers, context = unmark(context)
+            if numbers is not None and (unknown := set(numbers) - set(self.rows)):
+                raise ValueError(f"no row of this sampling has the number {min(unknown)}")
         except ValueError as error:
             raise PortraitError("rows", str(error), "Switch off extensions that join UNet calls.", 500) from None
-        if kinds is None:
+        if numbers is None:
             return args, kwargs
         if name:
             kwargs = {**kwargs, name: context}
         else:
             args = (*args[:2], context, *args[3:])
         latent: torch.Tensor = args[0] if args else kwargs["x" if "x" in kwargs else "sample"]
-        for kind in kinds:
+        for number in numbers:
+            kind = self.rows[number].kind
             self.calls[kind] = self.calls.get(kind, 0) + 1
         call.latent = (latent.shape[-2], latent.shape[-1])
         call.progress = self.progress
         call.host_state = self._host_state()
-        call.kinds = kinds if self.rule.active(self.progress) else None
+        call.table = self.rows
+        call.numbers = numbers if self.rule.active(self.progress) else None
         return args, kwargs
 
     def _leave_call(self, unet: nn.Module, args: tuple[Any, ...], output: Any) -> None:
         call = self.call
-        if call.kinds is None:
+        if call.numbers is None:
             return
-        call.kinds = None
+        call.numbers = None
         passed_by = [site.path for site in self.sites if self.rule.must_visit(site) and site.index not in call.visited]
         if passed_by:
             raise PortraitError(

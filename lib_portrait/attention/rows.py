@@ -1,41 +1,75 @@
 """Telling the rows of a UNet call apart by something they carry.
 
 A host builds a batch out of positive and negative rows, and may then pad, cut, slice or drop them before the UNet sees
-it; a row's place says nothing for certain. So each row's context is given one extra token in front that names its kind.
-It is put there where the kind is known, travels through whatever the host does (padding and cutting happen at the end
-of a context), and is taken off again at the UNet's door.
+it; a row's place says nothing for certain. So each row's context is given one extra token in front that holds a number
+into a table of rows. It is put there where the row is known, travels through whatever the host does (padding and
+cutting happen at the end of a context), and is taken off again at the UNet's door.
 """
 
 from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
 
 import torch
 
 POSITIVE = 1
 NEGATIVE = 2
 
-# Small integers are exact in fp16 and bf16, and no text encoder emits a token of equal large integers.
+# Whole numbers up to 256 are exact in bf16 (and fp16), and no text encoder emits a token of two large whole numbers.
 _BASE = 192
+_DIGITS = 64
+MOST_ROWS = _DIGITS**2
 
 
-def mark(context: torch.Tensor, kind: int) -> torch.Tensor:
-    """(B, n, D) -> (B, 1 + n, D): a token in front that says the rows are of `kind` (1 to 60)."""
-    token = context.new_full((context.shape[0], 1, context.shape[2]), _BASE + kind)
-    return torch.cat([token, context], dim=1)
+@dataclass(frozen=True)
+class Row:
+    """What one row of a UNet call is.
+
+    kind: POSITIVE, NEGATIVE or a method's own. picture: its number in the batch; a picture has several positive rows
+    where its prompt is composed of several. words: positions of the identity words in the row's context.
+    """
+
+    kind: int
+    picture: int = 0
+    words: tuple[int, ...] = ()
+
+
+# The table of one picture and no words: there a row's number is its kind. Nothing is marked with 0.
+ONE_PICTURE = {kind: Row(kind) for kind in (POSITIVE, NEGATIVE)}
+
+
+def mark(context: torch.Tensor, numbers: int | Sequence[int]) -> torch.Tensor:
+    """(B, n, D) -> (B, 1 + n, D): a token in front with each row's number, or the same number for all.
+
+    numbers: 0 to MOST_ROWS - 1; D at least 2. The token's even channels hold the number's high digit, its odd ones the
+    low digit: a token that is no mark would have to agree in all of them. Raises ValueError for other numbers, or when
+    there are not as many as rows.
+    """
+    numbers = [numbers] * len(context) if isinstance(numbers, int) else list(numbers)
+    if len(numbers) != len(context):
+        raise ValueError(f"{len(context)} rows cannot be marked with {len(numbers)} numbers")
+    if not all(0 <= number < MOST_ROWS for number in numbers):
+        raise ValueError(f"rows are numbered from 0 to {MOST_ROWS - 1}, not {min(numbers)} to {max(numbers)}")
+    digits = context.new_tensor([divmod(number, _DIGITS) for number in numbers]).reshape(-1, 2) + _BASE
+    token = digits.repeat(1, -(-context.shape[2] // 2))[:, : context.shape[2]]
+    return torch.cat([token[:, None], context], dim=1)
 
 
 def unmark(context: torch.Tensor) -> tuple[list[int] | None, torch.Tensor]:
-    """The kinds of the rows of a marked (B, 1 + n, D) context, and the (B, n, D) context without its marks.
+    """The numbers of the rows of a marked (B, 1 + n, D) context, and the (B, n, D) context without its marks.
 
     A context whose rows carry no mark gives None and is returned as it is. Raises ValueError when some rows are marked
     and some are not: then rows of different makers were mixed in one call.
     """
     first = context[:, 0].float()
-    kinds = (first[:, 0] - _BASE).round()
-    marked = (first == _BASE + kinds[:, None]).all(dim=1) & (kinds >= 1) & (kinds <= 60)
+    digits = (first[:, :2] - _BASE).round()
+    expected = (digits + _BASE).repeat(1, -(-first.shape[1] // 2))[:, : first.shape[1]]
+    marked = (first == expected).all(dim=1) & (digits >= 0).all(dim=1) & (digits < _DIGITS).all(dim=1)
     # One transfer from the device for both tensors.
-    flags = torch.stack([marked.float(), kinds]).tolist()
-    if not any(flags[0]):
+    flags, numbers = torch.stack([marked.float(), digits[:, 0] * _DIGITS + digits[:, 1]]).tolist()
+    if not any(flags):
         return None, context
-    if not all(flags[0]):
+    if not all(flags):
         raise ValueError("some rows of this UNet call are marked and some are not")
-    return [int(kind) for kind in flags[1]], context[:, 1:]
+    return [int(number) for number in numbers], context[:, 1:]

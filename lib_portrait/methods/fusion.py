@@ -257,7 +257,7 @@ class FusionRule:
 
         def fused(host: Callable[..., Tensor], *args: Any, **kwargs: Any) -> Tensor:
             x, context = site.arguments(args, kwargs)
-            kinds = call.kinds or []
+            kinds = call.kinds
             if len(kinds) != len(x):
                 raise PortraitError(
                     "rows",

@@ -24,6 +24,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lib_portrait.attention.injection import Around, Call
+from lib_portrait.attention.maps import RoutingMaps
 from lib_portrait.attention.rows import POSITIVE
 from lib_portrait.attention.sites import Site
 from lib_portrait.errors import PortraitError
@@ -407,41 +408,6 @@ class Person:
         return takes_part(self.start, self.end, progress)
 
 
-class RoutingMaps:
-    """Collects where each person went: per site and step, and averaged over both.
-
-    A map tells for every position which of N people it was given to: the one that the router chose (eq. 2), or those
-    whose region it lies in. The choice and not the router's softmax: it is what the picture was made with, and in the
-    mean over sites and steps it still tells people apart where each softmax decides by little.
-    """
-
-    def __init__(self, keep_all: bool = False):
-        self.keep_all = keep_all
-        self.maps: dict[tuple[int, float], Tensor] = {}
-        """(site number, progress) -> (rows, N, h, w) of the positive rows; filled only with `keep_all`."""
-        self._sums: dict[torch.Size, tuple[Tensor, int]] = {}
-        self._last: torch.Size | None = None
-
-    def add(self, site: Site, call: Call, shares: Tensor) -> None:
-        """shares (rows, n, N) of the positive rows of a call."""
-        h, w = call.shape_at(site, shares.shape[1])
-        maps = shares.detach().float().transpose(1, 2).unflatten(-1, (h, w))
-        if self.keep_all:
-            self.maps[(site.index, call.progress)] = maps.cpu()
-        resized = F.interpolate(maps, size=call.latent, mode="bilinear", align_corners=False).cpu()
-        # Kept apart by shape: hires fix changes the latent's size, and the last pass is the one that is seen.
-        self._last = resized.shape
-        total, count = self._sums.get(self._last, (torch.zeros_like(resized), 0))
-        self._sums[self._last] = (total + resized, count + 1)
-
-    def mean(self) -> Tensor | None:
-        """(rows, N, h, w) in [0, 1] at the size of the last latent; None before the first map."""
-        if self._last is None:
-            return None
-        total, count = self._sums[self._last]
-        return total / count
-
-
 # ---------------------------------------------------------------------------------------------------------------- rule
 
 
@@ -508,7 +474,8 @@ class _SiteState:
     """Keys, values and router keys of one site for one set of active people; and its query while the site runs.
 
     key, value: per kind (G, H, T, d), one entry for each group of people whose tokens are equal; group_of: per kind
-    (A), the group of each active person.
+    (A), the group of each active person. scales: (A), of the active people. local_scales: by the number of a positive
+    row, the scale that each position had when that row was last here, (n, 1); filled while people's scales differ.
     """
 
     active: tuple[int, ...] = ()
@@ -519,6 +486,8 @@ class _SiteState:
     value: dict[int, Tensor] = field(default_factory=dict)
     router_key: dict[int, Tensor] = field(default_factory=dict)
     theta: tuple[Tensor, Tensor] | None = None
+    scales: Tensor | None = None
+    local_scales: dict[int, Tensor] = field(default_factory=dict)
     regions: dict[Hashable, _Regions] = field(default_factory=dict)
     query: Tensor | None = None
     hidden: Tensor | None = None
@@ -555,10 +524,16 @@ class UniPortraitRule:
         self.lora_scale = lora_scale
         self.routing = routing
         self.drawn: set[int] = set()
-        """Who was added to positive rows with a strength above 0, by number; cleared by whoever starts a sampling."""
+        """Who was added to positive rows with a strength above 0, by number."""
         self.place: Box = WHOLE
         self._covered: dict[tuple[int, Box, tuple[int, int]], Tensor] = {}
         self._states: dict[int, _SiteState] = {}
+
+    def begin(self) -> None:
+        """Forgets what belongs to the sampling before: who was drawn, and with which scale at which position."""
+        self.drawn.clear()
+        for state in self._states.values():
+            state.local_scales.clear()
 
     # ---- what Injection asks
 
@@ -613,7 +588,7 @@ class UniPortraitRule:
         self, site: Site, call: Call, state: _SiteState, hidden: Tensor, q: Tensor, attended: Tensor
     ) -> Tensor:
         """attended + s * identity attention; hidden (B, n, C), q and attended (B, n, H * d)."""
-        kinds = call.kinds or []
+        numbers, kinds = call.numbers or [], call.kinds
         if len(kinds) != q.shape[0]:
             raise PortraitError(
                 "rows",
@@ -630,14 +605,15 @@ class UniPortraitRule:
             self.drawn.update(i for i in active if self.people[i].scale > 0)
         regions = self._regions_at(site, call, state, q.shape[1]) if self._has_regions(active) else None
         added = torch.zeros_like(attended)
-        for kind in dict.fromkeys(kinds):
+        # Positive rows first: negative ones take their scales.
+        for kind in sorted(set(kinds), key=lambda kind: kind != POSITIVE):
             if kind not in state.key:
                 continue
             rows = call.rows_of(kind)
             # All rows are of one kind where cond and uncond run apart: a view then saves the copies.
             every = len(rows) == q.shape[0]
             q_rows, hidden_rows = (q, hidden) if every else (q[rows], hidden[rows])
-            identity = self._attend(site, call, state, kind, q_rows, hidden_rows, regions)
+            identity = self._attend(site, call, state, [numbers[row] for row in rows], q_rows, hidden_rows, regions)
             if every:
                 added = identity
             else:
@@ -649,22 +625,29 @@ class UniPortraitRule:
         site: Site,
         call: Call,
         state: _SiteState,
-        kind: int,
+        numbers: Sequence[int],
         q: Tensor,
         hidden: Tensor,
         regions: _Regions | None,
     ) -> Tensor:
-        """Sum over people of weight * attention to their tokens, for rows of one kind: (R, n, H * d)."""
+        """Sum over people of weight * attention to their tokens, for rows of one kind: (R, n, H * d).
+
+        numbers: the rows', in the call's table.
+        """
+        kind = call.table[numbers[0]].kind
         groups = state.groups[kind]
         heads = site.split_heads(q)
         if len(groups) == 1 and regions is None:
-            # One person, or several whose tokens are equal (the unconditional ones): nothing to route. People of
-            # different scale would be told apart by the router only, which cannot: they share the mean scale.
-            scale = math.fsum(self.people[i].scale for i in groups[0]) / len(groups[0])
-            self._record(site, call, state, kind, q.new_full((*q.shape[:2], len(state.active)), 1 / len(state.active)))
+            # One person, or several whose tokens are equal (the unconditional ones): nothing to route.
+            self._record(
+                site, call, state, numbers, q.new_full((*q.shape[:2], len(state.active)), 1 / len(state.active))
+            )
             key, value = (x[kind].expand(q.shape[0], -1, -1, -1) for x in (state.key, state.value))
-            return F.scaled_dot_product_attention(heads, key, value).transpose(1, 2).flatten(2) * scale
-        weights = self._weights(site, call, state, kind, hidden, regions)
+            seen = F.scaled_dot_product_attention(heads, key, value).transpose(1, 2).flatten(2)
+            if self._differ(state.active):
+                return seen * self._scales(call, state, numbers, q.shape[1]).mean(dim=-1, keepdim=True)
+            return seen * self.people[groups[0][0]].scale
+        weights = self._weights(site, call, state, numbers, hidden, regions)
         out = torch.zeros_like(q)
         for g in range(len(groups)):
             # Each position is computed for the people it belongs to only: with eight people the cost is that of one.
@@ -678,7 +661,13 @@ class UniPortraitRule:
         return out
 
     def _weights(
-        self, site: Site, call: Call, state: _SiteState, kind: int, hidden: Tensor, regions: _Regions | None
+        self,
+        site: Site,
+        call: Call,
+        state: _SiteState,
+        numbers: Sequence[int],
+        hidden: Tensor,
+        regions: _Regions | None,
     ) -> Tensor:
         """How much each position belongs to each group of people, scales included: (R, n, G).
 
@@ -686,16 +675,57 @@ class UniPortraitRule:
         people without one, by routing (eq. 2), or is nobody's. Where regions overlap the router decides between those
         who claim the position: who is chosen gets their whole share, the others what that leaves.
         """
-        active = state.active
+        active, kind = state.active, call.table[numbers[0]].kind
         if regions is None:
             everybody = torch.ones(len(active), dtype=torch.bool, device=hidden.device)
             weights = _evenly(self._chosen(state, kind, hidden, everybody), hidden)
         else:
             weights = self._shares(state, kind, hidden, regions)
-        self._record(site, call, state, kind, weights)
-        weights = weights * hidden.new_tensor([self.people[i].scale for i in active])
+        self._record(site, call, state, numbers, weights)
+        assert state.scales is not None
+        # Where regions alone decide, whoever is at a position is there in every row.
+        routed = regions is None or regions.overlap or regions.free is not None
+        if routed and self._differ(active):
+            shares, weights = weights, weights * self._scales(call, state, numbers, weights.shape[1])
+            if kind == POSITIVE:
+                local = weights.sum(dim=-1, keepdim=True) / shares.sum(dim=-1, keepdim=True).clamp(min=1e-6)
+                for number in dict.fromkeys(numbers):
+                    own = [row for row, other in enumerate(numbers) if other == number]
+                    state.local_scales[number] = local[own].mean(dim=0)
+        else:
+            weights = weights * state.scales
         groups = [[active.index(i) for i in group] for group in state.groups[kind]]
         return torch.stack([weights[..., group].sum(dim=-1) for group in groups], dim=-1)
+
+    def _differ(self, active: Sequence[int]) -> bool:
+        """Whether the active people's scales do: else no row needs to know who is where in another."""
+        return len({self.people[i].scale for i in active}) > 1
+
+    def _scales(self, call: Call, state: _SiteState, numbers: Sequence[int], positions: int) -> Tensor:
+        """The scale that each active person's share of each position has, for rows of one kind: (R, n, A).
+
+        In positive rows it is the person's own. The tokens of negative rows cannot be routed, for they are the same for
+        all; but guidance pushes away from what a negative row shows at a position, so it must show there as much of a
+        face as the positive row does: every share of the position has the scale of whom the positive row of the same
+        picture gave it to, at this site, when it last ran (the mean over several). In one call, and where a host runs
+        the positive rows first, as the WebUI does, that is in the same step; where it runs them later, in the step
+        before. Before any has run, and where it had another size, everybody has their own scale, which with equal
+        tokens comes to the mean of all.
+        """
+        assert state.scales is not None
+        own = state.scales.expand(positions, -1)
+        found = []
+        for row in (call.table[number] for number in numbers):
+            known = [
+                state.local_scales[other]
+                for other, positive in call.table.items()
+                if row.kind != POSITIVE
+                and positive.kind == POSITIVE
+                and row.picture == positive.picture
+                and len(state.local_scales.get(other, ())) == positions
+            ]
+            found.append(torch.stack(known).mean(dim=0).expand_as(own) if known else own)
+        return torch.stack(found)
 
     def _shares(self, state: _SiteState, kind: int, hidden: Tensor, regions: _Regions) -> Tensor:
         """The share of each position that each active person has with these regions: (R, n, A), at most 1 together."""
@@ -711,10 +741,11 @@ class UniPortraitRule:
             shares = shares + left * _evenly(self._chosen(state, kind, hidden, regions.free), hidden)
         return shares.expand(hidden.shape[0], -1, -1)
 
-    def _record(self, site: Site, call: Call, state: _SiteState, kind: int, shares: Tensor) -> None:
+    def _record(self, site: Site, call: Call, state: _SiteState, numbers: Sequence[int], shares: Tensor) -> None:
         """Gives the routing maps the shares (R, n, A) of the active people, while all people are active."""
-        if self.routing is not None and kind == POSITIVE and len(state.active) == len(self.people):
-            self.routing.add(site, call, shares)
+        rows = [call.table[number] for number in numbers]
+        if self.routing is not None and rows[0].kind == POSITIVE and len(state.active) == len(self.people):
+            self.routing.add(site, call, [row.picture for row in rows], shares)
 
     def _chosen(self, state: _SiteState, kind: int, hidden: Tensor, claims: Tensor) -> Tensor:
         """Whom eq. 2 chooses among those who claim a position: (R, n, A) bool, of largest logit (eq. 3).
@@ -737,6 +768,8 @@ class UniPortraitRule:
         weights = self.adapter.sites[site.index]
         assert weights.key is not None and weights.value is not None
         state.active, state.device = active, (q.device, q.dtype)
+        state.scales = q.new_tensor([self.people[i].scale for i in active])
+        state.local_scales.clear()
         state.regions.clear()
         for kind in sorted({kind for i in active for kind in self.people[i].tokens}):
             tokens = [self.people[i].tokens[kind].to(q.device, torch.float32) for i in active]

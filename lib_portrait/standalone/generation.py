@@ -17,12 +17,12 @@ import numpy as np
 import torch
 from PIL import Image, ImageFont
 
+from lib_portrait.attention import RoutingMaps
 from lib_portrait.checkpoints.store import Folders, Store
 from lib_portrait.conditioning import Conditioner
 from lib_portrait.errors import Notice, PortraitError
 from lib_portrait.faces.service import FaceService
 from lib_portrait.faces.world_detector import world_detector
-from lib_portrait.methods.uniportrait import RoutingMaps
 from lib_portrait.request import AUTOMATIC, Limits, PortraitRequest, to_json
 from lib_portrait.routing_picture import Legend, draw_routing
 from lib_portrait.standalone.measuring import Likeness, Measurer, owners_of, shows_everybody
@@ -123,7 +123,7 @@ class Studio:
             maps: Sequence[Image.Image | None] = [None] * len(pictures)
             owners: Sequence[torch.Tensor | None] = [None] * len(pictures)
             if mean is not None and request is not None and request.show_routing:
-                maps = draw_routing(pictures, [mean], legend=legend)
+                maps = draw_routing(pictures, list(mean), legend=legend)
             if mean is not None and mean.shape[1] > 1:
                 owners = [owners_of(own) for own in mean]
             drawn += [Drawn(*one) for one in zip(batch, pictures, maps, owners, strict=True)]

@@ -13,10 +13,9 @@ import torch
 from diffusers import DDIMScheduler, DPMSolverMultistepScheduler, EulerDiscreteScheduler
 from torch import Tensor
 
-from lib_portrait.attention import NEGATIVE, POSITIVE, Injection, find_sites, mark
+from lib_portrait.attention import NEGATIVE, POSITIVE, Injection, RoutingMaps, Row, find_sites, mark
 from lib_portrait.conditioning import Conditioning
 from lib_portrait.errors import PortraitError
-from lib_portrait.methods.uniportrait import RoutingMaps
 from lib_portrait.request import check_window
 from lib_portrait.standalone.model import Model
 
@@ -54,7 +53,7 @@ def sample(
     """The pictures, (height, width, 3) uint8 RGB, made as one batch with the same people in each.
 
     Size, steps and sampler must be the same for all; a row's noise depends on its seed alone. routing collects where
-    the people went, a row a picture. on_step: told after every step how many of how many are done.
+    the people went in each picture. on_step: told after every step how many of how many are done.
     Raises PortraitError for samplings that cannot be made, when the people do not fit the model, and when it answers
     with infinities or NaN.
     """
@@ -72,21 +71,22 @@ def sample(
     contexts = {kind: encode_prompts(model, prompts) for kind, prompts in kinds.items()}
     for context in contexts.values():
         _check_finite(context, "the text encoder", "of the prompt")
-    if conditioning is not None:
-        contexts = {kind: mark(context, kind) for kind, context in contexts.items()}
+    rows = [Row(kind, picture) for kind in kinds for picture in range(len(samplings))]
     context = torch.cat(list(contexts.values()))
+    if conditioning is not None:
+        context = mark(context, range(len(rows)))
     guidance = torch.tensor([one.guidance for one in samplings], device=model.device)[:, None, None, None]
 
     scheduler_class, options = SAMPLERS[first.sampler]
     scheduler = scheduler_class(**model.schedule, steps_offset=1, **options)
     scheduler.set_timesteps(first.steps, device=model.device)
     latents = _noise(model, samplings) * scheduler.init_noise_sigma
-    with _injected(model, conditioning, routing) as injection:
+    with _injected(model, conditioning, routing, rows) as injection:
         for step, t in enumerate(scheduler.timesteps):
             if injection is not None:
                 injection.progress = step / first.steps
-            rows = scheduler.scale_model_input(latents, t).repeat(len(kinds), 1, 1, 1)
-            predicted = model.unet(rows.to(model.unet.dtype), t, context).sample.float()
+            x = scheduler.scale_model_input(latents, t).repeat(len(kinds), 1, 1, 1)
+            predicted = model.unet(x.to(model.unet.dtype), t, context).sample.float()
             if guided:
                 without, predicted = predicted.chunk(2)
                 predicted = without + guidance * (predicted - without)
@@ -146,14 +146,14 @@ def _noise(model: Model, samplings: Sequence[Sampling]) -> Tensor:
 
 @contextlib.contextmanager
 def _injected(
-    model: Model, conditioning: Conditioning | None, routing: RoutingMaps | None
+    model: Model, conditioning: Conditioning | None, routing: RoutingMaps | None, rows: Sequence[Row]
 ) -> Iterator[Injection | None]:
     """The people in the UNet while this lasts; None where there are none."""
     if conditioning is None:
         yield None
         return
     conditioning.adapter.check_fits(find_sites(model.unet))
-    with Injection(model.unet, conditioning.rule(routing)) as injection:
+    with Injection(model.unet, conditioning.rule(routing), rows=dict(enumerate(rows))) as injection:
         yield injection
 
 

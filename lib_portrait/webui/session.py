@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from modules import devices, errors, images, shared
 
-from lib_portrait.attention import NEGATIVE, POSITIVE, Injection, find_sites, mark
+from lib_portrait.attention import NEGATIVE, POSITIVE, Injection, RoutingMaps, Row, find_sites, mark
 from lib_portrait.checkpoints.store import AUTOMATIC
 from lib_portrait.errors import Notice, PortraitError
 from lib_portrait.regions import WHOLE, Box, check_takes_part
@@ -47,8 +47,8 @@ class Session:
     """One request while the WebUI processes it.
 
     number: its own. request: what was asked for, or None if it could not even be read. tabs: the panel's tabs that its
-    identities come from. failure: the first fault, to be raised where the host lets it through. maps: the mean routing
-    map of every sampling done so far, (rows, N, h, w).
+    identities come from. failure: the first fault, to be raised where the host lets it through. maps: of every sampling
+    done so far the mean routing map of each picture, (pictures, N, h, w), or None where it drew nothing.
     """
 
     def __init__(self, request: PortraitRequest | None, tabs: Sequence[int], failure: Exception | None):
@@ -56,7 +56,7 @@ class Session:
         self.request = request
         self.tabs = tabs
         self.failure = failure
-        self.maps: list[torch.Tensor] = []
+        self.maps: list[torch.Tensor | None] = []
         self.place: Box = WHOLE
         self._notices: list[Notice] = []
         self._conditioning: Conditioning | None = None
@@ -125,12 +125,10 @@ class Session:
             return run(*args, **kwargs)
         self.check()
         assert self._rule is not None and self.request is not None
-        from lib_portrait.methods.uniportrait import RoutingMaps
-
         self._check_windows(upcoming.steps(p))
         self._check_places(p)
         self._rule.routing = RoutingMaps() if self.request.show_routing else None
-        self._rule.drawn.clear()
+        self._rule.begin()
         self._sampling = True
         self._expected = self._seen = 0
         self._steps.clear()
@@ -143,8 +141,8 @@ class Session:
         finally:
             self._leave()
             self._sampling = False
-            if self._rule.routing is not None and (mean := self._rule.routing.mean()) is not None:
-                self.maps.append(mean)
+            if self._rule.routing is not None:
+                self.maps.append(self._rule.routing.mean())
                 self.place = self._rule.place
                 self._rule.routing = None
 
@@ -170,7 +168,7 @@ class Session:
         self.check()
         assert self._injection is not None and self._rule is not None
         call = self._injection.call
-        if call.kinds is not None and call.latent != self._latent:
+        if call.numbers is not None and call.latent != self._latent:
             # People without regions are routed in each piece; a region would have to know which one this is.
             first = next((i for i, person in enumerate(self._rule.people) if person.region is not None), None)
             if first is not None:
@@ -231,7 +229,7 @@ class Session:
     # ---- in the host's denoiser callback
 
     def denoise(self, params: Any) -> None:
-        """Marks the rows of a denoiser step by their kind. Never raises: the host would swallow it."""
+        """Marks the rows of a denoiser step: kind and picture. Never raises: the host would swallow it."""
         if not self._sampling or self.failure is not None:
             return
         try:
@@ -246,9 +244,11 @@ class Session:
             self._latent = (params.x.shape[-2], params.x.shape[-1])
             self._injection.progress = min(denoiser.step / max(denoiser.total_steps or 1, 1), 1.0)
             self._steps.add(self._injection.progress)
-            params.text_cond = _marked(params.text_cond, POSITIVE)
-            params.text_uncond = _marked(params.text_uncond, NEGATIVE)
-            self._expected += _rows(params.text_cond)
+            positive, negative = _rows(params)
+            self._injection.rows = dict(enumerate([*positive, *negative]))
+            params.text_cond = _marked(params.text_cond, range(len(positive)))
+            params.text_uncond = _marked(params.text_uncond, range(len(positive), len(positive) + len(negative)))
+            self._expected += len(positive)
         except Exception as error:
             self.fail(_known(error, self.tabs))
 
@@ -264,18 +264,35 @@ def _show_progress(text: str) -> None:
     shared.state.textinfo = f"Portrait: {text}"
 
 
-def _marked(cond: Any, kind: int) -> Any:
+def _rows(params: Any) -> tuple[list[Row], list[Row]]:
+    """The positive and the negative rows of a denoiser step. Raises PortraitError if the conditions have others.
+
+    The host gives every picture a positive row for each of the prompts that its own is composed of (AND), in order, and
+    one negative row. Which row is whose it tells the sampler alone.
+    """
+    composed = params.denoiser.sampler.sampler_extra_args["cond"].batch
+    positive = [Row(POSITIVE, picture) for picture, prompts in enumerate(composed) for _ in prompts]
+    negative = [Row(NEGATIVE, picture) for picture in range(len(composed))]
+    for rows, cond in ((positive, params.text_cond), (negative, params.text_uncond)):
+        found = (cond["crossattn"] if isinstance(cond, dict) else cond).shape[0]
+        if found != len(rows):
+            raise PortraitError(
+                "rows",
+                f"the prompts of this batch make {len(rows)} rows, but the conditions have {found}",
+                "Switch off extensions that change the prompts while a picture is drawn.",
+                500,
+            )
+    return positive, negative
+
+
+def _marked(cond: Any, numbers: Sequence[int]) -> Any:
     """A condition with its rows marked: a tensor (SD1, SD2), or a mapping with `crossattn` (SDXL)."""
     if isinstance(cond, dict):
         # The host's mapping type carries a shape that others read; its other entries stay shared.
         marked = copy.copy(cond)
-        marked["crossattn"] = mark(cond["crossattn"], kind)
+        marked["crossattn"] = mark(cond["crossattn"], numbers)
         return marked
-    return mark(cond, kind)
-
-
-def _rows(cond: Any) -> int:
-    return (cond["crossattn"] if isinstance(cond, dict) else cond).shape[0]
+    return mark(cond, numbers)
 
 
 def lora_state() -> Hashable:
@@ -404,13 +421,13 @@ def _add_maps(p: Any, processed: Any, session: Session) -> None:
     assert session.request is not None
     numbers = session.tabs or range(1, len(session.request.identities) + 1)
     legend = Legend([f"Identity {number}" for number in numbers], numbers, images.get_font)
-    pictures = places.pictures(p, processed)
     infotexts = processed.infotexts[processed.index_of_first_image :]
+    shown = list(zip(places.pictures(p, processed), infotexts))
     # The host gives none to inpaint masks, which stand between the pictures; those of the maps must come after them.
     processed.infotexts += processed.infotexts[-1:] * (len(processed.images) - len(processed.infotexts))
-    for picture, infotext, drawn in zip(
-        pictures, infotexts, draw_routing(pictures, session.maps, session.place, legend)
-    ):
+    found = _with_maps(shown, session.maps, p.batch_size)
+    pictures, maps = [picture for (picture, _), _ in found], [own for _, own in found]
+    for ((picture, infotext), _), drawn in zip(found, draw_routing(pictures, maps, session.place, legend)):
         saved = getattr(picture, "already_saved_as", None)
         if saved and settings.saves_maps():
             file = Path(saved)
@@ -426,6 +443,19 @@ def _add_maps(p: Any, processed: Any, session: Session) -> None:
         if places.shows_maps(p):
             processed.images.append(drawn)
             processed.infotexts.append(infotext)
+
+
+def _with_maps(
+    shown: Sequence[Any], maps: Sequence[torch.Tensor | None], batch_size: int
+) -> list[tuple[Any, torch.Tensor]]:
+    """What is shown of all samplings in order, each with its own routing map (N, h, w), where it has one."""
+    found = []
+    for number, one in enumerate(shown):
+        sampling, place = divmod(number, batch_size)
+        own = maps[sampling] if sampling < len(maps) else None
+        if own is not None and place < len(own):
+            found.append((one, own[place]))
+    return found
 
 
 def forget(p: Any, keep_infotext: bool = False) -> None:

@@ -10,8 +10,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
 
-from lib_portrait.attention import NEGATIVE, POSITIVE, Injection, find_sites, mark, spatial_shape, unmark
+from lib_portrait.attention import NEGATIVE, POSITIVE, Injection, Row, find_sites, mark, spatial_shape, unmark
 from lib_portrait.attention.injection import _Override
+from lib_portrait.attention.rows import MOST_ROWS
 from lib_portrait.errors import PortraitError
 from tests.parity.unets import DATA, diffusers_unet, ldm_unet
 
@@ -114,16 +115,44 @@ def test_an_injection_that_fails_halfway_leaves_nothing(unet: nn.Module, monkeyp
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
-@given(kinds=st.lists(st.sampled_from([POSITIVE, NEGATIVE, 7, 60]), min_size=1, max_size=6))
-def test_marks_survive_dtypes_padding_cutting_and_slicing(dtype: torch.dtype, kinds: list[int]) -> None:
-    context = torch.randn(len(kinds), 9, 5)
-    marked = torch.cat([mark(context[i : i + 1], kind) for i, kind in enumerate(kinds)]).to(dtype)
+@given(
+    numbers=st.lists(st.integers(0, MOST_ROWS - 1) | st.sampled_from([0, 63, 64, 4095]), min_size=1, max_size=6),
+    width=st.integers(2, 6),
+)
+def test_marks_survive_dtypes_padding_cutting_and_slicing(dtype: torch.dtype, numbers: list[int], width: int) -> None:
+    context = torch.randn(len(numbers), 9, width)
+    marked = mark(context, numbers).to(dtype)
     padded = torch.cat([marked, marked[:, -1:].repeat(1, 4, 1)], dim=1)
-    for found, rest in (unmark(marked), unmark(marked[:, :4]), unmark(padded)):
-        assert found == kinds
+    for found, rest in (
+        unmark(marked),
+        unmark(marked[:, :4]),
+        unmark(padded),
+        unmark(mark(context.to(dtype), numbers)),
+    ):
+        assert found == numbers
         assert rest.shape[1] in (9, 3, 13)
-    assert unmark(marked[1:])[0] == (kinds[1:] or None)
+    assert unmark(marked[1:])[0] == (numbers[1:] or None)
     assert torch.equal(unmark(marked)[1], context.to(dtype))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+def test_every_number_is_exact(dtype: torch.dtype) -> None:
+    numbers = list(range(MOST_ROWS))
+    assert unmark(mark(torch.zeros(MOST_ROWS, 1, 8, dtype=dtype), numbers))[0] == numbers
+
+
+def test_what_cannot_be_a_number_is_refused() -> None:
+    for numbers in ([MOST_ROWS, 0], [0, -1], [1], [1, 2, 3]):
+        with pytest.raises(ValueError, match="numbered from 0|cannot be marked"):
+            mark(torch.zeros(2, 3, 8), numbers)
+
+
+@given(values=st.lists(st.sampled_from([0.0, 192.0, 193.0, 254.0, 255.0, 256.0, 191.0]), min_size=5, max_size=5))
+def test_a_token_that_is_no_mark_is_not_taken_for_one(values: list[float]) -> None:
+    context = torch.tensor(values).expand(1, 3, 5)
+    even, odd = set(values[::2]), set(values[1::2])
+    whole = len(even) == len(odd) == 1 and all(192 <= value <= 255 for value in values)
+    assert (unmark(context)[0] is not None) == whole
 
 
 def test_unmarked_rows_are_none_and_mixed_rows_are_refused() -> None:
@@ -182,6 +211,31 @@ def test_unmarked_calls_run_bare_and_marks_do_not_reach_the_text(unet: nn.Module
         injection.progress = 0.6
         assert torch.equal(run(unet, mark(text(), NEGATIVE)), clean)
         assert injection.calls == {NEGATIVE: 2}
+
+
+def test_a_number_is_a_row_of_the_table(unet: nn.Module) -> None:
+    """A positive row of either picture, then the second one's negative row."""
+    table = {7: Row(POSITIVE, 0), 300: Row(POSITIVE, 1), 4095: Row(NEGATIVE, 1, (3, 4))}
+    seen: list[list[Row]] = []
+
+    class Watching(Doubling):
+        def overrides(self, site, call):
+            def watch(host, *args, **kwargs):
+                call.visited.add(site.index)
+                seen.append(call.rows)
+                return host(*args, **kwargs)
+
+            return {"": watch} if site.cross else {}
+
+    with Injection(unet, Watching(), rows=table) as injection:
+        run(unet, mark(text(3), [7, 300, 4095]))
+        run(unet, mark(text(3), [7, 300, 4095])[1:])
+        assert injection.calls == {POSITIVE: 3, NEGATIVE: 2}
+        with pytest.raises(PortraitError, match="no row of this sampling has the number 8"):
+            run(unet, mark(text(), [7, 8]))
+        assert injection.call.rows == []
+    assert seen[0] == list(table.values())
+    assert seen[-1] == [Row(POSITIVE, 1), Row(NEGATIVE, 1, (3, 4))]
 
 
 def test_a_site_that_is_passed_by_is_an_error(unet: nn.Module) -> None:

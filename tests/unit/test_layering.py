@@ -64,7 +64,7 @@ ROOMS = {
     "trainer.commands": Room(own="trainer trainer.evaluation"),
     "trainer.evaluation": Room(
         f"{SERIALISED} {PICTURES} transformers tqdm open_clip facenet_pytorch",
-        "lib_portrait.errors lib_portrait.request lib_portrait.faces lib_portrait.checkpoints "
+        "lib_portrait.errors lib_portrait.request lib_portrait.attention lib_portrait.faces lib_portrait.checkpoints "
         "lib_portrait.methods lib_portrait.conditioning lib_portrait.standalone "
         "trainer.attribute_network trainer.dataset trainer.features "
         "trainer.shards trainer.world",

@@ -16,8 +16,8 @@ WHITE = (255, 255, 255)
 
 def halves(left: float, right: float) -> torch.Tensor:
     """The first person has `left` of the left half, the second `right` of the right half, and little of the other."""
-    maps = torch.full((1, 2, 8, 8), 0.1)
-    maps[0, 0, :, :4], maps[0, 1, :, 4:] = left, right
+    maps = torch.full((2, 8, 8), 0.1)
+    maps[0, :, :4], maps[1, :, 4:] = left, right
     return maps
 
 
@@ -55,9 +55,9 @@ def test_a_map_of_a_part_is_drawn_on_that_part_and_the_rest_stays_as_it_is() -> 
     assert (drawn[:, 5] == tinted(1, grey)).all()
     assert (drawn[:, 60] == tinted(2, grey)).all()
     # A place that reaches beyond the picture: its lower and upper quarter are not seen.
-    rows = torch.zeros(1, 4, 4, 4)
+    rows = torch.zeros(4, 4, 4)
     for row in range(4):
-        rows[0, row, row] = 1
+        rows[row, row] = 1
     drawn = pixels(draw_routing([picture], [rows], place=(0.0, -0.5, 1.0, 1.5))[0])
     assert (drawn[2] == tinted(2, grey)).all()
     assert (drawn[-2] == tinted(3, grey)).all()
@@ -67,7 +67,7 @@ def test_the_legend_names_everybody_in_their_colour_and_fits_at_every_width() ->
     for width, count in ((64, 2), (128, 4), (512, 8), (1536, 3)):
         picture = Image.new("RGB", (width, width), (100, 100, 100))
         numbers = range(2, 2 + count)
-        maps = torch.rand(1, count, 8, 8, generator=torch.Generator().manual_seed(0))
+        maps = torch.rand(count, 8, 8, generator=torch.Generator().manual_seed(0))
         drawn = draw_routing([picture], [maps], legend=legend(*numbers))[0]
         assert drawn.width >= width
         below = pixels(drawn)[width:]
@@ -91,22 +91,22 @@ def test_the_legend_s_numbers_are_the_areas_of_what_was_sampled() -> None:
         def __getattr__(self, name: str) -> object:
             return getattr(self.font, name)
 
-    maps = torch.zeros(1, 2, 8, 8)
-    maps[0, 0, :, :4] = 1
+    maps = torch.zeros(2, 8, 8)
+    maps[0, :, :4] = 1
     named = Legend(["Ada", "Ben"], (1, 2), Font)
     draw_routing([Image.new("RGB", (256, 64))], [maps], place=(0.0, 0.0, 0.25, 1.0), legend=named)
     assert written == ["Ada: 50%", "Ben: 0%", "nobody: 50%", "Who was put where"]
     written.clear()
     # The numbers are of the areas that one sees: where somebody has the most, not how much of it.
-    maps[0, 1, :, 4:] = 0.4
+    maps[1, :, 4:] = 0.4
     draw_routing([Image.new("RGB", (64, 64))], [maps], legend=named)
     assert written == ["Ada: 52%", "Ben: 0%", "nobody: 48%", "Who was put where"]
 
 
-def test_rows_of_a_batch_belong_to_their_pictures() -> None:
+def test_every_picture_has_its_own_map() -> None:
     pictures = [Image.new("RGB", (32, 32), (100, 100, 100))] * 4
-    first, second = halves(0.9, 0.9), halves(0.9, 0.9).flip(3)
-    drawn = draw_routing(pictures, [torch.cat([first, second]), torch.cat([second, first])])
+    first, second = halves(0.9, 0.9), halves(0.9, 0.9).flip(2)
+    drawn = draw_routing(pictures, [first, second, second, first])
     assert [tuple(pixels(one)[5, 5]) for one in drawn] == [tuple(tinted(n, 100)) for n in (1, 2, 2, 1)]
 
 

@@ -12,12 +12,11 @@ import pytest
 import torch
 from PIL import Image
 
-from lib_portrait.attention import NEGATIVE, POSITIVE, Injection, mark
+from lib_portrait.attention import NEGATIVE, POSITIVE, Injection, RoutingMaps, mark
 from lib_portrait.checkpoints.store import Folders, Store
 from lib_portrait.conditioning import Conditioner, Conditioning
 from lib_portrait.errors import PortraitError
 from lib_portrait.faces.service import FaceService
-from lib_portrait.methods.uniportrait import RoutingMaps
 from lib_portrait.request import Identity, Photo, PortraitRequest, Region
 from lib_portrait.standalone import model as model_module
 from lib_portrait.standalone.model import Model

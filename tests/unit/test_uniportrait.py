@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 
 import pytest
 import torch
@@ -12,7 +12,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from torch import nn
 
-from lib_portrait.attention import NEGATIVE, POSITIVE, Injection, find_sites, mark
+from lib_portrait.attention import NEGATIVE, POSITIVE, Injection, RoutingMaps, Row, find_sites, mark
 from lib_portrait.errors import PortraitError
 from lib_portrait.faces.weights import STRETCH, all_finite
 from lib_portrait.methods.uniportrait import (
@@ -20,7 +20,6 @@ from lib_portrait.methods.uniportrait import (
     Adapter,
     IDEmbedding,
     Person,
-    RoutingMaps,
     UniPortraitRule,
     interpolate,
 )
@@ -152,7 +151,7 @@ def shares_of(unet: nn.Module, adapter: Adapter, people: list[Person]) -> torch.
     """How much of each position each person has at the first site: (N, 16, 16)."""
     maps = RoutingMaps(keep_all=True)
     with_people(unet, adapter, people, routing=maps)
-    return maps.maps[(1, 0.5)][0]
+    return maps.maps[(1, 0.5, 0)]
 
 
 def test_a_mask_s_grey_is_a_share_and_the_rest_is_nobody_s(unet, adapter) -> None:
@@ -249,21 +248,147 @@ def test_routing_maps_are_given_per_site_and_step_and_averaged(unet, adapter) ->
     with Injection(unet, rule) as injection:
         for progress in (0.0, 0.5):
             injection.progress = progress
-            run(unet, (POSITIVE, NEGATIVE, POSITIVE), (16, 24))
+            run(unet, (POSITIVE, NEGATIVE), (16, 24))
     cross = [site.index for site in find_sites(unet) if site.cross]
-    assert sorted(maps.maps) == sorted((index, progress) for index in cross for progress in (0.0, 0.5))
-    assert {tuple(each.shape) for each in maps.maps.values()} == {
-        (2, 3, 16, 24),
-        (2, 3, 8, 12),
-        (2, 3, 4, 6),
-        (2, 3, 2, 3),
-    }
+    assert sorted(maps.maps) == sorted((index, progress, 0) for index in cross for progress in (0.0, 0.5))
+    assert {tuple(each.shape) for each in maps.maps.values()} == {(3, 16, 24), (3, 8, 12), (3, 4, 6), (3, 2, 3)}
     # What was chosen (eq. 2), not how surely: a position is somebody's in whole.
     assert all(((each == 0) | (each == 1)).all() for each in maps.maps.values())
     mean = maps.mean()
     assert mean is not None
-    assert mean.shape == (2, 3, 16, 24)
-    assert torch.allclose(mean.sum(dim=1), torch.ones(2, 16, 24), atol=1e-5)
+    assert mean.shape == (1, 3, 16, 24)
+    assert torch.allclose(mean.sum(dim=1), torch.ones(1, 16, 24), atol=1e-5)
+
+
+# Picture 0 is composed of two prompts (AND), picture 1 is not; each row has a latent and a text of its own.
+COMPOSED = {
+    0: Row(POSITIVE, 0),
+    1: Row(POSITIVE, 0),
+    2: Row(POSITIVE, 1),
+    3: Row(NEGATIVE, 0),
+    4: Row(NEGATIVE, 1),
+}
+
+
+def composed(unet: nn.Module, rule: UniPortraitRule, *slices: Sequence[int], side: int = 16) -> dict[int, torch.Tensor]:
+    """What the UNet gives for the rows of COMPOSED, called with some of them at a time."""
+    x = torch.randn(5, 4, side, side, generator=torch.Generator().manual_seed(5))
+    text = torch.randn(5, 9, WIDTH, generator=torch.Generator().manual_seed(6))
+    found = {}
+    with Injection(unet, rule, rows=COMPOSED), torch.no_grad():
+        for numbers in slices:
+            own = list(numbers)
+            out = unet(x[own], torch.tensor([500] * len(own)), mark(text[own], own))
+            found |= dict(zip(numbers, out, strict=True))
+    return found
+
+
+def test_every_picture_has_its_own_map_in_whatever_slices_its_rows_come(unet, adapter) -> None:
+    people = [person(1), person(2)]
+
+    def mean_of(*slices: Sequence[int]) -> torch.Tensor:
+        maps = RoutingMaps()
+        composed(unet, UniPortraitRule(adapter, people, routing=maps), *slices)
+        mean = maps.mean()
+        assert mean is not None
+        return mean
+
+    first, second, other = (mean_of([number])[-1] for number in (0, 1, 2))
+    expected = torch.stack([(first + second) / 2, other])
+    assert (expected[0] - expected[1]).abs().max() > 0.1, "two pictures that cannot be told apart show nothing"
+    for slices in ([range(5)], [[0, 1], [2, 3], [4]], [[3, 4], [0, 1, 2]], [[2], [1, 0]], [[4, 0], [3], [2, 1]]):
+        assert torch.allclose(mean_of(*slices), expected, atol=1e-5), slices
+
+
+class Watched(UniPortraitRule):
+    """Keeps what was added to each row of COMPOSED at the first cross-attention, which nobody's scale
+    has reached from before: (n, inner) by number, the last time counts."""
+
+    def __init__(self, *args, **kwargs):
+        super().__init__(*args, **kwargs)
+        self.added: dict[int, torch.Tensor] = {}
+
+    def _add_identities(self, site, call, state, hidden, q, attended):
+        out = super()._add_identities(site, call, state, hidden, q, attended)
+        if site.index == 1:
+            self.added |= dict(zip(call.numbers, out - attended, strict=True))
+        return out
+
+
+def added(unet: nn.Module, adapter: Adapter, people: list[Person], *slices: Sequence[int]) -> dict[int, torch.Tensor]:
+    rule = Watched(adapter, people, lora_scale=0.0)
+    composed(unet, rule, *slices)
+    return rule.added
+
+
+def nothing(row: torch.Tensor) -> torch.Tensor:
+    """Where nothing was added: (n)."""
+    return row.abs().amax(dim=-1) < 1e-6
+
+
+SLICES = [[range(5)], [[3, 4, 0, 1, 2]], [[0, 1], [2, 3], [4]], [[0], [1], [2], [4, 3]], [[3, 4], [2, 1, 0], [3, 4]]]
+
+
+@pytest.mark.parametrize("slices", SLICES, ids=str)
+def test_a_negative_row_has_the_scale_of_whom_the_positive_row_put_there(unet, adapter, slices) -> None:
+    """One of scale 0, one of scale 1: nothing to push away from where the first one is, all of it where the second is.
+
+    In one call, in slices, and with the negative rows first, which then have it from the step before.
+    """
+    everywhere = torch.ones(16, 16)
+    for region in (None, everywhere):
+        whole = added(unet, adapter, [person(1, region=region), person(2, region=region)], range(5))
+        found = added(unet, adapter, [person(1, scale=0.0, region=region), person(2, region=region)], *slices)
+        of_second = [(~nothing(found[number])).float() for number in (0, 1, 2)]
+        assert all(0.05 < share.mean() < 0.95 for share in of_second), "this case must route to both"
+        assert not torch.equal(of_second[0], of_second[1])
+        # Picture 0 has two positive rows, and the mean of both.
+        for number, share in ((3, (of_second[0] + of_second[1]) / 2), (4, of_second[2])):
+            assert torch.allclose(found[number], whole[number] * share[:, None], atol=1e-5)
+
+
+def test_a_negative_row_that_can_be_routed_has_the_positive_row_s_scales_too(unet, adapter) -> None:
+    """Unconditional tokens of unlike structure: the negative row's router says whose, the positive row's how much."""
+    pair = [Person({POSITIVE: tokens(seed), NEGATIVE: tokens(90 + seed)}) for seed in (1, 2)]
+    whole = added(unet, adapter, pair, range(5))
+    found = added(unet, adapter, [dataclasses.replace(pair[0], scale=0.0), pair[1]], range(5))
+    absent = nothing(found[2])
+    assert 0.05 < absent.float().mean() < 0.95
+    assert torch.allclose(found[4], whole[4] * ~absent[:, None], atol=1e-5)
+
+
+def test_a_negative_row_of_people_with_and_without_regions(unet, adapter) -> None:
+    """The left half is one's of scale 0.5; the right one is shared by two without a region, of scale 0 and 1."""
+    regions, scales = (half(True), None, None), (0.5, 0.0, 1.0)
+    trio = [person(seed, region=region) for seed, region in zip((1, 2, 3), regions)]
+    whole = added(unet, adapter, trio, range(5))
+    found = added(unet, adapter, [dataclasses.replace(one, scale=s) for one, s in zip(trio, scales)], range(5))
+    left = half(True).bool().flatten()
+    absent = nothing(found[2])
+    assert not absent[left].any()
+    assert 0.05 < absent[~left].float().mean() < 0.95
+    expected = whole[4] * torch.where(left, 0.5, (~absent).float())[:, None]
+    assert torch.allclose(found[4], expected, atol=1e-5)
+
+
+def test_a_negative_row_without_its_positive_row_has_everybody_s_mean_scale(unet, adapter) -> None:
+    """Before any has run, after another sampling began, and where the last one had another size."""
+    whole = added(unet, adapter, [person(1), person(2)], [4])[4]
+    rule = Watched(adapter, [person(1, scale=0.0), person(2)], lora_scale=0.0)
+    for sampling in ([[4]], [[0, 1], [4]]):
+        rule.begin()
+        composed(unet, rule, *sampling)
+        assert torch.allclose(rule.added[4], whole / 2, atol=1e-5)
+        composed(unet, rule, range(5))
+        assert nothing(rule.added[4]).any()
+    composed(unet, rule, [4], side=8)
+    assert not nothing(rule.added[4]).any()
+
+
+def test_equal_scales_leave_negative_rows_as_they_are_alone(unet, adapter) -> None:
+    for region in (None, torch.ones(16, 16)):
+        pair = [person(1, scale=0.7, region=region), person(2, scale=0.7, region=region)]
+        assert torch.equal(added(unet, adapter, pair, [0, 1, 2], [4])[4], added(unet, adapter, pair, [4])[4])
 
 
 def test_one_person_has_a_map_too_and_regions_show_in_it(unet, adapter) -> None:
@@ -273,7 +398,7 @@ def test_one_person_has_a_map_too_and_regions_show_in_it(unet, adapter) -> None:
     ]:
         maps = RoutingMaps(keep_all=True)
         with_people(unet, adapter, people, routing=maps)
-        assert torch.allclose(maps.maps[(1, 0.5)][0], expected)
+        assert torch.allclose(maps.maps[(1, 0.5, 0)], expected)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])

@@ -8,6 +8,7 @@ import json
 from dataclasses import dataclass, field
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from PIL import Image, ImageDraw
@@ -205,9 +206,11 @@ def difference(first: torch.Tensor, second: torch.Tensor) -> float:
     return ((first - second).abs().max() / first.std()).item()
 
 
-@pytest.mark.parametrize("count", [1, 2])
-def test_one_call_and_separate_calls_agree(server: Client, people: dict[str, str], count: int) -> None:
-    portrait = one(people) if count == 1 else two(people)
+@pytest.mark.parametrize("scales", [(1.0,), (1.0, 1.0), (0.2, 1.0)], ids=str)
+def test_one_call_and_separate_calls_agree(server: Client, people: dict[str, str], scales: tuple[float, ...]) -> None:
+    """Also where negative rows take their scales from positive ones, which separate calls have run before them."""
+    portrait = one(people) if len(scales) == 1 else two(people)
+    portrait["identities"] = [{**own, "scale": scale} for own, scale in zip(portrait["identities"], scales)]
     for changes in ({}, {"prompt": LONG}, {"prompt": "a person AND a hat", "batch_size": 2}):
         settings = {"pad_cond_uncond": "prompt" in changes}
         together = server.record(portrait, override_settings={**settings, "batch_cond_uncond": True}, **changes)
@@ -315,6 +318,54 @@ def test_the_routing_map_is_appended(server: Client, people: dict[str, str]) -> 
         return [Image.open(io.BytesIO(base64.b64decode(text))).tobytes() for text in answer.images]
 
     assert pixels(shown)[: len(plain.images)] == pixels(plain)
+
+
+def pixels_of(text: str) -> np.ndarray:
+    return np.asarray(Image.open(io.BytesIO(base64.b64decode(text))).convert("RGB"))
+
+
+@pytest.mark.parametrize("how", ["slices of several pictures", "slices of unequal size"])
+def test_a_routing_map_is_its_picture_s_in_whatever_slices_the_host_calls(
+    server: Client, people: dict[str, str], how: str
+) -> None:
+    changes: dict[str, Any] = {"prompt": "a person AND a hat AND a cat", "batch_size": 2}
+    if how == "slices of unequal size":
+        changes = {"prompt": f"{LONG} AND a hat AND a cat"}
+    maps = []
+    for together in (True, False):
+        settings = {"batch_cond_uncond": together, "pad_cond_uncond": False, "return_grid": False}
+        recording = server.record(two(people, show_routing=True), sites=(), **changes, override_settings=settings)
+        assert recording.answer.status == 200, recording.answer.detail
+        count = changes.get("batch_size", 1)
+        assert len(recording.answer.images) == 2 * count
+        maps.append([pixels_of(text) for text in recording.answer.images[count:]])
+        if how == "slices of unequal size":
+            assert rows(recording)[:3] == (["pp", "p", "n"] if together else ["p", "p", "p"])
+    for one_call, apart in zip(*maps, strict=True):
+        assert (one_call != apart).any(axis=-1).mean() < 0.01
+
+
+def test_with_and_in_one_picture_of_a_batch_each_has_the_map_that_it_has_alone(
+    server: Client, people: dict[str, str]
+) -> None:
+    data = server.scratch / "data"
+
+    def saved(**changes: Any) -> list[np.ndarray]:
+        before = set(data.rglob("*-portrait-map.png"))
+        settings = {"samples_save": True, "portrait_save_maps": True}
+        answer = server.generate(
+            two(people, show_routing=True), save_images=True, override_settings=settings, **changes
+        )
+        assert answer.status == 200, answer.detail
+        files = sorted(set(data.rglob("*-portrait-map.png")) - before)
+        return [np.asarray(Image.open(file).convert("RGB")) for file in files]
+
+    script = {"script_name": "prompt matrix", "script_args": [False, False, "positive", "comma", 0]}
+    batch = saved(prompt="a person in a garden|AND a red hat", batch_size=2, **script)
+    alone = [saved(prompt=prompt)[0] for prompt in ("a person in a garden", "a person in a garden, AND a red hat")]
+    assert (alone[0] != alone[1]).any(axis=-1).mean() > 0.05, "two maps that cannot be told apart show nothing"
+    for found, expected in zip(batch, alone, strict=True):
+        assert (found != expected).any(axis=-1).mean() < 0.01
 
 
 def test_people_from_photos_are_seen_as_drawn_ones_are(

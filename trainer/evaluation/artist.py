@@ -19,11 +19,11 @@ from PIL.PngImagePlugin import PngInfo
 from torch import Tensor, nn
 
 from lib_portrait import __version__
+from lib_portrait.attention import RoutingMaps
 from lib_portrait.conditioning import Conditioner
 from lib_portrait.faces.features import FaceEncoder, FaceFeatures
 from lib_portrait.faces.recognition import Backbone
 from lib_portrait.faces.service import FaceService
-from lib_portrait.methods.uniportrait import RoutingMaps
 from lib_portrait.request import Identity, Photo, PortraitRequest, to_json
 from lib_portrait.standalone.measuring import owners_of
 from lib_portrait.standalone.model import Model

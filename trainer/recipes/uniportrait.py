@@ -24,7 +24,7 @@ import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor
 
-from lib_portrait.attention import POSITIVE, Injection, mark
+from lib_portrait.attention import POSITIVE, Injection, Row, mark
 from lib_portrait.attention.sites import find_sites, spatial_shape
 from lib_portrait.checkpoints.formats import read_tensors, write_tensors
 from lib_portrait.checkpoints.hashes import file_sha256
@@ -288,9 +288,11 @@ class UniPortraitRecipe(Recipe):
             text = model.text_encoder(told.tokens).last_hidden_state
         self.rule.condition = condition = Condition(told.people, told.present, noise, {}, told.scale)
         dtype = next(model.unet.parameters()).dtype
-        predicted = model.unet(noisy.to(dtype), t, mark(text, POSITIVE)).sample
+        numbers = range(len(noisy))
+        self._injection.rows = {number: Row(POSITIVE, picture=number) for number in numbers}
+        predicted = model.unet(noisy.to(dtype), t, mark(text, numbers)).sample
         # Gradient checkpointing runs the layers again during the backward pass, and the rule must act there too.
-        self._injection.call.kinds = [POSITIVE] * len(noisy)
+        self._injection.call.numbers = list(numbers)
         return predicted.float(), condition.logits
 
     def _embed(self, batch: dict[str, Tensor], no_face: Tensor, draws: Draws) -> Tensor:
@@ -342,7 +344,7 @@ class UniPortraitRecipe(Recipe):
             maps = finest.softmax(dim=-1).transpose(1, 2).unflatten(-1, tuple(latent.shape[-2:])).cpu()
             made = [Image.fromarray(p.permute(1, 2, 0).mul(255).byte().cpu().numpy()) for p in decoded.clamp(0, 1)]
             counts = batch["present"].sum(dim=1).tolist()
-            drawn = [draw_routing([p], [m[None, :n]])[0] for p, m, n in zip(made, maps, counts)]
+            drawn = [draw_routing([p], [m[:n]])[0] for p, m, n in zip(made, maps, counts)]
             tensors = [torch.from_numpy(np.array(p.convert("RGB"))).permute(2, 0, 1) / 255 for p in drawn]
             rows_of.append(torch.cat(tensors, dim=2).to(device))
         return {"people": torch.cat(rows_of, dim=1)}
