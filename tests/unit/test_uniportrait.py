@@ -270,15 +270,15 @@ COMPOSED = {
 }
 
 
-def composed(unet: nn.Module, rule: UniPortraitRule, *slices: Sequence[int], side: int = 16) -> dict[int, torch.Tensor]:
+def composed(injection: Injection, *slices: Sequence[int], side: int = 16) -> dict[int, torch.Tensor]:
     """What the UNet gives for the rows of COMPOSED, called with some of them at a time."""
     x = torch.randn(5, 4, side, side, generator=torch.Generator().manual_seed(5))
     text = torch.randn(5, 9, WIDTH, generator=torch.Generator().manual_seed(6))
     found = {}
-    with Injection(unet, rule, rows=COMPOSED), torch.no_grad():
+    with injection, torch.no_grad():
         for numbers in slices:
             own = list(numbers)
-            out = unet(x[own], torch.tensor([500] * len(own)), mark(text[own], own))
+            out = injection.unet(x[own], torch.tensor([500] * len(own)), mark(text[own], own))
             found |= dict(zip(numbers, out, strict=True))
     return found
 
@@ -288,7 +288,7 @@ def test_every_picture_has_its_own_map_in_whatever_slices_its_rows_come(unet, ad
 
     def mean_of(*slices: Sequence[int]) -> torch.Tensor:
         maps = RoutingMaps()
-        composed(unet, UniPortraitRule(adapter, people, routing=maps), *slices)
+        composed(Injection(unet, UniPortraitRule(adapter, people, routing=maps), rows=COMPOSED), *slices)
         mean = maps.mean()
         assert mean is not None
         return mean
@@ -317,7 +317,7 @@ class Watched(UniPortraitRule):
 
 def added(unet: nn.Module, adapter: Adapter, people: list[Person], *slices: Sequence[int]) -> dict[int, torch.Tensor]:
     rule = Watched(adapter, people, lora_scale=0.0)
-    composed(unet, rule, *slices)
+    composed(Injection(unet, rule, rows=COMPOSED), *slices)
     return rule.added
 
 
@@ -375,13 +375,14 @@ def test_a_negative_row_without_its_positive_row_has_everybody_s_mean_scale(unet
     """Before any has run, after another sampling began, and where the last one had another size."""
     whole = added(unet, adapter, [person(1), person(2)], [4])[4]
     rule = Watched(adapter, [person(1, scale=0.0), person(2)], lora_scale=0.0)
+    injection = Injection(unet, rule, rows=COMPOSED)
     for sampling in ([[4]], [[0, 1], [4]]):
         rule.begin()
-        composed(unet, rule, *sampling)
+        composed(injection, *sampling)
         assert torch.allclose(rule.added[4], whole / 2, atol=1e-5)
-        composed(unet, rule, range(5))
+        composed(injection, range(5))
         assert nothing(rule.added[4]).any()
-    composed(unet, rule, [4], side=8)
+    composed(injection, [4], side=8)
     assert not nothing(rule.added[4]).any()
 
 
