@@ -21,7 +21,8 @@ import torch.nn.functional as F
 from torch import nn
 
 from lib_portrait.attention import NEGATIVE, POSITIVE, Injection, Site, find_sites, mark
-from lib_portrait.methods.uniportrait import Adapter, IDEmbedding, LowRank, Person, Router, SiteWeights, UniPortraitRule
+from lib_portrait.attention.lora import LowRank
+from lib_portrait.methods.uniportrait import Adapter, IDEmbedding, Person, Router, SiteWeights, UniPortraitRule
 
 TOKENS, RANK, WIDTH = 16, 128, 768
 

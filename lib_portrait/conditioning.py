@@ -12,8 +12,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from lib_portrait import regions
-from lib_portrait.attention import NEGATIVE, POSITIVE, RoutingMaps
+from lib_portrait.attention import NEGATIVE, POSITIVE, RoutingMaps, regions
 from lib_portrait.checkpoints.formats import read_tensors
 from lib_portrait.checkpoints.store import Kit, Store
 from lib_portrait.errors import Notice, PortraitError

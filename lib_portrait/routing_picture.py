@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from PIL import Image, ImageDraw, ImageFilter, ImageOps
 
-from lib_portrait.regions import WHOLE, Box
+from lib_portrait.attention.regions import WHOLE, Box
 
 # Of identities 1, 2, ...: told apart by hue and lightness, also with colour-deficient sight (after Okabe and Ito).
 # style.css gives the panel's tabs the same.

@@ -14,7 +14,6 @@ from __future__ import annotations
 import logging
 import math
 import re
-import weakref
 from collections.abc import Callable, Collection, Hashable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import cast
@@ -24,12 +23,13 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lib_portrait.attention.injection import Around, Call
+from lib_portrait.attention.lora import FusedLinear, LowRank
 from lib_portrait.attention.maps import RoutingMaps
+from lib_portrait.attention.regions import WHOLE, Box, Region, coverage
 from lib_portrait.attention.rows import POSITIVE
 from lib_portrait.attention.sites import Site
 from lib_portrait.errors import PortraitError
 from lib_portrait.faces.weights import checked, fill
-from lib_portrait.regions import WHOLE, Box, Region, coverage
 from lib_portrait.request import takes_part
 
 # By how much of a position regions must overlap for the router to be asked.
@@ -177,14 +177,6 @@ def interpolate(master: Tensor, others: Sequence[Tensor], weights: Sequence[floa
 
 
 # ------------------------------------------------------------------------------------------------------------- adapter
-
-
-@dataclass(frozen=True)
-class LowRank:
-    """One LoRA pair: W + up @ down. up (out, r), down (r, in)."""
-
-    up: Tensor
-    down: Tensor
 
 
 @dataclass(frozen=True)
@@ -411,51 +403,6 @@ class Person:
 # ---------------------------------------------------------------------------------------------------------------- rule
 
 
-class _FusedLinear:
-    """One of the UNet's linear layers with a LoRA pair added to its weight: W' = W + s * up @ down.
-
-    W is what the host's layer computes at this moment (with its own LoRAs, casts and moves), found by asking it for the
-    identity matrix; the sum lives here, never in the host. It is made anew when the host's weight changes.
-    """
-
-    # The layer's bias would swallow the low bits of W in half precision; scaled up, W is the larger of the two.
-    PROBE = 256.0
-
-    def __init__(self, module: nn.Module, pair: LowRank, scale: float):
-        self.module = module
-        self.pair = pair
-        self.scale = scale
-        # Held weakly: the weight is the host's, and another one may come to lie where it was.
-        self._made_of: weakref.ref[Tensor] | None = None
-        self._made_for: Hashable = None
-        self._fused: tuple[Tensor, Tensor | None] | None = None
-
-    def __call__(self, host: Callable[[Tensor], Tensor], x: Tensor, call: Call) -> Tensor:
-        # An empty input costs nothing and lets the host bring its weight up to date: the Lora extension applies the
-        # prompt's networks when a layer is called.
-        host(x[:0])
-        weight = cast(Tensor, self.module.weight)
-        current = (weight._version, call.host_state, x.device, x.dtype)
-        if self._fused is None or self._made_of is None or self._made_of() is not weight or current != self._made_for:
-            self._fused = self._fuse(host, x)
-            self._made_of, self._made_for = weakref.ref(weight), current
-        return F.linear(x, *self._fused)
-
-    # What is kept from call to call holds no graph: the host's weight is none of ours to train.
-    @torch.no_grad()
-    def _fuse(self, host: Callable[[Tensor], Tensor], x: Tensor) -> tuple[Tensor, Tensor | None]:
-        """(W' (out, in), bias or None)."""
-        width = self.pair.down.shape[1]
-        bias = host(x.new_zeros(1, width))[0]
-        # Made in float32: torch 2.1 has no eye() in bfloat16.
-        probe = torch.eye(width, device=x.device).mul_(self.PROBE).to(x.dtype)
-        weight = (host(probe) - bias).float() / self.PROBE
-        up, down = (pair.to(x.device, torch.float32) for pair in (self.pair.up, self.pair.down))
-        # (in, out) from the probe; F.linear wants (out, in).
-        fused = (weight.T + self.scale * (up @ down)).to(bias.dtype).contiguous()
-        return fused, bias if getattr(self.module, "bias", None) is not None else None
-
-
 @dataclass(frozen=True)
 class _Regions:
     """The active people's regions at one site.
@@ -547,7 +494,7 @@ class UniPortraitRule:
         weights = self.adapter.sites.get(site.index, SiteWeights())
         pairs = weights.lora_single if len(self.people) == 1 else weights.lora_multi
         linears = {
-            name: _FusedLinear(site.module.get_submodule(PATHS[name]), pair, self.lora_scale)
+            name: FusedLinear(site.module.get_submodule(PATHS[name]), pair, self.lora_scale)
             for name, pair in pairs.items()
             if self.lora_scale > 0
         }

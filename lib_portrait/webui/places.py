@@ -14,8 +14,8 @@ import torch
 from modules import processing, shared
 from PIL import Image, ImageOps
 
+from lib_portrait.attention.regions import WHOLE, Box
 from lib_portrait.errors import Notice, PortraitError
-from lib_portrait.regions import WHOLE, Box
 from lib_portrait.request import PortraitRequest
 from lib_portrait.webui import jobs
 

@@ -23,9 +23,9 @@ import torch
 from modules import devices, errors, images, shared
 
 from lib_portrait.attention import NEGATIVE, POSITIVE, Injection, RoutingMaps, Row, find_sites, mark
+from lib_portrait.attention.regions import WHOLE, Box, check_takes_part
 from lib_portrait.checkpoints.store import AUTOMATIC
 from lib_portrait.errors import Notice, PortraitError
-from lib_portrait.regions import WHOLE, Box, check_takes_part
 from lib_portrait.request import PortraitRequest, check_window, parse_request, to_infotext
 from lib_portrait.webui import adetailer, axes, jobs, places, services, settings, upcoming, world
 from lib_portrait.webui import values as layout

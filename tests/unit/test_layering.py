@@ -42,7 +42,7 @@ PICTURES = "numpy cv2 PIL"
 WEBUI = Room(
     "modules gradio ldm sgm k_diffusion networks fastapi starlette pydantic torch numpy PIL",
     "lib_portrait.errors lib_portrait.request lib_portrait.attention lib_portrait.faces lib_portrait.checkpoints "
-    "lib_portrait.methods lib_portrait.conditioning lib_portrait.regions lib_portrait.routing_picture",
+    "lib_portrait.methods lib_portrait.conditioning lib_portrait.routing_picture",
 )
 ROOMS = {
     "portrait": Room(
@@ -79,22 +79,21 @@ ROOMS = {
         f"{SERIALISED} {PICTURES} transformers facenet_pytorch insightface onnxruntime",
         "lib_portrait.errors lib_portrait.request lib_portrait.checkpoints",
     ),
-    "lib_portrait.regions": Room("torch", "lib_portrait.errors"),
     "lib_portrait.methods": Room(
         "torch einops",
-        "lib_portrait.errors lib_portrait.request lib_portrait.attention lib_portrait.faces lib_portrait.regions",
+        "lib_portrait.errors lib_portrait.request lib_portrait.attention lib_portrait.faces",
     ),
     "lib_portrait.conditioning": Room(
         "torch numpy einops",
         "lib_portrait.errors lib_portrait.request lib_portrait.attention lib_portrait.faces lib_portrait.checkpoints "
-        "lib_portrait.methods lib_portrait.regions",
+        "lib_portrait.methods",
     ),
     "lib_portrait.picture_files": Room(),
-    "lib_portrait.routing_picture": Room("torch numpy PIL", "lib_portrait.regions"),
+    "lib_portrait.routing_picture": Room("torch numpy PIL", "lib_portrait.attention"),
     "lib_portrait.standalone": Room(
         f"{SERIALISED} {PICTURES} diffusers transformers yaml",
         "lib_portrait.errors lib_portrait.request lib_portrait.attention lib_portrait.faces lib_portrait.checkpoints "
-        "lib_portrait.methods lib_portrait.conditioning lib_portrait.regions lib_portrait.routing_picture",
+        "lib_portrait.methods lib_portrait.conditioning lib_portrait.routing_picture",
         # The .yaml of a world's checkpoint is read by the WebUI, which makes the text encoder that it names.
         named="lib_portrait.webui.world.text_encoder",
     ),

@@ -1,4 +1,4 @@
-"""Promises of `lib_portrait.regions`: where on what is sampled a region of the whole picture lies."""
+"""Promises of `lib_portrait.attention.regions`: where on what is sampled a region of the whole picture lies."""
 
 from __future__ import annotations
 
@@ -6,8 +6,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from lib_portrait.attention.regions import WHOLE, Box, check_takes_part, coverage, overlaps
 from lib_portrait.errors import PortraitError
-from lib_portrait.regions import WHOLE, Box, check_takes_part, coverage, overlaps
 
 
 def test_a_box_covers_positions_by_its_exact_area() -> None:
