@@ -123,7 +123,9 @@ def recipe(
     parser = argparse.ArgumentParser()
     uniportrait.configure(parser)
     sizes = ["--rank", "4", "--tokens", str(TOKENS), "--width", "32", "--depth", "2"]
-    options = parser.parse_args(["--checkpoint", "base.safetensors", "--name", "tiny", *sizes, *arguments])
+    base = data.parent / "base.safetensors"
+    base.write_bytes(b"stands for the checkpoint: exports say which one they were made for")
+    options = parser.parse_args(["--checkpoint", str(base), "--name", "tiny", *sizes, *arguments])
     options.data = data
     made = uniportrait.build(options)
     assert isinstance(made, uniportrait.UniPortraitRecipe)
@@ -145,7 +147,7 @@ def losses(run: Path) -> list[dict[str, float]]:
 
 def apart(one: Path, other: Path) -> float:
     """The largest difference of two runs' exported weights."""
-    first, second = (load_file(next((run / "export").iterdir())) for run in (one, other))
+    first, second = (load_file(next((run / "export").glob("uniportrait-*.safetensors"))) for run in (one, other))
     return max(float((first[name] - second[name]).abs().max()) for name in first)
 
 

@@ -120,10 +120,7 @@ def test_a_base_model_goes_on_with_its_text_encoder_as_it_is(runs: Path) -> None
 
 
 def test_both_stages_fit_the_base_model(runs: Path) -> None:
-    faceid, router = (
-        runs / f"stage-{stage}" / "export" / f"uniportrait-{role}_world.safetensors"
-        for stage, role in ((1, "faceid"), (2, "router"))
-    )
+    faceid, router = (adapter_file(runs, stage) for stage in (1, 2))
     adapter = Adapter.from_tensors(load_file(faceid), load_file(router))
     adapter.check_fits(find_sites(load_model(runs / "world.safetensors").unet))
     assert adapter.has_router
@@ -135,12 +132,17 @@ def test_photos_of_held_out_people_lie_beside_the_weights(tmp_path: Path) -> Non
     assert sorted(path.name for path in tmp_path.iterdir()) == [f"man-0009-{k}.png" for k in range(release.PHOTOS)]
 
 
+def adapter_file(runs: Path, stage: int) -> Path:
+    """What a stage exports, beside what it brings along."""
+    return runs / f"stage-{stage}" / "export" / f"uniportrait-{'faceid' if stage == 1 else 'router'}_world.safetensors"
+
+
 @pytest.mark.parametrize("stage", [1, 2])
 def test_an_adapter_can_be_taken_between_two(
     runs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, stage: int
 ) -> None:
     """WiSE-FT: the weights themselves are averaged, and the file says so."""
-    first = next((runs / f"stage-{stage}" / "export").iterdir())
+    first = adapter_file(runs, stage)
     stored = read_tensors(first)
     second = tmp_path / "second.safetensors"
     write_tensors(second, {name: tensor + 1 for name, tensor in stored.tensors.items()}, stored.metadata)
@@ -163,7 +165,7 @@ def test_an_adapter_can_be_taken_between_two(
 
 def test_an_adapter_can_be_brought_down_to_a_rank(runs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Both files, whose LoRA is of rank 4: the nearest of rank 2 in up @ down, all else as it was."""
-    files = [next((runs / f"stage-{stage}" / "export").iterdir()) for stage in (1, 2)]
+    files = [adapter_file(runs, stage) for stage in (1, 2)]
     arguments = ["release", "--output", str(tmp_path / "made"), "--rank"]
     monkeypatch.setattr(sys, "argv", [*arguments, "2", *map(str, files)])
     release.main()
