@@ -24,7 +24,7 @@ from trainer.companions import stored_file
 from trainer.recipes.base import latent_scale
 from trainer.shards import encode_png
 from trainer.uniportrait_start import of_rank
-from trainer.world import Scene, identity, render, sample_scene
+from trainer.world import Scene, render, sample_scene, world_person
 from trainer.world.people import HELD_OUT_EVERY
 
 # Photos of one person: the first is the reference of examples, the others are for several references.
@@ -113,14 +113,14 @@ def photos(folder: Path, people: int) -> None:
         number = place * HELD_OUT_EVERY + HELD_OUT_EVERY - 1
         for k in range(PHOTOS):
             picture = render(_portrait(number, k), PHOTO_SIZE)
-            (folder / f"{identity(number).word}-{number:04d}-{k}.png").write_bytes(encode_png(picture.image, 9))
+            (folder / f"{world_person(number).word}-{number:04d}-{k}.png").write_bytes(encode_png(picture.image, 9))
 
 
 def _portrait(number: int, k: int) -> Scene:
     """The k-th scene of a person, in seed order, that is a clear photograph: no art style, age, hat or large turn."""
     found = -1
     for seed in range(number * 1000, number * 1000 + 1000):
-        scene = sample_scene(seed, [identity(number)])
+        scene = sample_scene(seed, [world_person(number)])
         situation = scene.people[0].situation
         plain = scene.style == "photo" and scene.blur == scene.noise == scene.fade == 0 and situation.hat is None
         if plain and abs(situation.yaw) < 25:

@@ -41,14 +41,14 @@ def portrait(line: str) -> None:
 @pytest.mark.parametrize("seed", range(8))
 def test_a_record_leads_back_to_the_scene_it_was_drawn_from(seed: int) -> None:
     """Also of several people, whom the record names in drawing order."""
-    made = world_sample(seed, 50, 64)
-    scene = scene_of(made.record)
+    record = world_sample(seed, 50, 64).record
+    scene = scene_of(record)
     picture = render(scene, 64)
-    assert [str(face.id) for face in picture.faces] == [face.id for face in made.record.faces]
-    told = attributes_of(scene)
-    assert told["people"] == str(len(made.record.faces))
-    assert told["women"] == str(sum(face.word == "woman" for face in made.record.faces))
-    assert all(value in HEADS[name] for name, value in told.items())
+    assert [str(face.id) for face in picture.faces] == [face.id for face in record.faces]
+    attributes = attributes_of(scene)
+    assert attributes["people"] == str(len(record.faces))
+    assert attributes["women"] == str(sum(face.word == "woman" for face in record.faces))
+    assert all(value in HEADS[name] for name, value in attributes.items())
 
 
 def test_records_that_do_not_lead_back_are_refused() -> None:
@@ -98,7 +98,7 @@ def test_both_are_trained_and_kept_as_the_evaluation_reads_them(home: Path) -> N
         portrait(f"train {recipe} --data {home}/shards --output {home}/{recipe} {QUICK}")
     picture = Shards.under(home / "shards").picture(0)
     network = AttributeNetwork.load(home / "attributes" / "export" / "world-attributes.safetensors")
-    (told,) = network.tell([picture])
-    assert set(told) == set(HEADS) and all(told[name] in HEADS[name] for name in told)
+    (predicted,) = network.predict([picture])
+    assert set(predicted) == set(HEADS) and all(value in HEADS[name] for name, value in predicted.items())
     detector = world_detector(home / "detector" / "export" / "world-detector.safetensors")
     assert all(face.landmarks.shape == (5, 2) for face in detector.find(picture))

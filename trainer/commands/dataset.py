@@ -70,9 +70,9 @@ def run(options: argparse.Namespace) -> int:
 
 
 def _photos(options: argparse.Namespace) -> int:
-    from trainer.dataset import Photos, make_photos
+    from trainer.dataset import PhotoSettings, make_photos
 
-    photos = Photos(
+    photos = PhotoSettings(
         size=options.size,
         caption=options.caption,
         kind=options.kind,
@@ -95,9 +95,9 @@ def _photos(options: argparse.Namespace) -> int:
 
 
 def _world(options: argparse.Namespace) -> int:
-    from trainer.dataset import World, make_world
+    from trainer.dataset import WorldSettings, make_world
 
-    world = World(options.first, options.number, options.identities, options.size, options.shard)
+    world = WorldSettings(options.first, options.number, options.identities, options.size, options.shard)
     made = make_world(options.output, world, options.name, options.processes)
     print(f"{made} shards were made, {-(-options.number // options.shard) - made} were there already")
     return 0

@@ -59,15 +59,15 @@ def jackknife(statistic: Callable[[NDArray[np.bool_]], float], members: Members)
     None where leaving somebody out leaves too little.
     """
     people = sorted({person for group in members for person in group})
-    without = [np.array([person not in group for group in members]) for person in people]
-    if len(people) < 2 or not all(mask.any() for mask in without):
+    masks = [np.array([person not in group for group in members]) for person in people]
+    if len(people) < 2 or not all(mask.any() for mask in masks):
         return None
-    values = np.array([statistic(mask) for mask in without])
+    values = np.array([statistic(mask) for mask in masks])
     count = len(people)
     return float(np.sqrt((count - 1) / count * ((values - values.mean()) ** 2).sum()))
 
 
-def clustered(values: Sequence[float | None], members: Members) -> Estimate | None:
+def cluster_mean(values: Sequence[float | None], members: Members) -> Estimate | None:
     """The mean over people (or pairs) of their pictures' mean value, with its error. None values are left out.
 
     Returns None where nothing is left.
@@ -89,9 +89,9 @@ def clustered(values: Sequence[float | None], members: Members) -> Estimate | No
 # ---------------------------------------------------------------------------------------------------------------- FID
 
 
-def frechet(one: Floats, other: Floats) -> float:
+def frechet_distance(one: Floats, other: Floats) -> float:
     """Fréchet distance of two sets of features (n, d), (m, d), taken for normal (FID, arXiv 1706.08500, eq. 6)."""
-    return frechet_of(*moments(one), *moments(other))
+    return frechet_from_moments(*moments(one), *moments(other))
 
 
 def moments(features: Floats) -> tuple[Floats, Floats]:
@@ -100,7 +100,7 @@ def moments(features: Floats) -> tuple[Floats, Floats]:
     return features.mean(axis=0), np.atleast_2d(np.cov(features, rowvar=False))
 
 
-def frechet_of(mean: Floats, covariance: Floats, other_mean: Floats, other_covariance: Floats) -> float:
+def frechet_from_moments(mean: Floats, covariance: Floats, other_mean: Floats, other_covariance: Floats) -> float:
     """|m - m'|^2 + tr(C + C' - 2 (C C')^(1/2)).
 
     The trace of the root is the sum of the roots of the eigenvalues of C^(1/2) C' C^(1/2), which is symmetric: that
@@ -124,7 +124,7 @@ def fid(features: Floats, real: Floats, members: Members) -> Estimate | None:
     reference = moments(real)
 
     def distance(mask: NDArray[np.bool_]) -> float:
-        return frechet_of(*moments(features[mask]), *reference)
+        return frechet_from_moments(*moments(features[mask]), *reference)
 
     everything = np.ones(len(features), dtype=bool)
     counts = [sum(person not in group for group in members) for person in {p for group in members for p in group}]

@@ -25,7 +25,7 @@ from trainer.attribute_network import HEADS, OF_THE_FACE, AttributeNetwork
 from trainer.draws import Draws
 from trainer.loop import Recipe
 from trainer.shards import Record, Shards
-from trainer.world import Identity, Scene, caption, identity, sample_scene
+from trainer.world import Scene, WorldPerson, caption, sample_scene, world_person
 from trainer.world.attributes import attributes_of
 
 UNKNOWN = -1
@@ -42,12 +42,12 @@ def scene_of(record: Record) -> Scene:
     seed = world.get("seed") if isinstance(world, dict) else None
     if not isinstance(seed, int) or any(face.id is None or not face.id.isdecimal() for face in record.faces):
         raise ValueError("it does not say which scene of the world it is")
-    faces = [identity(int(str(face.id))) for face in record.faces]
+    faces = [world_person(int(str(face.id))) for face in record.faces]
     # The record names people in drawing order; a scene is drawn up from them in the order before it was shuffled.
     nobody = [replace(faces[0], number=place) for place in range(len(faces))]
-    before: list[Identity] = list(faces)
+    before: list[WorldPerson] = list(faces)
     for placement, person in zip(sample_scene(seed, nobody).people, faces):
-        before[placement.identity.number] = person
+        before[placement.person.number] = person
     scene = sample_scene(seed, before)
     if caption(scene).text != record.caption:
         raise ValueError("its caption is not that of its scene")
@@ -68,7 +68,7 @@ class KnownPictures:
         index, seed = draw
         record, image = self.shards.record(index), self.shards.picture(index)
         told = attributes_of(scene_of(record))
-        pixels = weathered(image, np.random.default_rng(seed))
+        pixels = degraded(image, np.random.default_rng(seed))
         cells = torch.zeros(GRID, GRID)
         if len(record.faces) == 1:
             left, top, right, bottom = (value * GRID / len(image) for value in record.faces[0].box)
@@ -79,7 +79,7 @@ class KnownPictures:
         return {"pixels": pixels, "face": cells, **classes}
 
 
-def weathered(image: NDArray[Any], rng: np.random.Generator) -> Tensor:
+def degraded(image: NDArray[Any], rng: np.random.Generator) -> Tensor:
     """What the networks see of a picture (H, W, 3) uint8 that was softened and shaded at random."""
     sides = image.shape[1::-1]
     if rng.random() < SOFTENED:

@@ -20,7 +20,7 @@ from lib_portrait.faces.world_detector import CHANNELS, UNIT, DetectorNetwork, c
 from lib_portrait.faces.world_networks import GRID, SIDE, STRIDE
 from trainer.draws import Draws
 from trainer.loop import Recipe
-from trainer.recipes.attributes import weathered
+from trainer.recipes.attributes import degraded
 from trainer.shards import Shards
 
 # Pictures are shown this much smaller to larger, and shifted by up to this share of their side.
@@ -57,7 +57,7 @@ class FoundFaces:
             points[:, :2] = np.stack([points[:, :2].min(axis=1), points[:, :2].max(axis=1)], axis=1)
             points[:, 2:] = points[:, 2:][:, MIRRORED]
         cells, role = targets(torch.from_numpy(points).float())
-        return {"pixels": weathered(image, rng), "cells": cells, "role": role}
+        return {"pixels": degraded(image, rng), "cells": cells, "role": role}
 
 
 def targets(points: Tensor) -> tuple[Tensor, Tensor]:

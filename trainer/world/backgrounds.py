@@ -8,8 +8,8 @@ import numpy as np
 import skia
 from numpy.typing import NDArray
 
-from .easel import polygon, shade
-from .light import times
+from .light import multiply
+from .raster import polygon, shade
 from .situations import Colour
 
 Draw = Callable[[skia.Canvas, np.random.Generator], None]
@@ -44,7 +44,7 @@ def _jitter(rng: np.random.Generator, *colour: float) -> Colour:
 
 
 def _lighter(colour: Colour, factor: float) -> Colour:
-    return times(colour, (factor, factor, factor))
+    return multiply(colour, (factor, factor, factor))
 
 
 def _tinted(rng: np.random.Generator, light: tuple[float, float], spread: float) -> Colour:

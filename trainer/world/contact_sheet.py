@@ -6,7 +6,7 @@ import cv2
 import numpy as np
 from numpy.typing import NDArray
 
-from .people import identity
+from .people import world_person
 from .render import Image, Picture, render
 from .scenes import MOST_PEOPLE, sample_scene
 
@@ -32,11 +32,11 @@ def contact_sheet(
 ) -> NDArray[np.uint8]:
     """A sheet (H, W, 3) uint8 RGB: a row an identity, a column a situation, then `groups` rows of 2 to 4 people.
 
-    Row r shows identity(seed + r); `truth` draws masks, boxes, landmarks and numbers on every picture.
+    Row r shows world_person(seed + r); `truth` draws masks, boxes, landmarks and numbers on every picture.
     """
     rows = []
     for row in range(identities):
-        person = [identity(seed + row)]
+        person = [world_person(seed + row)]
         rows.append([render(sample_scene((seed + row) * 1000 + k, person), size) for k in range(situations)])
     for row in range(groups):
         scenes = [sample_scene(row * 1000 + k + seed, count=2 + k % (MOST_PEOPLE - 1)) for k in range(situations)]
