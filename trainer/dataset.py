@@ -224,7 +224,7 @@ QUALITY: dict[str, int | None] = {"jpg": cv2.IMWRITE_JPEG_QUALITY, "webp": cv2.I
 WORDS = {"woman": "woman", "women": "woman", "man": "man", "men": "man"}
 # A face counts when at least this share of its box, and all its landmarks, lie in the picture.
 LEAST_VISIBLE = 0.75
-# Of two faces of much the same size nobody knows which one the folder is named after: the largest gets the name only
+# Of two faces of much the same size it is not known which one the folder is named after: the largest gets the name only
 # where every other has at most this share of its area.
 MOST_BESIDE = 0.25
 # Room for hair and chin that a cut leaves on both sides of a face where it can, over the width of its box.
@@ -599,7 +599,7 @@ def _faulty_part(shards: Shards, index: int) -> str:
     return "mask"
 
 
-def check(data: Path, processes: int = 1) -> Report:
+def check_shards(data: Path, processes: int = 1) -> Report:
     """What a shard or the shards of a folder hold, and which of their samples cannot be used.
 
     Raises PortraitError when there are none.

@@ -32,7 +32,7 @@ RECORD = "json"
 class FaceRecord:
     """One face of a picture: box (4) x0, y0, x1, y1 and landmarks (5, 2) in pixels.
 
-    id: who it is, or None where nobody knows. word: "woman", "man" or None.
+    id: who it is, or None where that is not known. word: "woman", "man" or None.
     """
 
     id: str | None

@@ -16,8 +16,8 @@ import portrait as command_line
 from lib_portrait.faces.world_detector import faces_in, world_detector
 from trainer.attribute_network import HEADS, AttributeNetwork
 from trainer.dataset import world_sample
-from trainer.recipes.attributes import KnownPictures, scene_of
-from trainer.recipes.detector import FoundFaces, targets
+from trainer.recipes.attributes import AttributeDataset, scene_of
+from trainer.recipes.detector import DetectionDataset, targets
 from trainer.shards import Shards
 from trainer.world import render
 from trainer.world.attributes import attributes_of
@@ -63,7 +63,7 @@ def test_records_that_do_not_lead_back_are_refused() -> None:
 
 
 def test_the_attributes_of_a_picture_are_classes_where_they_are_known(home: Path) -> None:
-    pictures = KnownPictures(Shards.under(home / "shards"))
+    pictures = AttributeDataset(Shards.under(home / "shards"))
     for index in range(len(pictures)):
         sample = pictures[index, (0, 0, index)]
         alone = len(pictures.shards.record(index).faces) == 1
@@ -87,8 +87,8 @@ def test_what_the_detector_is_taught_are_the_faces_of_the_picture(home: Path) ->
         for face, truth in zip(found, expected, strict=True):
             assert np.allclose(face.box, np.ravel(truth[:2]), atol=1e-3)
             assert np.allclose(face.landmarks, truth[2:], atol=1e-3)
-    moved = FoundFaces(shards)[0, (0, 0, 1)]
-    again = FoundFaces(shards)[0, (0, 0, 1)]
+    moved = DetectionDataset(shards)[0, (0, 0, 1)]
+    again = DetectionDataset(shards)[0, (0, 0, 1)]
     assert all(torch.equal(moved[name], again[name]) for name in moved)
     assert moved["pixels"].shape == (3, 128, 128)
 

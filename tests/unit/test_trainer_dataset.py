@@ -25,7 +25,7 @@ from trainer.architectures import world_vae
 from trainer.dataset import (
     PhotoSettings,
     WorldSettings,
-    check,
+    check_shards,
     label_of,
     make_photos,
     make_world,
@@ -388,7 +388,7 @@ def test_check_counts_what_cannot_be_used_and_what_a_person_may_want_to_see(tmp_
         shard._put("outside.json", json.dumps(outside).encode())
         shard.add("wide", encode_png(np.zeros((64, 72, 3), np.uint8)), "png", samples[1].record, None)
     (tmp_path / "b-00000.tar").write_bytes(b"nothing")
-    report = check(tmp_path)
+    report = check_shards(tmp_path)
     assert report.samples == 9 and report.shards == 2
     assert report.unusable == {
         "unusable mask": 1,
@@ -412,7 +412,7 @@ def test_check_counts_what_cannot_be_used_and_what_a_person_may_want_to_see(tmp_
     make_world(tmp_path / "good", WorldSettings(0, 2, size=64))
     assert command_line.run(command_line.parse(["dataset", "check", str(tmp_path / "good"), "--processes", "1"])) == 0
     with pytest.raises(PortraitError, match="holds no shards"):
-        check(tmp_path / "nowhere")
+        check_shards(tmp_path / "nowhere")
 
 
 # ----------------------------------------------------------------------------------------------------------- features
@@ -497,7 +497,7 @@ def test_latents_stay_where_only_the_networks_of_faces_are_new(tmp_path, network
     assert features(networks, tmp_path, "vae") == 0
     first = load_file(tmp_path / "world-00000.features.safetensors")
     with monkeypatch.context() as patch:
-        patch.setattr("trainer.features.Encode.__call__", lambda *_: pytest.fail("latents were made again"))
+        patch.setattr("trainer.features.LatentEncoder.__call__", lambda *_: pytest.fail("latents were made again"))
         assert features(networks, tmp_path, "vae", "backbone", "vision") == 0
     second = load_file(tmp_path / "world-00000.features.safetensors")
     assert all(torch.equal(first[name].nan_to_num(), second[name].nan_to_num()) for name in first)

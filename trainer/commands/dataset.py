@@ -119,9 +119,9 @@ def _features(options: argparse.Namespace) -> int:
 
 def _check(options: argparse.Namespace) -> int:
     """1 when there is something that cannot be used."""
-    from trainer.dataset import check
+    from trainer.dataset import check_shards
 
-    report = check(options.data, options.processes)
+    report = check_shards(options.data, options.processes)
     people = ", ".join(f"{count} with {number}" for number, count in sorted(report.people.items()))
     print(f"{report.samples} samples in {report.shards} shards; by number of faces: {people}")
     print(f"{report.faces} faces, {report.unlabelled} of them of nobody known; {len(report.identities)} people")

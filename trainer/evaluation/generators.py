@@ -30,8 +30,9 @@ from lib_portrait.standalone.measuring import owners_of
 from lib_portrait.standalone.model import Model
 from lib_portrait.standalone.sampling import Sampling
 from trainer.evaluation.plans import Sample, Variant
-from trainer.evaluation.populations import Image, Population
+from trainer.evaluation.populations import Population
 from trainer.features import global_feature
+from trainer.world.render import Image
 
 # The entry of a picture's file that says to whom its parts were routed.
 OWNERS = "routing"

@@ -10,7 +10,6 @@ from pathlib import Path
 import cv2
 import numpy as np
 import torch
-from numpy.typing import NDArray
 from PIL import Image as PILImage
 from torch import Tensor
 from torch.nn import functional
@@ -23,11 +22,12 @@ from lib_portrait.faces.detection import DETECTORS, Detector, Face, detect_faces
 from lib_portrait.faces.features import clip_view, pixels_of, recognition_view
 from lib_portrait.faces.recognition import backbone_from_state_dict
 from lib_portrait.faces.weights import beside, check_finite, fill
-from trainer.evaluation.populations import Image, SubjectPhoto
+from trainer.evaluation.metrics import Floats
+from trainer.evaluation.populations import SubjectPhoto
+from trainer.world.render import Image
 
-Floats = NDArray[np.floating]
 # Faces of smaller pictures are sought in an enlarged one: detectors for photographs look for 20 pixels and more.
-SMALL = 256
+ENLARGED_BELOW = 256
 CROP, FACENET_CROP = 224, 160
 
 
@@ -36,7 +36,7 @@ CROP, FACENET_CROP = 224, 160
 
 def find_faces(image: Image, detector: Detector) -> list[Face]:
     """The faces of a picture (H, W, 3) uint8, in its pixels, from left to right."""
-    scale = 2 if detector.name in DETECTORS and min(image.shape[:2]) < SMALL else 1
+    scale = 2 if detector.name in DETECTORS and min(image.shape[:2]) < ENLARGED_BELOW else 1
     enlarged = cv2.resize(image, None, fx=scale, fy=scale, interpolation=cv2.INTER_CUBIC) if scale > 1 else image
     faces = detect_faces(np.asarray(enlarged, np.uint8), detector)
     return [Face(face.box / scale, face.landmarks / scale, face.score) for face in faces]
@@ -44,7 +44,8 @@ def find_faces(image: Image, detector: Detector) -> list[Face]:
 
 @dataclass(frozen=True)
 class Recogniser:
-    """Tells faces apart. embed: faces of a picture to embeddings (n, d) of unit length. weights: see `fingerprint`."""
+    """A face recognition network. embed: faces of a picture to embeddings (n, d) of unit length. weights: their
+    `fingerprint`."""
 
     name: str
     weights: str

@@ -10,7 +10,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor
 
 from lib_portrait.errors import PortraitError
@@ -19,12 +18,12 @@ from lib_portrait.standalone.measuring import greedy_pairs, owner, recognised_pe
 from trainer.attribute_network import AttributeNetwork
 from trainer.evaluation.generators import PictureCache
 from trainer.evaluation.instruments import Clip, Recogniser, embedding_of, find_faces
-from trainer.evaluation.metrics import multisim, rank
+from trainer.evaluation.metrics import Floats, multisim, rank
 from trainer.evaluation.plans import Sample
-from trainer.evaluation.populations import Image, Population
+from trainer.evaluation.populations import Population
 from trainer.world.attributes import Attributes
+from trainer.world.render import Image
 
-Floats = NDArray[np.floating]
 CLIP, FACE = "clip", "face"
 BATCH = 32
 

@@ -36,7 +36,7 @@ def multisim(own: Sequence[float | None], between: float | None) -> float:
 
     own: similarity of each of the two references to its face, None where it has none; between: of the two faces to
     each other. The paper does not say what a missing face counts. Here its similarity is 0, and the second term too,
-    as if the two faces were one and the same: leaving somebody out must not pass for keeping people apart.
+    as if the two faces were one and the same: a missing person must not pass for people kept apart.
     """
     one, other = (value or 0.0 for value in own)
     return (one + other) / 2 + (0.0 if between is None else 1 - between)
@@ -56,7 +56,7 @@ def jackknife(statistic: Callable[[NDArray[np.bool_]], float], members: Members)
 
     statistic: of the pictures that a mask (n) lets in. For the mean of single people's means this is the familiar
     deviation of those means over sqrt(N); it also holds for pairs, which share people, and for what is no mean (FID).
-    None where leaving somebody out leaves too little.
+    None where too little is left without a person.
     """
     people = sorted({person for group in members for person in group})
     masks = [np.array([person not in group for group in members]) for person in people]
@@ -116,8 +116,8 @@ def frechet_from_moments(mean: Floats, covariance: Floats, other_mean: Floats, o
 def fid(features: Floats, real: Floats, members: Members) -> Estimate | None:
     """FID of pictures' features (n, d) to real ones' (m, d), with its error. None below two pictures on either side.
 
-    The error tells how much it moves with the people chosen. It does not tell the bias, which every FID of few pictures
-    has: only those of equally many pictures can be compared.
+    The error is that of the choice of people. It does not include the bias, which every FID of few pictures has: only
+    those of equally many pictures can be compared.
     """
     if min(len(features), len(real)) < 2:
         return None

@@ -22,9 +22,9 @@ from trainer.dataset import find_photos, label_of
 from trainer.evaluation.prompts import Prompt
 from trainer.shards import encode_png
 from trainer.world import Scene, Situation, held_out, render, sample_scene, world_person
+from trainer.world.render import Image
 from trainer.world.situations import EXPRESSIONS
 
-Image = NDArray[np.uint8]
 TRAINED, HELD_OUT = "train", "held-out"
 # Number of the photo that faces are compared with where it must be none of the references; above any number of those.
 UNSEEN_PHOTO = 1000

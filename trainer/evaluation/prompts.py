@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from trainer.world.attributes import Attributes
-from trainer.world.captions import PLACES, STYLE_PHRASES, counted, enumeration, with_article
+from trainer.world.captions import PLACES, STYLE_PHRASES, counted_people, enumeration, with_article
 
 BACKGROUND_OF = {phrase: name for name, phrases in PLACES.items() for phrase in phrases}
 STYLE_OF = {phrase: name for name, phrases in STYLE_PHRASES.items() for phrase in phrases}
@@ -37,7 +37,7 @@ class Prompt:
 
     def text(self, words: Sequence[str]) -> str:
         """The caption for people of these class words, "woman", "man" or, where it is not known, "person"."""
-        who = counted(Counter(words)) if len(words) > 1 else self._person(words[0])
+        who = counted_people(Counter(words)) if len(words) > 1 else self._person(words[0])
         return " ".join(part for part in (self.opening, who, self.place) if part)
 
     def _person(self, word: str) -> str:

@@ -228,13 +228,13 @@ def verdict(measurements: Measurements) -> list[str]:
     return ["both shown" if placed is None else "both placed" if placed else "misplaced"]
 
 
-def contact_sheet(
+def sample_sheet(
     plan: EvaluationPlan,
     population: Population,
     measurements: Mapping[str, Sequence[Measurements]],
     paths: Mapping[str, Sequence[Path]],
 ) -> PILImage.Image:
-    """A contact sheet of a few samples, a row each: the photos that were given, then the picture of each variant."""
+    """A few samples, a row each: the photos that were given, then the picture of each variant."""
     groups = list(dict.fromkeys(sample.people for sample in plan.samples))
     step = max(1, len(groups) // SHEET_ROWS)
     chosen: list[int] = []

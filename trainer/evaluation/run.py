@@ -39,7 +39,7 @@ from trainer.evaluation.instruments import load_clip, open_recogniser, refuse_co
 from trainer.evaluation.measuring import CLIP, Gallery, Instruments, measure
 from trainer.evaluation.plans import BRIEF, REAL, EvaluationPlan, ProtocolSettings, make_plan
 from trainer.evaluation.populations import HELD_OUT, TRAINED, PhotoFolder, Population, WorldPopulation
-from trainer.evaluation.report import Table, as_json, as_json_lines, contact_sheet, markdown, tabulate
+from trainer.evaluation.report import Table, as_json, as_json_lines, markdown, sample_sheet, tabulate
 
 MODELS = Path(__file__).resolve().parents[2] / "models"
 WORLD = MODELS / "world"
@@ -99,7 +99,9 @@ def evaluate(settings: EvaluationSettings, say: Callable[[str], object] = print)
         _generate_in_processes(settings, processes)
     facts = {"weights": {**prepared.weights, "instruments": _instrument_hashes(settings)}}
     return [
-        run(one, prepared.provider, instruments, facts | _facts(settings, prepared, one), settings.output, say)
+        evaluate_plan(
+            one, prepared.provider, instruments, facts | _facts(settings, prepared, one), settings.output, say
+        )
         for one in prepared.plans
     ]
 
@@ -198,7 +200,7 @@ def _generate_share(settings: EvaluationSettings, place: int, processes: int) ->
     return None
 
 
-def run(
+def evaluate_plan(
     plan: EvaluationPlan,
     provider: SampleProvider,
     instruments: Instruments,
@@ -242,7 +244,7 @@ def run(
     (output / f"{plan.protocol}.md").write_text(text, "utf-8")
     (output / f"{plan.protocol}.json").write_text(as_json(table, facts), "utf-8")
     (output / f"{plan.protocol}.jsonl").write_text(as_json_lines(plan, measurements, paths, output), "utf-8")
-    contact_sheet(plan, population, measurements, paths).save(output / f"{plan.protocol}.png")
+    sample_sheet(plan, population, measurements, paths).save(output / f"{plan.protocol}.png")
     say(text)
     return table
 
@@ -276,8 +278,8 @@ def _notes(
 def open_population(settings: EvaluationSettings, size: int) -> Population:
     """The population: people of the world with a gallery of at least `settings.gallery`, or of a folder."""
     if _of_world(settings):
-        asked = [_protocol_settings(settings).counts(protocol).people for protocol in settings.protocols]
-        return WorldPopulation(settings.people, max(*asked, settings.gallery), size)
+        numbers = [_protocol_settings(settings).counts(protocol).people for protocol in settings.protocols]
+        return WorldPopulation(settings.people, max(*numbers, settings.gallery), size)
     folder = Path(settings.people)
     if not folder.is_dir():
         raise PortraitError(

@@ -1,4 +1,4 @@
-"""`python -m trainer.world`: contact sheets of the world, and how fast it draws."""
+"""`python -m trainer.world`: contact sheets of the world, and how fast it is rendered."""
 
 from __future__ import annotations
 

@@ -12,7 +12,7 @@ from .light import multiply
 from .raster import polygon, shade
 from .situations import Colour
 
-Draw = Callable[[skia.Canvas, np.random.Generator], None]
+DrawBackground = Callable[[skia.Canvas, np.random.Generator], None]
 
 
 def _scatter(rng: np.random.Generator, count: int, *limits: tuple[float, float]) -> list[list[float]]:
@@ -168,7 +168,7 @@ def night(canvas: skia.Canvas, rng: np.random.Generator) -> None:
     canvas.drawPath(_ridge(rng, 0.85, 0.14, 0.6), _paint((0.07, 0.09, 0.16)))
 
 
-BACKGROUNDS: dict[str, Draw] = {
+BACKGROUNDS: dict[str, DrawBackground] = {
     "studio": studio,
     "park": park,
     "beach": beach,

@@ -59,7 +59,7 @@ def enumeration(parts: list[str]) -> str:
     return parts[0] if len(parts) == 1 else f"{', '.join(parts[:-1])} and {parts[-1]}"
 
 
-def counted(people: Mapping[str, int]) -> str:
+def counted_people(people: Mapping[str, int]) -> str:
     """ "two women", "a man and a woman": people by class word, of each as many as given."""
     return enumeration(
         [with_article(word) if number == 1 else f"{NUMBERS[number]} {PLURALS[word]}" for word, number in people.items()]
@@ -111,7 +111,7 @@ def caption(scene: Scene) -> Caption:
                 faces[index] = stated
         who = enumeration(phrases)
     else:
-        who = counted(count)
+        who = counted_people(count)
     if scene.style == "photo" and opening == "a portrait of" and len(scene.people) > 1:
         opening = "a group portrait of" if len(scene.people) > 2 else "a portrait of"
     text = " ".join(part for part in (opening, who, place) if part)

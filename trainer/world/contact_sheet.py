@@ -1,4 +1,4 @@
-"""Contact sheets: to see at a glance who can be told from whom, and whether the truth lies on the picture."""
+"""Contact sheets: to see at a glance how alike people are, and whether the ground truth lies where it should."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ GAP = 4
 
 
 def overlay(picture: Picture) -> Image:
-    """The picture with its truth on it: masks tinted, boxes, landmarks, identity numbers."""
+    """The picture with its ground truth on it: masks tinted, boxes, landmarks, identity numbers."""
     image = picture.image.copy()
     for colour, face in zip(COLOURS, picture.faces):
         image[face.mask] = (image[face.mask] * 0.65 + np.array(colour) * 0.35).astype(np.uint8)

@@ -12,7 +12,7 @@ from .head import Array, Real, gaussian, smoothstep
 from .raster import shade
 from .situations import Colour
 
-SHADE = np.array([[0.46], [0.56], [0.58]], Real)  # what full contrast takes from red, green and blue in the shade
+SHADOW = np.array([[0.46], [0.56], [0.58]], Real)  # what full contrast takes from red, green and blue in the shade
 
 
 def ramp(table: Sequence[Colour], value: float) -> Colour:
@@ -51,7 +51,7 @@ class Light:
         half = hypot(x, y, z + 1)
         toward, mirrored = np.array([self.direction, (x / half, y / half, (z + 1) / half)], Real) @ normals
         amount = smoothstep((toward + 0.75) / 1.55)
-        shadow, bright = 1 - self.contrast * SHADE, 1.06 * column(self.colour)
+        shadow, bright = 1 - self.contrast * SHADOW, 1.06 * column(self.colour)
         mirrored = np.maximum(mirrored, 0.0)
         squared = mirrored * mirrored
         spark = gloss * (squared * squared * squared) ** 2 * squared  # to the 14th

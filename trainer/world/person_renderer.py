@@ -29,7 +29,7 @@ IRIS = (
     (0.5, 0.6, 0.66),
 )
 SIGNS = {-1: "-", 1: "+"}  # of the left and the right side, as seen in the picture
-FACE = skin.face_triangles()
+FACE_TRIANGLES = skin.face_triangles()
 _BEFORE_EYE = np.array([[0], [0], [0.02]], Real)
 EYE_STEP = 0.05  # along an eye's own axes, to see where they point in the picture
 
@@ -142,7 +142,7 @@ class PersonRenderer:
 
     def box(self) -> Array:
         """(4,) pixels x0, y0, x1, y1 around the face as far as it is turned to the viewer."""
-        return self.meshes.bounds("head", self.meshes.front_of("head") & FACE)
+        return self.meshes.bounds("head", self.meshes.front_of("head") & FACE_TRIANGLES)
 
     # ---- drawing, back to front ----
 
@@ -160,8 +160,8 @@ class PersonRenderer:
             if not ear.in_front:
                 self._ear(raster, ear)
         head = meshes.front_of("head")
-        meshes.draw(raster, "head", 0, head & ~FACE)
-        meshes.draw(raster, "head", label, head & FACE)
+        meshes.draw(raster, "head", 0, head & ~FACE_TRIANGLES)
+        meshes.draw(raster, "head", label, head & FACE_TRIANGLES)
         for ear in ears:
             if ear.in_front:
                 self._ear(raster, ear)

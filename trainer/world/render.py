@@ -17,7 +17,7 @@ from .person_renderer import PersonRenderer
 from .raster import OVERSAMPLING, Raster
 from .scenes import Scene
 
-SIZES = (64, 1024)  # limits of a picture's side
+PICTURE_SIZES = (64, 1024)  # limits of a picture's side
 
 Image = NDArray[np.uint8]
 
@@ -78,8 +78,10 @@ def render(scene: Scene, size: int) -> Picture:
 
     The same scene and size give the same bytes in every process. Raises PortraitError for a size outside 64 to 1024.
     """
-    if not SIZES[0] <= size <= SIZES[1]:
-        raise PortraitError("size", f"{size} pixels a side were asked for", f"Give {SIZES[0]} to {SIZES[1]}.")
+    if not PICTURE_SIZES[0] <= size <= PICTURE_SIZES[1]:
+        raise PortraitError(
+            "size", f"{size} pixels a side were asked for", f"Give {PICTURE_SIZES[0]} to {PICTURE_SIZES[1]}."
+        )
     raster = Raster(size)
     # Drawn at half the resolution of the people: a little out of focus, and a quarter of the work.
     background = draw_background(scene.background, scene.seed, size)

@@ -16,7 +16,7 @@ from .situations import Situation, pick, sample_situation
 MOST_PEOPLE = 4
 COUNT_ODDS = (0.52, 0.26, 0.13, 0.09)
 # Half a head's height over the picture's side, by the number of people.
-SIZES = ((0.25, 0.35), (0.17, 0.225), (0.135, 0.17), (0.115, 0.145))
+HEAD_SIZES = ((0.25, 0.35), (0.17, 0.225), (0.135, 0.17), (0.115, 0.145))
 STYLES = ("photo", "painting", "watercolour", "pencil drawing", "cartoon")
 STYLE_ODDS = (0.56, 0.11, 0.11, 0.11, 0.11)
 # Old photos are blurred, grainy and faded.
@@ -60,7 +60,7 @@ class Scene:
 
 def _places(rng: np.random.Generator, count: int) -> list[tuple[float, float, float]]:
     """(x, y, size) of `count` heads that keep apart, the farthest (highest) first."""
-    low, high = SIZES[count - 1]
+    low, high = HEAD_SIZES[count - 1]
     for trial in range(TRIES):
         shrink = 1 - 0.2 * trial / TRIES
         found = []
