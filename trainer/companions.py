@@ -22,21 +22,21 @@ from lib_portrait.checkpoints.store import Folders, Store
 from lib_portrait.errors import PortraitError
 
 MODELS = Path(__file__).resolve().parents[1] / "models"
-# Where the commands look without being told.
+# Where the commands look by default.
 FOLDERS = (MODELS, MODELS / "world")
 ROLES = ("backbone", "vision")
 
 
 @dataclass(frozen=True)
 class Companion:
-    """A file that an adapter goes with. name: as it is looked for. path: where it lies now, None where nobody knows."""
+    """A file that an adapter goes with. name: as it is looked for. path: where it lies, None where that is unknown."""
 
     role: str
     name: str
     path: Path | None
 
-    def bring(self, folder: Path, folders: Sequence[Path] = FOLDERS) -> None:
-        """Puts the file into `folder` under its name, unless the model folders have the same one."""
+    def export_to(self, folder: Path, folders: Sequence[Path] = FOLDERS) -> None:
+        """Puts the file into the folder of an export under its name, unless the model folders have the same one."""
         if self.path is None:
             return
         there = _found(self.role, self.name, folders)
@@ -44,11 +44,11 @@ class Companion:
             _put(self.path.resolve(), folder / (Path(self.name).stem + self.path.suffix))
 
 
-def named(role: str, text: str, hashes: Mapping[str, str], folders: Sequence[Path] = FOLDERS) -> Companion:
+def resolve(role: str, text: str, hashes: Mapping[str, str], folders: Sequence[Path] = FOLDERS) -> Companion:
     """What `--backbone` or `--vision` names: the path of a file, or the bare name of one in the model folders.
 
     hashes: SHA-256 by role of the networks that the features were made with. Raises PortraitError for a path that leads
-    nowhere, or to another network than theirs. Of a bare name the same is only told: the file may lie elsewhere.
+    nowhere, or to another network than theirs. Of a bare name there is only a warning: the file may lie elsewhere.
     """
     given = Path(text)
     name = bare_name(given.name, role)
@@ -65,29 +65,29 @@ def named(role: str, text: str, hashes: Mapping[str, str], folders: Sequence[Pat
     there = _found(role, name, folders)
     if there is None or hashes.get(role, "") not in ("", file_sha256(there)):
         problem = "is in none of the model folders" if there is None else "there is another file than the features'"
-        _say(f"{role}: {name} {problem}; --{role} PATH puts the right one into the export, else put it into {MODELS}")
+        _warn(f"{role}: {name} {problem}; --{role} PATH puts the right one into the export, else put it into {MODELS}")
         return Companion(role, name, None)
     return Companion(role, name, there)
 
 
-def unnamed(role: str, hashes: Mapping[str, str], folders: Sequence[Path] = FOLDERS) -> None:
-    """Tells when an adapter that names no network, and so gets the published one, learns from features of another."""
+def warn_of_unnamed(role: str, hashes: Mapping[str, str], folders: Sequence[Path] = FOLDERS) -> None:
+    """Warns when an adapter that names no network, and so gets the published one, is trained on features of another."""
     wanted = hashes.get(role)
     if not wanted or wanted == registry.by_role(role).sha256:
         return
     published = Store(Folders(folders)).published(role)
     if published is None or file_sha256(published) != wanted:
-        _say(
+        _warn(
             f"{role}: the features come from another file than the published network, which an adapter gets that names "
             f"none; --{role} FILE names theirs"
         )
 
 
-def beside(faceid: Path, adapter: str) -> list[Companion]:
+def of_router(faceid: Path, adapter: str) -> list[Companion]:
     """What a router goes with: the faceid file of its first stage, under the router's name, and what that one names."""
-    told = read_header(faceid)[1] if faceid.suffix == SAFETENSORS_SUFFIX else {}
+    metadata = read_header(faceid)[1] if faceid.suffix == SAFETENSORS_SUFFIX else {}
     first = Companion("faceid", f"uniportrait-faceid_{adapter}{faceid.suffix}", faceid)
-    names = {role: told[role] for role in ROLES if role in told}
+    names = {role: metadata[role] for role in ROLES if role in metadata}
     return [first, *(Companion(role, name, _found(role, name, [faceid.parent])) for role, name in names.items())]
 
 
@@ -96,24 +96,24 @@ def stored_file(path: Path) -> StoredFile:
     return StoredFile(path.name, file_sha256(path), path.stat().st_size)
 
 
-def encoders(
+def encoder_files(
     companions: Sequence[Companion], hashes: Mapping[str, str], folders: Sequence[Path] = FOLDERS
 ) -> dict[str, StoredFile]:
     """What a manifest says of the networks that the features were made with, by role.
 
-    companions: those of them that have been named. hashes: their SHA-256 by role. Of a network that nobody has named
-    the published one's name is told; of a file that is not there, its content's hash alone.
+    companions: those of them that have been named. hashes: their SHA-256 by role. A network that has not been named
+    has the published one's name; of a file that is not there, only its content's hash is known.
     """
-    named = {one.role: one for one in companions}
+    given = {one.role: one for one in companions}
     found = {}
     for role in ROLES:
         sha256 = hashes.get(role)
         if sha256 is None:
             continue
-        one = named.get(role)
+        one = given.get(role)
         path = one.path if one is not None else Store(Folders(folders)).published(role)
         if path is not None and file_sha256(path) == sha256:
-            # As it is called where `Companion.bring` puts it.
+            # As it is called where `Companion.export_to` puts it.
             name = Path(one.name).stem + path.suffix if one is not None else path.name
             found[role] = StoredFile(name, sha256, path.stat().st_size)
         else:
@@ -121,7 +121,7 @@ def encoders(
     return found
 
 
-def _say(text: str) -> None:
+def _warn(text: str) -> None:
     print(text, file=sys.stderr, flush=True)
 
 
