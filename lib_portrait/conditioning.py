@@ -13,7 +13,6 @@ import torch
 from torch import Tensor
 
 from lib_portrait.attention import NEGATIVE, POSITIVE, RoutingMaps, regions
-from lib_portrait.checkpoints.formats import read_tensors
 from lib_portrait.checkpoints.store import Kit, Store
 from lib_portrait.errors import Notice, PortraitError
 from lib_portrait.faces.features import FaceEncoder, FaceFeatures
@@ -63,9 +62,8 @@ class Conditioner:
 
         Raises PortraitError, and loads nothing but the face detector.
         """
-        kit = self.store.kit(request.checkpoint)
-        if len(request.identities) > 1:
-            kit.routed()
+        kit = self.store.kit(request.checkpoint, request.method)
+        kit.check_people(len(request.identities))
         for i, identity in enumerate(request.identities):
             for field, photo in _photos(identity, f"identities[{i}]"):
                 self.faces.crop(photo, field)
@@ -152,40 +150,44 @@ class Conditioner:
         return mask
 
     def _load_adapter(self, kit: Kit, report: Callable[[str], None]) -> Adapter:
-        key = _stamp(kit.faceid, kit.router)
+        files = kit.files["faceid"], kit.files.get("router")
+        key = _stamp(*files)
         if self._adapter is None or self._adapter[0] != key:
-            report(_loading("the adapter", kit.faceid, kit.router))
-            faceid = read_tensors(kit.faceid, "faceid").tensors
-            router = read_tensors(kit.router, "router").tensors if kit.router is not None else None
-            names = kit.faceid.name, kit.router.name if kit.router is not None else "router"
-            self._adapter = (key, Adapter.from_tensors(faceid, router, names))
+            report(_loading("the adapter", *files))
+            faceid, router = files
+            names = faceid.name, router.name if router is not None else "router"
+            tensors = self.store.read(router, "router").tensors if router is not None else None
+            self._adapter = (key, Adapter.from_tensors(self.store.read(faceid, "faceid").tensors, tensors, names))
         return self._adapter[1]
 
     def _encoder(
         self, kit: Kit, device: torch.device | str, dtype: torch.dtype, report: Callable[[str], None]
     ) -> FaceEncoder:
+        files = kit.files["backbone"], kit.files["vision"]
+
         def networks() -> tuple[Backbone, VisionTower]:
-            key = _stamp(kit.backbone, kit.vision)
+            key = _stamp(*files)
             if self._networks is None or self._networks[0] != key:
-                report(_loading("the face networks", kit.backbone, kit.vision))
-                backbone = backbone_from_state_dict(read_tensors(kit.backbone, "backbone").tensors, kit.backbone.name)
-                checkpoint = read_tensors(kit.vision, "vision")
-                vision = vision_from_state_dict(checkpoint.tensors, checkpoint.metadata, kit.vision.name)
+                report(_loading("the face networks", *files))
+                recognition, clip = files
+                backbone = backbone_from_state_dict(self.store.read(recognition, "backbone").tensors, recognition.name)
+                checkpoint = self.store.read(clip, "vision")
+                vision = vision_from_state_dict(checkpoint.tensors, checkpoint.metadata, clip.name)
                 self._networks = (key, (backbone, vision))
             return self._networks[1]
 
-        weights_hash = "-".join(self.store.sha256(path) for path in (kit.backbone, kit.vision))
+        weights_hash = "-".join(self.store.sha256(path) for path in files)
         return FaceEncoder(networks, weights_hash, device, dtype)
 
     def _check_widths(self, kit: Kit, adapter: Adapter, features: FaceFeatures) -> None:
         for name, found, wanted, file in (
-            ("intrinsic", features.intrinsic.shape[-1], adapter.embedding.intrinsic_width, kit.backbone),
-            ("structure", features.structure.shape[-1], adapter.embedding.structure_width, kit.vision),
+            ("intrinsic", features.intrinsic.shape[-1], adapter.embedding.intrinsic_width, kit.files["backbone"]),
+            ("structure", features.structure.shape[-1], adapter.embedding.structure_width, kit.files["vision"]),
         ):
             if found != wanted:
                 raise PortraitError(
                     "checkpoint",
-                    f"{kit.faceid.name} wants {name} features of width {wanted}, {file.name} gives {found}",
+                    f"{kit.files['faceid'].name} wants {name} features of width {wanted}, {file.name} gives {found}",
                     "Use the recognition backbone and image encoder that the adapter was trained with.",
                 )
 
