@@ -29,12 +29,17 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lib_portrait.attention.injection import Around, Call, Injection
+from lib_portrait.attention.maps import RoutingMaps
 from lib_portrait.attention.regions import Box, Region, coverage
-from lib_portrait.attention.rows import NEGATIVE, POSITIVE, REFERENCE, Row, mark
+from lib_portrait.attention.rows import NEGATIVE, POSITIVE, REFERENCE, Row, mark_conditions
 from lib_portrait.attention.sites import Site
+from lib_portrait.attention.windows import takes_part
+from lib_portrait.checkpoints.formats import Checkpoint
 from lib_portrait.errors import PortraitError
 from lib_portrait.faces.cache import Recent
+from lib_portrait.faces.references import IdentityFaces
 from lib_portrait.faces.weights import fill
+from lib_portrait.methods.base import Host, Method, Options, Placement, Rule
 
 # Whom a position's queries see besides the text, where it is not the number of one identity.
 EVERYBODY, NOBODY = -1, -2
@@ -262,13 +267,6 @@ def noised(latent: Tensor, t: float, alphas_cumprod: Tensor) -> Tensor:
     return latent * logit.sigmoid().sqrt().item() + noise * (-logit).sigmoid().sqrt().item()
 
 
-def _marked(text: Any) -> Any:
-    """A host's context with its one row marked as that of a reference; SDXL's is a mapping."""
-    if isinstance(text, Tensor):
-        return mark(text, REFERENCE)
-    return {**text, "crossattn": mark(text["crossattn"], REFERENCE)}
-
-
 def fitted(latent: Tensor, shape: tuple[int, int]) -> Tensor:
     """A square latent (1, 4, s, s) on a canvas of (h, w): scaled to its shorter side, its edges going on beyond."""
     side, (height, width) = min(shape), shape
@@ -283,7 +281,7 @@ def fitted(latent: Tensor, shape: tuple[int, int]) -> Tensor:
 
 @dataclass(frozen=True)
 class FusedIdentity:
-    """One person: the pictures of each reference, (size, size, 3) uint8, and where and when the person belongs.
+    """One person: the pictures of the references, (size, size, 3) uint8, and where and when the person belongs.
 
     region: None for everywhere that nobody else has. start, end: share of the sampling, 0 to 1.
     """
@@ -295,7 +293,7 @@ class FusedIdentity:
     strength: float = 1.0
 
     def active(self, progress: float) -> bool:
-        return self.start <= progress and (progress < self.end or self.end >= 1.0)
+        return takes_part(self.start, self.end, progress)
 
 
 @dataclass
@@ -326,33 +324,28 @@ class _Riding:
         return torch.cat([noised(latent, t, self.alphas_cumprod) for latent in self.by_shape[shape]])
 
 
-class FusionRule:
+class FusionRule(Rule[FusedIdentity]):
     """Fused attention at the cross-attentions of one UNet, for `attention.Injection`.
 
-    Rows of the kinds that see the references by the weights' properties are fused; others run as the host has them, and
+    Rows of the kinds in `seeing`, by the weights' properties, see the references; others run as the host has them, and
     so do rows of the kind REFERENCE, which are looked at: what enters every cross-attention of theirs is h_f.
     """
 
-    def __init__(self, adapter: FaceFusion, people: Sequence[FusedIdentity]):
+    def __init__(self, adapter: FaceFusion, people: Sequence[FusedIdentity], routing: RoutingMaps | None = None):
+        super().__init__(people, routing)
         self.adapter = adapter
-        self.people = list(people)
         self.seeing = adapter.properties.seeing
-        self.drawn: set[int] = set()
-        self.place: Box = (0, 0, 1, 1)
         self._hidden: list[HiddenStates] = []
-        self._version = 0
+        # Counts the looks, so that no site keeps what was made of an earlier one.
+        self._looks = 0
+        # Filled while a look is taken.
         self._recorded: dict[int, Tensor] | None = None
         self._riding: _Riding | None = None
+        # How many rows of the call that is under way are the host's, where others ride with them.
         self._rows: int | None = None
 
-    def begin(self) -> None:
-        self.drawn.clear()
-
     def active(self, progress: float) -> bool:
-        return self._recorded is not None or any(person.active(progress) for person in self.people)
-
-    def must_visit(self, site: Site) -> bool:
-        return site.cross
+        return self._recorded is not None or super().active(progress)
 
     # ---- what the references look like to the UNet
 
@@ -361,7 +354,7 @@ class FusionRule:
         self._hidden = [
             {number: torch.cat([one[number] for one in own], dim=1) for number in own[0]} for own in references
         ]
-        self._version += 1
+        self._looks += 1
 
     @torch.no_grad()
     def prepare(self, host: Host) -> None:
@@ -392,7 +385,9 @@ class FusionRule:
                 if hidden is None:
                     latent = noised(host.latent(picture), t, host.alphas_cumprod)
                     times = torch.full((1,), t, device=latent.device)
-                    hidden = self.look(host.unet, functools.partial(host.call, latent, times, _marked(text)))
+                    hidden = self.look(
+                        host.unet, functools.partial(host.call, latent, times, mark_conditions(text, REFERENCE))
+                    )
                     # Between requests the accelerator's memory belongs to the host.
                     hidden = {site: states.cpu() for site, states in hidden.items()}
                     self.adapter.kept.put(key, hidden)
@@ -442,8 +437,10 @@ class FusionRule:
                 return value
             added = value[first : first + 1].expand(count, *value.shape[1:])
             if name in ("x", "sample"):
-                # An inpainting model's mask and masked picture stand behind the latent.
-                added = torch.cat([latents.to(value), added[:, latents.shape[1] :]], dim=1)
+                # Behind the latent stand an inpainting model's mask, here of everything, and the picture beside it.
+                behind = torch.zeros_like(added[:, latents.shape[1] :])
+                behind[:, :1] = 1
+                added = torch.cat([latents.to(value), behind], dim=1)
             elif name in ("y", "text_embeds") and riding.vector is not None:
                 added = riding.vector.to(value).expand_as(added)
             elif name.endswith("residuals") or name.endswith("residual"):
@@ -537,7 +534,7 @@ class FusionRule:
     def _faces(self, site: Site, state: _SiteState, q: Tensor) -> dict[int, tuple[Tensor, Tensor]]:
         """K_f and V_f of every identity (eq. 2, 6), (B or 1, H, m, d) each; kept while the layers need no gradients."""
         trained = torch.is_grad_enabled() and self.adapter.of(site).to_k_face.weight.requires_grad
-        made_for = (self._version, q.device, q.dtype)
+        made_for = (self._looks, q.device, q.dtype)
         if trained or state.made_for != made_for:
             state.seen.clear()
             state.made_for = None if trained else made_for
@@ -556,3 +553,39 @@ class FusionRule:
         weight = layers.to_k_face.weight
         keys, values = layers(hidden.to(weight.device, weight.dtype))
         return site.split_heads(keys.to(q.device, q.dtype)), site.split_heads(values.to(q.device, q.dtype))
+
+
+# -------------------------------------------------------------------------------------------------------------- method
+
+
+class Fusion(Method):
+    """Fusion for the hosts: its adapter is a `FaceFusion`, what it needs of an identity a `FusedIdentity`."""
+
+    name = "fusion"
+
+    def load(self, files: Mapping[str, Checkpoint], names: Mapping[str, str]) -> FaceFusion:
+        file = files["fusion"]
+        return FaceFusion.from_tensors(
+            file.tensors, Properties.from_metadata(file.metadata, names["fusion"]), names["fusion"]
+        )
+
+    def check_fits(self, adapter: FaceFusion, sites: Sequence[Site]) -> None:
+        adapter.check_fits(sites)
+
+    def text_attentions(self, adapter: FaceFusion) -> dict[str, list[tuple[int, int]]]:
+        """Eq. 1's queries come from hidden states of the width that eq. 2's keys do."""
+        return {"to_q": list(adapter.shapes.values())}
+
+    def encode(
+        self, adapter: FaceFusion, faces: IdentityFaces, options: Options, own: Options, placement: Placement
+    ) -> FusedIdentity:
+        """The squares about the faces, as they were trained on."""
+        size, face_only = adapter.properties.reference_size, bool(options["face_only"])
+        references = tuple(reference.portrait(size, face_only) for reference in faces.references)
+        return FusedIdentity(references, placement.region, placement.start, placement.end)
+
+    def rule(self, adapter: FaceFusion, people: Sequence[FusedIdentity], options: Options) -> FusionRule:
+        return FusionRule(adapter, people)
+
+
+METHOD = Fusion()

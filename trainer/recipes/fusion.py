@@ -21,8 +21,8 @@ from lib_portrait.checkpoints.formats import read_tensors, write_tensors
 from lib_portrait.checkpoints.kit import SUFFIX, Manifest, bare_name, write_manifest
 from lib_portrait.errors import PortraitError
 from lib_portrait.methods.fusion import STEP, FaceFusion, FusedIdentity, FusionRule, HiddenStates, Properties
+from lib_portrait.standalone.host import encode_prompts
 from lib_portrait.standalone.model import Model, load_model, text_encoder_of
-from lib_portrait.standalone.sampling import encode_prompts
 from trainer import companions
 from trainer.diffusion import NoiseSchedule, add_face_weight, emphasised
 from trainer.drawing import STEPS, draw, guided
