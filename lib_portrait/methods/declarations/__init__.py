@@ -17,27 +17,39 @@ from lib_portrait.errors import PortraitError
 from lib_portrait.options import Option
 
 # The first is the one that requests mean where they name none.
-NAMES = ("uniportrait",)
+NAMES = ("uniportrait", "fusion")
 
 
 @dataclass(frozen=True)
 class Declaration:
     """A method from outside.
 
-    name: in requests and manifests, and of its module. title: for people.
     files: what its weights are called, and which networks of faces it reads.
     options: what may be chosen for a whole request. identity_options: for each of its people.
     mixes: whether people can be mixed into an identity.
     maps: the switch among its options that asks for maps of where people were put; "" where it makes none.
     """
 
-    name: str
-    title: str
     files: AdapterFiles
     options: tuple[Option, ...] = ()
     identity_options: tuple[Option, ...] = ()
     mixes: bool = False
     maps: str = ""
+
+    @property
+    def name(self) -> str:
+        """In requests and manifests, and of its module."""
+        return self.files.method
+
+    @property
+    def title(self) -> str:
+        """For people."""
+        return self.files.title
+
+    @property
+    def encoders(self) -> tuple[str, ...]:
+        """Which networks of faces it reads, by their roles in a kit."""
+        return self.files.encoders
 
 
 def declaration(name: str) -> Declaration:

@@ -82,8 +82,6 @@ FILES = AdapterFiles(
 )
 
 DECLARATION = Declaration(
-    name="uniportrait",
-    title="UniPortrait",
     files=FILES,
     options=(
         Number(
