@@ -38,10 +38,10 @@ def tiny_vision(width: int = 64) -> dict[str, torch.Tensor]:
     return {key if key.startswith("vision_model.") else f"vision_model.{key}": value for key, value in tensors.items()}
 
 
-def small_kit(folder: Path, name: str, router: bool = True) -> None:
+def small_kit(folder: Path, name: str, router: bool = True, width: int = 16) -> None:
     """The files of an adapter `name` for the parity UNet: the parity adapter, an ID embedding for small networks, and
-    these networks, `small_backbone` and `small_vision`."""
-    backbone, vision = tiny_backbone(), tiny_vision()
+    these networks, `small_backbone` and `small_vision`. width: see `tiny_backbone`."""
+    backbone, vision = tiny_backbone(width), tiny_vision()
     *_, last = backbone.widths
     structure = sum(backbone.widths[1:-1]) + vision["vision_model.embeddings.class_embedding"].shape[0]
     torch.manual_seed(0)

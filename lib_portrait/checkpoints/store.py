@@ -292,7 +292,8 @@ class Store:
             return self._by_manifest(method, read_manifest(home), home.parent, at, by_size)
         files, missing = self._parts(method, name)
         first = files.get(method.parts[0].role)
-        named = read_header(first)[1] if first is not None and first.suffix == SAFETENSORS_SUFFIX else {}
+        readable = first is not None and first.suffix == SAFETENSORS_SUFFIX and bool(method.encoders)
+        named = read_header(first)[1] if first is not None and readable else {}
         for role in method.encoders:
             known = method.known(role)
             wanted = named.get(role)

@@ -13,6 +13,8 @@ from safetensors.torch import save_file
 
 from lib_portrait.attention import NEGATIVE, POSITIVE
 from lib_portrait.checkpoints.formats import read_tensors
+from lib_portrait.checkpoints.hashes import file_sha256
+from lib_portrait.checkpoints.kit import Manifest, StoredFile, write_manifest
 from lib_portrait.checkpoints.store import Folders, Store
 from lib_portrait.conditioning import Conditioner
 from lib_portrait.errors import PortraitError
@@ -34,6 +36,10 @@ def picture(seed: int, size: tuple[int, int] = (224, 224)) -> bytes:
 
 def face(seed: int) -> Photo:
     return Photo.of(picture(seed), aligned=True)
+
+
+def stored(path: Path) -> StoredFile:
+    return StoredFile(path.name, file_sha256(path), path.stat().st_size)
 
 
 def mask(size: tuple[int, int], fill: int = 255) -> Photo:
@@ -233,3 +239,23 @@ def test_checking_finds_faults_and_loads_nothing(conditioner: Conditioner) -> No
         conditioner.check(ask(Identity((face(1),)), checkpoint="nosuch"))
     with pytest.raises(PortraitError, match="not kept"):
         conditioner.check(ask(Identity((Photo("ab" * 32),))))
+
+
+def test_an_adapter_trained_with_another_recognition_network_finds_its_own(tmp_path: Path) -> None:
+    """It lies in another folder and has another name; under the name that it had lies the one of another adapter."""
+    own, models = tmp_path / "own", tmp_path / "models"
+    own.mkdir()
+    models.mkdir()
+    small_kit(models, "small")
+    small_kit(own, "mine", width=24)
+    encoders = {role: stored(own / f"small_{role}.safetensors") for role in ("backbone", "vision")}
+    adapter = {role: f"uniportrait-{role}_mine.safetensors" for role in ("faceid", "router")}
+    write_manifest(own / "mine.kit.json", Manifest("mine", "uniportrait", adapter, encoders))
+    (own / "small_backbone.safetensors").rename(models / "renamed.safetensors")
+    conditioner = Conditioner(
+        FaceService([], tmp_path / "cache"), Store(Folders([own, models]), adapter_files(), tmp_path / "cache")
+    )
+    for name, network, width in (("mine", "renamed", 24), ("small", "small_backbone", 16), ("mine", "renamed", 24)):
+        made = conditioner.prepare(ask(Identity((face(1),)), Identity((face(2),)), checkpoint=name), SIZE)
+        assert made.kit.files["backbone"] == models / f"{network}.safetensors"
+        assert made.adapter.embedding.intrinsic_width == width

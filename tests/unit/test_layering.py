@@ -42,7 +42,7 @@ PICTURES = "numpy cv2 PIL"
 WEBUI = Room(
     "modules gradio ldm sgm k_diffusion networks fastapi starlette pydantic torch numpy PIL",
     "lib_portrait.errors lib_portrait.request lib_portrait.attention lib_portrait.faces lib_portrait.checkpoints "
-    "lib_portrait.methods lib_portrait.conditioning lib_portrait.routing_picture",
+    "lib_portrait.methods lib_portrait.methods.declarations lib_portrait.conditioning lib_portrait.routing_picture",
 )
 ROOMS = {
     "portrait": Room(
@@ -52,54 +52,63 @@ ROOMS = {
     "scripts": Room("modules gradio", "lib_portrait.webui lib_portrait.webui.panel"),
     "benchmarks": Room(
         "torch numpy einops ldm omegaconf diffusers transformers safetensors",
-        "lib_portrait.attention lib_portrait.methods lib_portrait.standalone trainer",
+        "lib_portrait.attention lib_portrait.methods lib_portrait.methods.declarations lib_portrait.standalone trainer",
     ),
     "tests.command": Room(),
     "trainer": Room(
         f"{SERIALISED} {PICTURES} accelerate diffusers transformers tqdm",
         "lib_portrait.errors lib_portrait.request lib_portrait.attention lib_portrait.faces lib_portrait.checkpoints "
-        "lib_portrait.methods lib_portrait.picture_files lib_portrait.routing_picture lib_portrait.standalone "
-        "trainer.world",
+        "lib_portrait.methods lib_portrait.methods.declarations lib_portrait.picture_files "
+        "lib_portrait.routing_picture lib_portrait.standalone trainer.world",
     ),
     "trainer.commands": Room(own="trainer trainer.evaluation"),
     "trainer.evaluation": Room(
         f"{SERIALISED} {PICTURES} transformers tqdm open_clip facenet_pytorch",
         "lib_portrait.errors lib_portrait.request lib_portrait.attention lib_portrait.faces lib_portrait.checkpoints "
-        "lib_portrait.methods lib_portrait.conditioning lib_portrait.standalone "
+        "lib_portrait.methods lib_portrait.methods.declarations lib_portrait.conditioning lib_portrait.standalone "
         "trainer.attribute_network trainer.dataset trainer.features "
         "trainer.shards trainer.world",
     ),
     "trainer.world": Room("numpy skia cv2 PIL", "lib_portrait.errors trainer.world"),
     "lib_portrait": Room(),
     "lib_portrait.errors": Room(),
+    "lib_portrait.options": Room(own="lib_portrait.errors"),
     "lib_portrait.request": Room(own="lib_portrait.errors"),
     "lib_portrait.attention": Room("torch einops", "lib_portrait.errors"),
-    "lib_portrait.checkpoints": Room(SERIALISED, "lib_portrait.errors"),
+    "lib_portrait.checkpoints": Room(
+        SERIALISED,
+        "lib_portrait.errors",
+        # The .yaml of a checkpoint is read by the WebUI, which makes the text encoder that it names.
+        named="lib_portrait.webui.text_encoder.text_encoder lib_portrait.webui.world.text_encoder",
+    ),
     "lib_portrait.faces": Room(
         f"{SERIALISED} {PICTURES} transformers facenet_pytorch insightface onnxruntime",
         "lib_portrait.errors lib_portrait.request lib_portrait.checkpoints",
     ),
     "lib_portrait.methods": Room(
-        "torch einops",
-        "lib_portrait.errors lib_portrait.request lib_portrait.attention lib_portrait.faces",
+        "torch numpy einops",
+        "lib_portrait.errors lib_portrait.options lib_portrait.request lib_portrait.attention lib_portrait.faces "
+        "lib_portrait.checkpoints lib_portrait.methods.declarations",
+    ),
+    # What is to be known of a method where there is no torch.
+    "lib_portrait.methods.declarations": Room(
+        own="lib_portrait.errors lib_portrait.options lib_portrait.checkpoints", named="lib_portrait.methods"
     ),
     "lib_portrait.conditioning": Room(
         "torch numpy einops",
         "lib_portrait.errors lib_portrait.request lib_portrait.attention lib_portrait.faces lib_portrait.checkpoints "
-        "lib_portrait.methods",
+        "lib_portrait.methods lib_portrait.methods.declarations",
     ),
     "lib_portrait.picture_files": Room(),
     "lib_portrait.routing_picture": Room("torch numpy PIL", "lib_portrait.attention"),
     "lib_portrait.standalone": Room(
         f"{SERIALISED} {PICTURES} diffusers transformers yaml",
         "lib_portrait.errors lib_portrait.request lib_portrait.attention lib_portrait.faces lib_portrait.checkpoints "
-        "lib_portrait.methods lib_portrait.conditioning lib_portrait.routing_picture",
-        # The .yaml of a world's checkpoint is read by the WebUI, which makes the text encoder that it names.
-        named="lib_portrait.webui.world.text_encoder",
+        "lib_portrait.methods lib_portrait.methods.declarations lib_portrait.conditioning lib_portrait.routing_picture",
     ),
     "lib_portrait.commands": Room(
         own="lib_portrait.errors lib_portrait.request lib_portrait.picture_files lib_portrait.checkpoints "
-        "lib_portrait.standalone"
+        "lib_portrait.methods.declarations lib_portrait.standalone"
     ),
     "lib_portrait.webui": WEBUI,
     # A door: only what builds the host's interface goes through it.

@@ -483,6 +483,8 @@ def test_settings_are_offered_of_any_kit_that_was_made_on_the_loaded_checkpoint(
     write_manifest(host.store.home / "mine.kit.json", mine)
     manifest = loaded(panel, file=base).manifest()
     assert list(panel.checkpoint.controls(manifest).values()) == ["Euler a", "Automatic", 30, 512, 768, 7.5]
+    complete(host.store, "sd15")
+    assert (loaded(panel, file=base).automatic(), loaded(panel).automatic()) == ("mine", "sd15")
     assert "kit mine is loaded" in panel.weights_html("automatic", loaded(panel, file=base))[0]
     base.write_bytes(b"b base")
     assert loaded(panel, file=base).manifest() is None is loaded(panel).manifest()

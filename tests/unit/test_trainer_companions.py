@@ -21,7 +21,7 @@ from accelerate.state import AcceleratorState, GradientState
 import portrait as command_line
 from lib_portrait.checkpoints.formats import read_header, write_tensors
 from lib_portrait.checkpoints.hashes import file_sha256
-from lib_portrait.checkpoints.kit import StoredFile, read_manifest
+from lib_portrait.checkpoints.kit import Manifest, Sampling, StoredFile, read_manifest, write_manifest
 from lib_portrait.checkpoints.store import Folders, Store
 from lib_portrait.errors import PortraitError
 from lib_portrait.faces import service
@@ -93,10 +93,14 @@ def test_both_stages_work_at_once_where_they_were_exported(somewhere: Path) -> N
     assert portrait("dataset", "features", shards, "--checkpoint", base, *networks, "--device", "cpu") == 0
     train = ["train", "uniportrait", "--data", shards, "--checkpoint", base, "--name", "mine", "--steps", "1"]
     train += ["--batch", "1", "--rank", "2", "--tokens", "4", "--width", "48", "--depth", "1", "--warmup", "0"]
+    goes_with_it = {"detector": StoredFile("eyes.safetensors", "0" * 64), "measuring": StoredFile("third.safetensors")}
+    goes_with_it |= {"sampling": Sampling("DDIM", 20, 5)}
+    of_base = Manifest("first", "uniportrait", {"faceid": "x"}, base=stored_file(base), licence="CC0", **goes_with_it)
+    write_manifest(somewhere / "first.kit.json", of_base)
     one, two = somewhere / "one", somewhere / "two"
     assert portrait(*train, "--output", one, *networks) == 0
     faceid = one / "export" / "uniportrait-faceid_mine.safetensors"
-    assert portrait(*train, "--output", two, "--stage", "2", "--faceid", faceid) == 0
+    assert portrait(*train, "--output", two, "--stage", "2", "--faceid", faceid, "--licence", "mine alone") == 0
 
     draw = ["generate", "--checkpoint", base, "--prompt", "a woman", "--adapter", "mine", "--size", "64x64"]
     draw += ["--steps", "1", "--device", "cpu", "--output", somewhere / "out", "--face", somewhere / "eve.png"]
@@ -123,6 +127,8 @@ def test_both_stages_work_at_once_where_they_were_exported(somewhere: Path) -> N
         eyes, clip = own / "eyes.safetensors", own / "clip.safetensors"
         assert manifest.encoders == {"backbone": stored_file(eyes), "vision": stored_file(clip)}
         assert manifest.base == stored_file(base)
+        assert {name: getattr(manifest, name) for name in goes_with_it} == goes_with_it
+        assert manifest.licence == ("CC0" if stage == 1 else "mine alone")
         assert manifest.picture == (128, 128) and manifest.text_encoder is not None
         assert manifest.training["steps"] == "1" and manifest.training["recipe"] == f"uniportrait stage {stage}"
         assert str(somewhere) not in (export / "mine.kit.json").read_text("utf-8")
