@@ -125,6 +125,11 @@ def defaults(options: Sequence[Option]) -> dict[str, Value]:
     return {option.name: option.default for option in options}
 
 
+def changed(options: Sequence[Option], values: Mapping[str, Value]) -> list[Option]:
+    """The options whose values are not the default ones."""
+    return [option for option in options if values[option.name] != option.default]
+
+
 def by_name(options: Sequence[Option], name: str) -> Option | None:
     """The option of that name, None where there is none."""
     return next((option for option in options if option.name == name), None)
