@@ -2,7 +2,7 @@
 
 from lib_portrait.attention.injection import Call, Injection, Rule
 from lib_portrait.attention.maps import RoutingMaps
-from lib_portrait.attention.rows import NEGATIVE, POSITIVE, Row, mark, unmark
+from lib_portrait.attention.rows import NEGATIVE, POSITIVE, Row, mark, mark_conditions, unmark
 from lib_portrait.attention.sites import Site, find_sites, spatial_shape
 
 __all__ = [
@@ -16,6 +16,7 @@ __all__ = [
     "Site",
     "find_sites",
     "mark",
+    "mark_conditions",
     "spatial_shape",
     "unmark",
 ]

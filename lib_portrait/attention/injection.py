@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable, Hashable, Mapping
 from dataclasses import dataclass, field
 from types import TracebackType
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import torch
 from torch import nn
@@ -76,6 +76,19 @@ class Rule(Protocol):
 
     def active(self, progress: float) -> bool:
         """Whether the rule does anything at this point of the sampling, 0 to 1."""
+
+
+@runtime_checkable
+class Widening(Protocol):
+    """What a rule may be beside: one that has rows of its own in a UNet call, which the host does not see."""
+
+    def enter(
+        self, call: Call, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        """What the UNet is called with instead, marks taken off; the rule tells `call` of the rows that it adds."""
+
+    def leave(self, call: Call, output: Any) -> Any:
+        """What the host gets of the UNet's output."""
 
 
 class _Override:
@@ -222,12 +235,14 @@ class Injection:
         call.host_state = self._host_state()
         call.table = self.rows
         call.numbers = numbers if self.rule.active(self.progress) else None
+        if call.numbers is not None and isinstance(self.rule, Widening):
+            return self.rule.enter(call, args, kwargs)
         return args, kwargs
 
-    def _leave_call(self, unet: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+    def _leave_call(self, unet: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
         call = self.call
         if call.numbers is None:
-            return
+            return output
         call.numbers = None
         passed_by = [site.path for site in self.sites if self.rule.must_visit(site) and site.index not in call.visited]
         if passed_by:
@@ -237,3 +252,4 @@ class Injection:
                 "Switch off what replaces the UNet (TensorRT, compiled or exported UNets) and generate again.",
                 500,
             )
+        return self.rule.leave(call, output) if isinstance(self.rule, Widening) else output

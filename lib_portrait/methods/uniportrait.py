@@ -29,6 +29,7 @@ from lib_portrait.attention.regions import Box, Region, coverage
 from lib_portrait.attention.rows import NEGATIVE, POSITIVE
 from lib_portrait.attention.sites import Site
 from lib_portrait.attention.windows import takes_part
+from lib_portrait.checkpoints.formats import Checkpoint
 from lib_portrait.errors import Notice, PortraitError
 from lib_portrait.faces.features import FaceFeatures
 from lib_portrait.faces.references import IdentityFaces, Reference
@@ -775,10 +776,9 @@ class UniPortrait(Method):
 
     name = "uniportrait"
 
-    def load(self, files: Mapping[str, Mapping[str, Tensor]], names: Mapping[str, str]) -> Adapter:
-        return Adapter.from_tensors(
-            files["faceid"], files.get("router"), (names["faceid"], names.get("router", "router"))
-        )
+    def load(self, files: Mapping[str, Checkpoint], names: Mapping[str, str]) -> Adapter:
+        router = files["router"].tensors if "router" in files else None
+        return Adapter.from_tensors(files["faceid"].tensors, router, (names["faceid"], names.get("router", "router")))
 
     def check_fits(self, adapter: Adapter, sites: Sequence[Site]) -> None:
         adapter.check_fits(sites)

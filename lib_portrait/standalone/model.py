@@ -6,9 +6,10 @@ is the one of models/world/text, whose vocabulary is CLIP's own.
 
 from __future__ import annotations
 
+import itertools
 import json
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -52,7 +53,8 @@ _INPUTS = {9: "an inpainting checkpoint", 8: "an instruct-pix2pix checkpoint", 5
 class Model:
     """A text-to-image model, ready to sample. The VAE stays in float32, where half precision could overflow.
 
-    config: the .yaml's content. `vae.config.scaling_factor` is its scale_factor.
+    config: the .yaml's content. `vae.config.scaling_factor` is its scale_factor. number: its own, for caches of what
+    was made with it.
     """
 
     unet: UNet2DConditionModel
@@ -60,6 +62,7 @@ class Model:
     text_encoder: CLIPTextModel
     tokenizer: CLIPTokenizer
     config: dict[str, Any]
+    number: int = field(default_factory=itertools.count().__next__, init=False)
 
     @property
     def device(self) -> torch.device:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import warnings
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -17,6 +16,7 @@ from lib_portrait.attention import NEGATIVE, POSITIVE, Injection, RoutingMaps, R
 from lib_portrait.conditioning import Conditioning
 from lib_portrait.errors import PortraitError
 from lib_portrait.request import check_window
+from lib_portrait.standalone.host import encode_prompts
 from lib_portrait.standalone.model import Model
 
 SAMPLERS: dict[str, tuple[Any, dict[str, Any]]] = {
@@ -120,20 +120,6 @@ def check(samplings: Sequence[Sampling]) -> None:
             raise PortraitError("cfg", f"{one.guidance} is out of range", "Give a number from 0 to 100.")
         if not 0 <= one.seed < 2**63:
             raise PortraitError("seed", f"{one.seed} is out of range", "Give a whole number from 0 to 2^63 - 1.")
-
-
-def encode_prompts(model: Model, prompts: Sequence[str]) -> Tensor:
-    """The text's context (B, 77, D). A prompt of more than 77 tokens is cut there, with a warning that says so."""
-    tokenizer, length = model.tokenizer, model.text_encoder.config.max_position_embeddings
-    for prompt in prompts:
-        numbers = tokenizer(prompt, verbose=False).input_ids
-        if len(numbers) > length:
-            lost = tokenizer.decode(numbers[length - 1 : -1]).strip()
-            warnings.warn(
-                f"the prompt has {len(numbers)} tokens, the model reads {length}; left out: {lost!r}", stacklevel=3
-            )
-    tokens = tokenizer(list(prompts), padding="max_length", max_length=length, truncation=True, return_tensors="pt")
-    return model.text_encoder(tokens.input_ids.to(model.device)).last_hidden_state
 
 
 def _noise(model: Model, samplings: Sequence[Sampling]) -> Tensor:

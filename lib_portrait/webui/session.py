@@ -9,26 +9,25 @@ has it heard all the same.
 
 from __future__ import annotations
 
-import copy
 import dataclasses
 import itertools
 import re
-import sys
 import weakref
-from collections.abc import Callable, Hashable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 from modules import devices, errors, images, shared
 
-from lib_portrait.attention import NEGATIVE, POSITIVE, Injection, RoutingMaps, Row, find_sites, mark
+from lib_portrait.attention import NEGATIVE, POSITIVE, Injection, RoutingMaps, Row, find_sites, mark_conditions
 from lib_portrait.attention.regions import WHOLE, Box, check_takes_part
 from lib_portrait.checkpoints.store import AUTOMATIC
 from lib_portrait.errors import Notice, PortraitError
 from lib_portrait.request import PortraitRequest, check_window, parse_request, to_infotext
 from lib_portrait.webui import adetailer, axes, jobs, places, services, settings, upcoming, world
 from lib_portrait.webui import values as layout
+from lib_portrait.webui.host import lora_state
 from lib_portrait.webui.refusal import refusal
 
 if TYPE_CHECKING:
@@ -151,7 +150,7 @@ class Session:
         assert self._conditioning is not None and self._rule is not None
         if self._injection is None or self._injection.unet is not unet:
             self._conditioning.adapter.check_fits(find_sites(unet))
-            self._injection = Injection(unet, self._rule, lora_state)
+            self._injection = Injection(unet, self._rule, host_state=lora_state)
         self._injection.calls.clear()
         self._injection.inject()
 
@@ -246,8 +245,9 @@ class Session:
             self._steps.add(self._injection.progress)
             positive, negative = _rows(params)
             self._injection.rows = dict(enumerate([*positive, *negative]))
-            params.text_cond = _marked(params.text_cond, range(len(positive)))
-            params.text_uncond = _marked(params.text_uncond, range(len(positive), len(positive) + len(negative)))
+            params.text_cond = mark_conditions(params.text_cond, range(len(positive)))
+            below = range(len(positive), len(positive) + len(negative))
+            params.text_uncond = mark_conditions(params.text_uncond, below)
             self._expected += len(positive)
         except Exception as error:
             self.fail(_known(error, self.tabs))
@@ -283,23 +283,6 @@ def _rows(params: Any) -> tuple[list[Row], list[Row]]:
                 500,
             )
     return positive, negative
-
-
-def _marked(cond: Any, numbers: Sequence[int]) -> Any:
-    """A condition with its rows marked: a tensor (SD1, SD2), or a mapping with `crossattn` (SDXL)."""
-    if isinstance(cond, dict):
-        # The host's mapping type carries a shape that others read; its other entries stay shared.
-        marked = copy.copy(cond)
-        marked["crossattn"] = mark(cond["crossattn"], numbers)
-        return marked
-    return mark(cond, numbers)
-
-
-def lora_state() -> Hashable:
-    """Changes with the networks that the built-in Lora extension has loaded, for it may apply them without touching
-    weights ("Lora/Networks: use old method" in its settings)."""
-    loaded = getattr(sys.modules.get("networks"), "loaded_networks", ())
-    return tuple((net.name, net.te_multiplier, net.unet_multiplier, net.dyn_dim) for net in loaded)
 
 
 # ------------------------------------------------------------------------------------------- the script's callbacks

@@ -69,6 +69,20 @@ def ldm_unet(unet_class: type[nn.Module] | None = None) -> nn.Module:
     return unet
 
 
+def sgm_unet() -> nn.Module:
+    """A UNet laid out as sgm's (SDXL): two transformer blocks in a row, and a vector (B, 8) beside the text."""
+    from ldm.modules.diffusionmodules.openaimodel import UNetModel
+
+    torch.manual_seed(7)
+    unet = UNetModel(**{**ldm_config(), "transformer_depth": 2, "context_dim": [48, 48]}).eval()
+    width = unet.time_embed[-1].out_features
+    unet.num_classes, unet.label_emb = "sequential", nn.Sequential(nn.Linear(8, width), nn.SiLU())
+    for parameter in unet.parameters():
+        # Layers that begin as zero would hide what is in front of them.
+        parameter.data.add_(torch.randn_like(parameter) * 0.02)
+    return unet
+
+
 def load_bin(name: str) -> dict[str, Any]:
     return torch.load(DATA / name, map_location="cpu", weights_only=True)
 
@@ -83,4 +97,4 @@ def flatten(tree: dict[str, Any], prefix: str = "") -> dict[str, torch.Tensor]:
     return flat
 
 
-__all__ = ["DATA", "diffusers_unet", "flatten", "ldm_unet", "load_bin", "unet_config"]
+__all__ = ["DATA", "diffusers_unet", "flatten", "ldm_unet", "load_bin", "sgm_unet", "unet_config"]

@@ -19,8 +19,9 @@ from lib_portrait.errors import PortraitError
 from lib_portrait.faces.service import FaceService
 from lib_portrait.request import Identity, Photo, PortraitRequest, Region
 from lib_portrait.standalone import model as model_module
+from lib_portrait.standalone.host import encode_prompts
 from lib_portrait.standalone.model import Model
-from lib_portrait.standalone.sampling import Sampling, encode_prompts, sample
+from lib_portrait.standalone.sampling import Sampling, sample
 from tests.parity.unets import ldm_unet
 from tests.small_networks import small_kit, small_model, small_text_folder
 

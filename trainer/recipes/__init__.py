@@ -5,7 +5,7 @@ from __future__ import annotations
 import importlib
 from types import ModuleType
 
-RECIPES = ("vae", "recognition", "vision", "base", "uniportrait", "attributes", "detector")
+RECIPES = ("vae", "recognition", "vision", "base", "uniportrait", "fusion", "attributes", "detector")
 
 
 def recipe_module(name: str) -> ModuleType:
