@@ -143,8 +143,8 @@ class PortraitRequest:
     """Everything a user can ask of one generation.
 
     options: what the method lets people choose for all identities together, by name. Those that are left out, here and
-    in the identities, get the method's defaults. Raises PortraitError for a method that there is none, ValueError for
-    options that it does not have.
+    in the identities, get the method's defaults. Raises PortraitError for a method that there is none, and for options
+    that it does not have.
     """
 
     identities: tuple[Identity, ...] = ()
@@ -156,11 +156,11 @@ class PortraitRequest:
     def __post_init__(self) -> None:
         one = self.declaration
         identities = (
-            dataclasses.replace(identity, options=_complete(one.identity_options, identity.options))
+            dataclasses.replace(identity, options=_complete(one, one.identity_options, identity.options))
             for identity in self.identities
         )
         object.__setattr__(self, "identities", tuple(identities))
-        object.__setattr__(self, "options", _complete(one.options, self.options))
+        object.__setattr__(self, "options", _complete(one, one.options, self.options))
 
     @property
     def declaration(self) -> Declaration:
@@ -172,12 +172,17 @@ class PortraitRequest:
         """Whether maps of where people were put are to be shown."""
         return bool(self.options.get(self.declaration.maps, False))
 
+    def with_maps(self) -> PortraitRequest:
+        """The request with these maps shown, where its method makes any."""
+        maps = self.declaration.maps
+        return dataclasses.replace(self, options={**self.options, maps: True}) if maps else self
 
-def _complete(options: Sequence[Option], given: Mapping[str, Value]) -> dict[str, Value]:
+
+def _complete(one: Declaration, options: Sequence[Option], given: Mapping[str, Value]) -> dict[str, Value]:
     values = declared.defaults(options)
-    unknown = sorted(set(given) - set(values))
-    if unknown:
-        raise ValueError(f"the method has no option {unknown[0]!r}")
+    for name in given:
+        if name not in values:
+            raise PortraitError(name, f"{one.title} has no such option", f"It has: {', '.join(values) or 'none'}.")
     return {**values, **given}
 
 
@@ -424,7 +429,7 @@ def to_json(request: PortraitRequest) -> dict[str, Any]:
         if isinstance(value, tuple):
             return [plain(item) for item in value]
         if dataclasses.is_dataclass(value):
-            kept = {}
+            kept: dict[str, Any] = {}
             for item in dataclasses.fields(value):
                 current = getattr(value, item.name)
                 if item.name == "options":

@@ -74,6 +74,16 @@ class Kit:
     manifest: Manifest | None = None
     home: Path | None = None
 
+    @property
+    def method(self) -> str:
+        return self.manifest.method if self.manifest is not None else "uniportrait"
+
+    @property
+    def files(self) -> dict[str, Path]:
+        """By role, the adapter's first."""
+        files = {"faceid": self.faceid, "router": self.router, "backbone": self.backbone, "vision": self.vision}
+        return {role: path for role, path in files.items() if path is not None}
+
     def routed(self) -> Path:
         """The router file, for a request with several people. Raises MissingWeights when there is none."""
         if self.router is None:

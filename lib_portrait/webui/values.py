@@ -211,22 +211,22 @@ def divided(values: Sequence[Any]) -> tuple[Sequence[Any], dict[Control, Any]]:
     """All that the panel sends, without what must be NOTHING_BEYOND: the values up to the last identity's, and those of
     further controls. Raises PortraitError where something else is there, or something beside a request object: none of
     it would be looked at."""
-    alone, with_one = len(controls(0)), len(controls(1))
-    people = (len(values) - alone) // (with_one - alone)
-    end = len(GLOBAL_FIELDS) + people * len(IDENTITY_FIELDS)
-    own, beyond = values[:end], values[end]
     several = 'Put all people into the list "identities" of one object: {"identities": [{...}, {...}]}.'
-    if own and isinstance(own[0], Mapping):
+    if values and isinstance(values[0], Mapping):
         for index, value in enumerate(values):
             if index and isinstance(value, (Mapping, list)):
                 raise PortraitError(f"args[{index}]", "one request object is all that args may hold", several)
-    elif beyond != NOTHING_BEYOND:
+        return values, {}
+    alone, each = len(controls(0)), len(controls(1)) - len(controls(0))
+    people = (len(values) - alone) // each
+    end = len(GLOBAL_FIELDS) + people * len(IDENTITY_FIELDS)
+    if values[end] != NOTHING_BEYOND:
         raise PortraitError(
-            f"args[{len(own)}]",
+            f"args[{end}]",
             f"the list is longer than the panel, which has {people} people",
             f"Leave people out, raise the number in Settings > Portrait, or give one object. {several}",
         )
-    return own, dict(zip(further_controls(people), values[end + 1 :]))
+    return values[:end], dict(zip(further_controls(people), values[end + 1 :]))
 
 
 def read_form(values: Sequence[Any], limits: Limits) -> tuple[Sequence[int], dict[str, Any] | None]:
@@ -561,13 +561,14 @@ def values_from_request(request: PortraitRequest, identities: int) -> tuple[list
     values = []
     for control in controls(identities):
         owner = declaration(control.method) if control.method is not None else DEFAULT
-        own, identity = control.concerns(one), people[control.tab - 1] if control.tab else None
+        person = people[control.tab - 1] if control.tab is not None else None
         if control.tab is None:
-            given = {**for_all, **defaults(owner.options), **(request.options if own else {})}
+            given = {**for_all, **defaults(owner.options)}
+            chosen = request.options
         else:
             given = {**blocks[control.tab - 1], **defaults(owner.identity_options)}
-            given |= identity.options if own and identity is not None else {}
-        values.append(given[control.name])
+            chosen = person.options if person is not None else {}
+        values.append({**given, **(chosen if control.concerns(one) else {})}[control.name])
     return values, lost
 
 

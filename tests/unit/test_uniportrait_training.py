@@ -605,7 +605,7 @@ def test_what_is_drawn_for_the_identity_loss_is_what_inference_draws(
     embed, zero = adapter.embedding.float(), made.zero_structure.float()[None]
     of_person = embed(batch["intrinsic"][0], batch["structure"][0], beta)[0]
     of_nobody = embed(torch.zeros_like(batch["intrinsic"][0]), zero, beta)[0]
-    person = Person({POSITIVE: of_person, NEGATIVE: of_nobody}, scale=PortraitRequest().scale)
+    person = Person({POSITIVE: of_person, NEGATIVE: of_nobody}, scale=PortraitRequest().options["scale"])
     empty = torch.full_like(batch["tokens"], 49407)
     empty[:, 0] = 49406
     model, guidance = made.model, Sampling("").guidance

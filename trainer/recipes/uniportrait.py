@@ -32,8 +32,9 @@ from lib_portrait.checkpoints.kit import SUFFIX, Manifest, bare_name, write_mani
 from lib_portrait.errors import PortraitError
 from lib_portrait.faces.recognition import Backbone, backbone_from_state_dict
 from lib_portrait.faces.world_detector import open_detector
+from lib_portrait.methods.declarations.uniportrait import DECLARATION
 from lib_portrait.methods.uniportrait import IDEmbedding
-from lib_portrait.request import Identity, PortraitRequest
+from lib_portrait.options import defaults
 from lib_portrait.routing_picture import draw_routing
 from lib_portrait.standalone.model import Model, load_model, text_encoder_of
 from trainer import companions
@@ -61,7 +62,8 @@ FACES_DROPPED = CAPTION_DROPPED = 0.05
 # Lambda of eq. 4, and the LoRA's share of the rate in stage 2 (sec. 3.4).
 ROUTE_WEIGHT = LORA_RATE = 0.1
 # The ID scale of what is drawn, that of a request that does not say, as is TensorBoard's structure scale.
-SCALE, STRUCTURE = PortraitRequest().scale, Identity(()).structure
+SCALE = float(defaults(DECLARATION.options)["scale"])
+STRUCTURE = float(defaults(DECLARATION.identity_options)["structure"])
 
 
 @dataclass(frozen=True)
