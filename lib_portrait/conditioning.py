@@ -13,7 +13,6 @@ from typing import Any
 import torch
 
 from lib_portrait.attention import RoutingMaps, Site, regions
-from lib_portrait.checkpoints.formats import read_tensors
 from lib_portrait.checkpoints.store import Kit, Store
 from lib_portrait.errors import Notice, PortraitError
 from lib_portrait.faces.features import FaceEncoder
@@ -79,12 +78,8 @@ class Conditioner:
 
         Raises PortraitError, and loads nothing but the face detector.
         """
-        kit = self.store.kit(request.checkpoint)
-        if kit.method != request.method:
-            problem = f"{kit.name!r} is a kit of {kit.method}, the request is for {request.method}"
-            raise PortraitError("checkpoint", problem, "Choose another checkpoint, or that method.")
-        if len(request.identities) > 1:
-            kit.routed()
+        kit = self.store.kit(request.checkpoint, request.method)
+        kit.check_people(len(request.identities))
         for i, identity in enumerate(request.identities):
             for field, photo in _photos(identity, f"identities[{i}]"):
                 self.faces.crop(photo, field)
@@ -121,7 +116,7 @@ class Conditioner:
             for field, photo in _photos(identity, f"identities[{i}]"):
                 notices += self.faces.notices(photo, field)
         adapter = self._load_adapter(used, kit, report)
-        encoder = self._encoder(kit, device, dtype, report) if request.declaration.encoders else None
+        encoder = self._encoder(kit, device, dtype, report) if used.declaration.files.encoders else None
         try:
             people = []
             for i, identity in enumerate(request.identities):
@@ -168,12 +163,12 @@ class Conditioner:
         return mask
 
     def _load_adapter(self, used: Method, kit: Kit, report: Callable[[str], None]) -> Any:
-        encoders = used.declaration.encoders
-        files = {role: path for role, path in kit.files.items() if role not in encoders}
+        roles = [part.role for part in used.declaration.files.parts if part.role in kit.files]
+        files = {role: kit.files[role] for role in roles}
         key = (used.name, *_stamp(*files.values()))
         if self._adapter is None or self._adapter[0] != key:
             report(_loading("the adapter", *files.values()))
-            read = {role: read_tensors(path, role) for role, path in files.items()}
+            read = {role: self.store.read(path, role) for role, path in files.items()}
             self._adapter = (key, used.load(read, {role: path.name for role, path in files.items()}))
         return self._adapter[1]
 
@@ -187,8 +182,8 @@ class Conditioner:
             if self._networks is None or self._networks[0] != key:
                 report(_loading("the face networks", *files))
                 recognition, clip = files
-                backbone = backbone_from_state_dict(read_tensors(recognition, "backbone").tensors, recognition.name)
-                checkpoint = read_tensors(clip, "vision")
+                backbone = backbone_from_state_dict(self.store.read(recognition, "backbone").tensors, recognition.name)
+                checkpoint = self.store.read(clip, "vision")
                 vision = vision_from_state_dict(checkpoint.tensors, checkpoint.metadata, clip.name)
                 self._networks = (key, (backbone, vision))
             return self._networks[1]

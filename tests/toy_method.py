@@ -13,6 +13,7 @@ import pytest
 from lib_portrait.attention.injection import Around, Call
 from lib_portrait.attention.sites import Site
 from lib_portrait.attention.windows import takes_part
+from lib_portrait.checkpoints.files import AdapterFile, AdapterFiles
 from lib_portrait.checkpoints.formats import Checkpoint
 from lib_portrait.faces.references import IdentityFaces
 from lib_portrait.methods import declarations
@@ -23,8 +24,7 @@ from lib_portrait.options import Choice, Number, Switch
 NAME = "toy"
 SIDES = {"left": "Left", "both_sides": "Both sides"}
 DECLARATION = Declaration(
-    name=NAME,
-    title="Toy",
+    files=AdapterFiles(NAME, "Toy", (AdapterFile("toy", "toy_{name}", "all of it"),)),
     options=(
         Number(name="scale", title="Toy scale", help="how much", default=3.0, low=1.0, high=9.0, axis="scale"),
         Choice(name="side", title="Side", help="where", default="left", choices=SIDES, axis="side"),

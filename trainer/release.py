@@ -97,6 +97,7 @@ def renew_manifest(folder: Path) -> None:
         encoders={role: renewed(file) for role, file in kit.encoders.items()},
         detector=kit.detector and renewed(kit.detector),
         measuring=kit.measuring and renewed(kit.measuring),
+        attributes=kit.attributes and renewed(kit.attributes),
         base=kit.base and renewed(kit.base),
     )
     if kit.base is not None and (folder / kit.base.name).is_file():

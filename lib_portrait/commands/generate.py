@@ -1,4 +1,4 @@
-"""Draw people into pictures without the WebUI; without arguments, sample people of the embedded world.
+"""Draw people into pictures without the WebUI; without arguments, the sample people of the embedded kit.
 
 portrait.py generate
 portrait.py generate --checkpoint model.safetensors --prompt "a man in a spacesuit" --face bob.jpg,bob-2.jpg
@@ -70,7 +70,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
     picture.add_argument("--prompt", dest="prompts", action="append", metavar="TEXT", help="repeatable")
     picture.add_argument("--negative-prompt", metavar="TEXT")
     picture.add_argument(
-        "--checkpoint", type=Path, metavar="FILE", help="SD 1.x, .safetensors or .ckpt; default: the world's"
+        "--checkpoint", type=Path, metavar="FILE", help="SD 1.x, .safetensors or .ckpt; default: the embedded kit's"
     )
     picture.add_argument("--size", type=_size, metavar="WxH", help="default: what the checkpoint was trained on")
     picture.add_argument("--steps", type=int, metavar="N", help="default: 20")
@@ -107,18 +107,18 @@ def run(options: argparse.Namespace) -> int:
     asked = {name: getattr(options, name) for name in ("negative_prompt", "steps", "guidance", "sampler", "seed")}
     asked |= {"width": width, "height": height}
     settings = {name: value for name, value in asked.items() if value is not None}
-    folders = [*options.models, ROOT / "models", generation.WORLD]
+    folders = [*options.models, ROOT / "models"]
 
     def tell(notice: Notice) -> None:
         field = _by_name(notice.field, options.faces or []) or notice.field
         generation.say(str(dataclasses.replace(notice, field=field)))
 
     with generation.Results.begin(options.output) as results, _photos_by_name(options.faces or []):
-        checkpoint = options.checkpoint or generation.world_checkpoint()
+        checkpoint = options.checkpoint or generation.bundled_checkpoint(folders)
         studio = generation.Studio(checkpoint, folders, options.device, tell, options.filter_crops)
         if demonstration:
             changes = _changes(options)
-            generation.draw_world(
+            generation.draw_samples(
                 studio, results, settings, lambda identities: _request({"identities": identities, **changes})
             )
         else:

@@ -13,6 +13,7 @@ from collections.abc import Awaitable, Callable, Mapping
 from secrets import compare_digest
 from typing import Any
 
+from lib_portrait.checkpoints.registry import USES
 from lib_portrait.errors import PortraitError
 from lib_portrait.methods.declarations import declarations
 from lib_portrait.request import Limits, Photo, json_schema, parse_request
@@ -21,13 +22,6 @@ from lib_portrait.request import Limits, Photo, json_schema, parse_request
 BODY_MARGIN = 64 * 2**10
 # A body this many times larger than allowed is not waited for.
 PATIENCE = 8
-ROLE_USE = {
-    "faceid": "ID embedding, attention adapter, LoRA for one person",
-    "router": "ID router and LoRA for several people",
-    "backbone": "face recognition network",
-    "vision": "CLIP image encoder",
-    "detector": "face detector of insightface; without it MTCNN is used",
-}
 
 
 def on_app_started(demo: Any, app: Any) -> None:
@@ -157,6 +151,7 @@ def list_models(store: Any) -> dict[str, Any]:
         kits.append(
             {
                 "name": kit.name,
+                "method": kit.method,
                 "usable": kit.usable,
                 "problem": kit.problem,
                 "files": {role: path.name for role, path in kit.files.items()},
@@ -173,13 +168,14 @@ def list_models(store: Any) -> dict[str, Any]:
                 ],
             }
         )
+    uses = {part.role: part.use for files in store.methods for part in files.parts} | USES
     roles = {
         role: {
             "use": use,
             "files": [{"name": entry.name, "size": entry.size} for entry in store.list(role)],
             "folders": [str(folder) for folder in store.folders(role)],
         }
-        for role, use in ROLE_USE.items()
+        for role, use in uses.items()
     }
     return {"checkpoints": kits, "roles": roles}
 

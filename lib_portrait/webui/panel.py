@@ -23,9 +23,9 @@ from typing import Any
 from lib_portrait.checkpoints import KitStatus, KnownWeight, Missing
 from lib_portrait.checkpoints.store import AUTOMATIC
 from lib_portrait.errors import NoSuchFace, PortraitError
-from lib_portrait.methods.declarations import declarations
+from lib_portrait.methods.declarations import declaration, declarations
 from lib_portrait.request import END, HASH_PREFIX, START, WEIGHT, Limits, Photo, parse_request
-from lib_portrait.webui import adetailer, option_controls, paste, services, settings, world
+from lib_portrait.webui import adetailer, checkpoint, option_controls, paste, services, settings
 from lib_portrait.webui import values as layout
 from lib_portrait.webui.option_controls import Label, slider
 from lib_portrait.webui.paste import message_html
@@ -65,8 +65,8 @@ def build(script: Any, is_img2img: bool) -> list[Any]:
                 with gr.Tab(f"Identity {index + 1}", id=f"{tab}_portrait_{index}"):
                     blocks.append(_build_identity(gr, tab, index))
     _connect_spread(blocks)
-    script.portrait_world_button = top["world_settings"]
-    _connect_world(script)
+    script.portrait_settings_button = top["kit_settings"]
+    _connect_settings(script)
     for block in blocks:
         for name in ("photos", *(f"{slot}_photos" for slot in layout.MIXES)):
             _connect_photos(top["enabled"], block, name)
@@ -93,7 +93,7 @@ def build(script: Any, is_img2img: bool) -> list[Any]:
 
 
 def watch_host(script: Any, is_img2img: bool) -> None:
-    """Notes the host's own controls that the world's settings go to, as the host makes them, before or after `build`.
+    """Notes the host's own controls that a kit's settings go to, as the host makes them, before or after `build`.
 
     For the script's `show`, which comes before either.
     """
@@ -103,21 +103,31 @@ def watch_host(script: Any, is_img2img: bool) -> None:
     def noting(name: str) -> Callable[[Any], None]:
         def note(made: Any) -> None:
             script.portrait_host_controls[name] = made.component
-            _connect_world(script)
+            _connect_settings(script)
 
         return note
 
-    for name in world.CONTROLS:
+    for name in checkpoint.CONTROLS:
         script.on_after_component(noting(name), elem_id=f"{tab}_{name}")
 
 
-def _connect_world(script: Any) -> None:
+def _connect_settings(script: Any) -> None:
     """Has the button set the host's controls, once the button and all of them are there."""
-    button = getattr(script, "portrait_world_button", None)
+    button = getattr(script, "portrait_settings_button", None)
     controls = getattr(script, "portrait_host_controls", {})
-    if button is not None and len(controls) == len(world.CONTROLS):
-        outputs = [controls[name] for name in world.CONTROLS]
-        button.click(lambda: list(world.controls().values()), [], outputs, show_progress=False)
+    if button is not None and len(controls) == len(checkpoint.CONTROLS):
+        outputs = [controls[name] for name in checkpoint.CONTROLS]
+        button.click(kit_settings, [], outputs, show_progress=False)
+
+
+def kit_settings() -> list[Any]:
+    """What the host's controls (`checkpoint.CONTROLS`) become: as the kit says that was made on the loaded checkpoint.
+
+    Raises PortraitError where none was: another checkpoint has been loaded since the button was offered."""
+    manifest = checkpoint.loaded().manifest()
+    if manifest is None:
+        raise PortraitError("checkpoint", "no kit tells settings for the loaded checkpoint", "Choose them yourself.")
+    return [*checkpoint.controls(manifest).values()]
 
 
 def _hidden_text(gr: Any, label: str, elem_id: str) -> Any:
@@ -161,42 +171,44 @@ def _build_top(gr: Any, tab: str) -> dict[str, Any]:
             elem_id=name("download"),
             tooltip="Fetches the published files that are missing into the folder named here.",
         )
-        top["world_settings"] = gr.Button(
+        top["kit_settings"] = gr.Button(
             "Use its settings",
             size="sm",
             visible=False,
-            elem_id=name("world_settings"),
+            elem_id=name("kit_settings"),
             tooltip="Sets size, sampler, steps and CFG scale above.",
         )
     for method in declarations():
         options = [option for option in method.options if option.name != method.maps]
         option_controls.build_options(gr, top, method, options, "", name)
 
-    def judge(chosen: str) -> list[Any]:
-        loaded = world.loaded_family()
-        message, loadable = weights_html(chosen, loaded, world.loaded_file())
-        return [message + neighbours_html(), gr.update(visible=loadable), gr.update(visible=loaded == world.WORLD)]
+    def judge(chosen: str, title: str) -> list[Any]:
+        loaded = checkpoint.loaded()
+        message, loadable = weights_html(chosen, loaded, layout.method_of([True, title]).name)
+        offered = loaded.manifest() is not None
+        return [message + neighbours_html(), gr.update(visible=loadable), gr.update(visible=offered)]
 
-    def look_again(chosen: str) -> list[Any]:
-        choices = checkpoint_choices()
+    def look_again(chosen: str, title: str) -> list[Any]:
+        choices = checkpoint_choices(layout.method_of([True, title]).name)
         bare = str(chosen).removesuffix(layout.INCOMPLETE)
         # One that was pasted and is not here stays, to be said and refused.
         value = next((choice for choice in choices if choice.removesuffix(layout.INCOMPLETE) == bare), bare)
-        return [gr.update(choices=choices, value=value), *judge(value)]
+        return [gr.update(choices=choices, value=value), *judge(value, title)]
 
     # The badge in the panel's title follows the box, also where pasting has ticked it.
     top["enabled"].change(None, [], [], _js="portraitShowCounts")
-    judged = [weights, download, top["world_settings"]]
-    refresh.click(look_again, [top["checkpoint"]], [top["checkpoint"], *judged], show_progress=False)
-    top["checkpoint"].change(judge, [top["checkpoint"]], judged, show_progress=False)
+    chosen, judged = [top["checkpoint"], top["method"]], [weights, download, top["kit_settings"]]
+    refresh.click(look_again, chosen, [top["checkpoint"], *judged], show_progress=False)
+    top["method"].change(look_again, chosen, [top["checkpoint"], *judged], show_progress=False)
+    top["checkpoint"].change(judge, chosen, judged, show_progress=False)
 
-    def fetch(chosen: str) -> Iterator[list[Any]]:
-        for message in download_missing(chosen, world.loaded_family(), world.loaded_file()):
+    def fetch(chosen: str, title: str) -> Iterator[list[Any]]:
+        for message in download_missing(chosen, checkpoint.loaded(), layout.method_of([True, title]).name):
             yield [paste.UNCHANGED, message, gr.update(interactive=False)]
-        choices, _, visible, _ = look_again(chosen)
+        choices, _, visible, _ = look_again(chosen, title)
         yield [choices, message, {**visible, "interactive": True}]
 
-    download.click(fetch, [top["checkpoint"]], [top["checkpoint"], weights, download], show_progress=False)
+    download.click(fetch, chosen, [top["checkpoint"], weights, download], show_progress=False)
     return top
 
 
@@ -639,33 +651,36 @@ def blank_canvas(size: str) -> Any:
 # ------------------------------------------------------------------------------------------------------------ weights
 
 
-def checkpoint_choices() -> list[str]:
+def checkpoint_choices(method: str = layout.DEFAULT.name) -> list[str]:
     """The choices of the checkpoint control."""
-    return [AUTOMATIC] + [kit.name + ("" if kit.usable else layout.INCOMPLETE) for kit in services.store().kits()]
+    kits = services.store().kits(method)
+    return [AUTOMATIC] + [kit.name + ("" if kit.usable else layout.INCOMPLETE) for kit in kits]
 
 
-def _wanted(chosen: str, loaded: str | None, file: Path | None) -> tuple[str, KitStatus | None]:
-    """The adapter that a choice of the checkpoint control means with the checkpoint in `file`, of family `loaded`
-    (`world`): its name, and what is there of it."""
+def _wanted(chosen: str, loaded: checkpoint.Loaded, method: str) -> tuple[str, KitStatus | None]:
+    """The adapter of a method that a choice of the checkpoint control means with the loaded checkpoint: its name, and
+    what is there of it. Raises PortraitError where there is none, and none is published."""
     name = str(chosen).removesuffix(layout.INCOMPLETE)
     if name == AUTOMATIC:
-        name = world.adapter_for(loaded == world.WORLD, file)
-    return name, next((kit for kit in services.store().kits() if kit.name == name), None)
+        name = loaded.automatic(method)
+    return name, next((kit for kit in services.store().kits(method) if kit.name == name), None)
 
 
-def weights_html(chosen: str, loaded: str | None, file: Path | None = None) -> tuple[str, bool]:
+def weights_html(chosen: str, loaded: checkpoint.Loaded, method: str = layout.DEFAULT.name) -> tuple[str, bool]:
     """What the loaded checkpoint lacks to draw people, or what is to be known of it (HTML, or ""); and whether a
     download would help.
 
-    chosen: of the checkpoint control. loaded: the family (`world.loaded_family`), file: the checkpoint's; None where
-    they are not known.
+    chosen: of the checkpoint control.
     """
-    if loaded not in (world.WORLD, world.SD15, None):
-        text = f"UniPortrait needs a checkpoint of the SD1.5 family, and the loaded one is {loaded}. Load another."
+    if loaded.family not in (checkpoint.SD15, None):
+        text = (
+            f"{declaration(method).title} needs a checkpoint of the SD1.5 family, and the loaded one is "
+            f"{loaded.family}. Load another."
+        )
         return message_html(text, "warning"), False
     try:
-        name, kit = _wanted(chosen, loaded, file)
-    except PortraitError as error:  # of the embedded kit's manifest
+        name, kit = _wanted(chosen, loaded, method)
+    except PortraitError as error:
         return message_html(error.detail), False
     if kit is None:
         return message_html(f"There is no adapter {name}. Choose another Checkpoint here.", "warning"), False
@@ -680,12 +695,13 @@ def weights_html(chosen: str, loaded: str | None, file: Path | None = None) -> t
     if kit.missing:
         text = f"For several people in one picture a file is missing (adapter {escape(kit.name)}): {how}."
         return _missing_html(text, kit.missing, "info"), loadable
-    if loaded == world.WORLD:
-        values = world.controls()
+    manifest = loaded.manifest()
+    if manifest is not None:
+        values = checkpoint.controls(manifest)
         text = (
-            f"The embedded world is loaded. It draws {values['width']} × {values['height']} px with "
-            f"{values['sampling']}, {values['steps']} steps and CFG {values['cfg_scale']}; larger pictures become "
-            "crowds."
+            f"The checkpoint of the kit {escape(manifest.name)} is loaded. It was made for {values['width']} × "
+            f"{values['height']} px with {escape(values['sampling'])}, {values['steps']} steps and CFG "
+            f"{values['cfg_scale']}; larger pictures may show a person several times."
         )
         return message_html(text, "info"), False
     return "", False
@@ -707,13 +723,17 @@ def _missing_html(text: str, gaps: Sequence[Missing], kind: str) -> str:
     return f'<div class="portrait-message portrait-{kind}" role="alert">{text}{which}</div>'
 
 
-def download_missing(chosen: str, loaded: str | None, file: Path | None = None) -> Iterator[str]:
+def download_missing(chosen: str, loaded: checkpoint.Loaded, method: str = layout.DEFAULT.name) -> Iterator[str]:
     """Downloads the published files that a choice of the checkpoint control lacks; messages (HTML) on how it goes, the
     last on how it ended.
 
     The first file that cannot be had ends it: what comes after usually has the same source.
     """
-    _, kit = _wanted(chosen, loaded, file)
+    try:
+        _, kit = _wanted(chosen, loaded, method)
+    except PortraitError as error:
+        yield message_html(error.detail)
+        return
     gaps = kit.missing if kit is not None else ()
     for gap in gaps:
         if gap.known is None:

@@ -28,7 +28,7 @@ from lib_portrait.errors import Notice, PortraitError
 from lib_portrait.infotext import to_infotext
 from lib_portrait.methods.declarations import Declaration
 from lib_portrait.request import PortraitRequest, parse_request
-from lib_portrait.webui import adetailer, axes, jobs, places, services, settings, upcoming, world
+from lib_portrait.webui import adetailer, axes, checkpoint, jobs, places, services, settings, upcoming
 from lib_portrait.webui import values as layout
 from lib_portrait.webui.host import lora_state
 from lib_portrait.webui.refusal import refusal
@@ -263,7 +263,7 @@ class Session:
 def resolved(request: PortraitRequest) -> PortraitRequest:
     """The request, with the adapter that *automatic* means for the loaded checkpoint."""
     if request.checkpoint == AUTOMATIC:
-        return dataclasses.replace(request, checkpoint=world.automatic(shared.sd_model))
+        return dataclasses.replace(request, checkpoint=checkpoint.Loaded.of(shared.sd_model).automatic(request.method))
     return request
 
 

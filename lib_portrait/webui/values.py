@@ -22,7 +22,6 @@ from decimal import Decimal, InvalidOperation
 from pathlib import Path
 from typing import Any
 
-from lib_portrait.checkpoints.registry import download_command
 from lib_portrait.checkpoints.store import MissingWeights
 from lib_portrait.errors import NoSuchFace, PortraitError
 from lib_portrait.methods import declarations
@@ -316,9 +315,9 @@ def said_in_panel(error: PortraitError, tabs: Sequence[int], method: Declaration
         remedy = "Click the face that is meant below the photo."
     elif isinstance(error, MissingWeights):
         files = ", ".join(gap.filename for gap in error.gaps)
-        several = "several people need its router, " if error.field == "identities" else ""
+        several = f"several people need its {error.gaps[0].role}, " if error.gaps[0].people > 1 else ""
         problem = f"{several}weights of {error.adapter!r} are missing: {files}"
-        commands = dict.fromkeys(download_command(gap.known) for gap in error.gaps if gap.known)
+        commands = dict.fromkeys(gap.known.command for gap in error.gaps if gap.known)
         if commands:
             # The folders stand beside the button.
             remedy = f"Press {DOWNLOAD_NAME} in the Portrait panel, or run: {', '.join(commands)}."

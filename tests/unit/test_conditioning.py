@@ -18,6 +18,7 @@ from lib_portrait.conditioning import Conditioner
 from lib_portrait.errors import PortraitError
 from lib_portrait.faces.recognition import Backbone
 from lib_portrait.faces.service import FaceService
+from lib_portrait.methods.declarations import adapter_files
 from lib_portrait.request import Identity, Mix, Photo, PortraitRequest, Region
 from tests.small_networks import small_kit, tiny_backbone
 
@@ -52,7 +53,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def conditioner(folder: Path, tmp_path: Path) -> Conditioner:
-    return Conditioner(FaceService([], tmp_path), Store(Folders(own=[folder]), hash_cache=tmp_path))
+    return Conditioner(FaceService([], tmp_path), Store(Folders(own=[folder]), adapter_files(), tmp_path))
 
 
 def ask(*identities: Identity, checkpoint: str = "small", **options: float) -> PortraitRequest:
@@ -193,7 +194,9 @@ def test_networks_that_do_not_belong_to_the_adapter_are_refused(
         (tmp_path / file.name).write_bytes(file.read_bytes())
     save_file(dict(other.state_dict()), tmp_path / "small_backbone.safetensors")
     with pytest.raises(PortraitError, match="wants intrinsic features of width"):
-        Conditioner(conditioner.faces, Store(Folders(own=[tmp_path]))).prepare(ask(Identity((face(1),))), SIZE)
+        Conditioner(conditioner.faces, Store(Folders(own=[tmp_path]), adapter_files())).prepare(
+            ask(Identity((face(1),))), SIZE
+        )
 
 
 def test_a_second_request_with_the_same_faces_loads_no_network(conditioner: Conditioner) -> None:

@@ -18,6 +18,7 @@ from hypothesis import strategies as st
 from PIL import Image
 from safetensors.torch import save_file
 
+from lib_portrait.checkpoints import Folders, Store
 from lib_portrait.commands import generate
 from lib_portrait.conditioning import Conditioner
 from lib_portrait.errors import PortraitError
@@ -261,17 +262,17 @@ def test_the_command_line_has_its_options(toy: Declaration, tmp_path: Path) -> N
 
 def test_a_request_for_it_becomes_its_people_and_its_rule(toy: Declaration, tmp_path: Path) -> None:
     save_file({"weight": torch.ones(1)}, tmp_path / "toy_small.safetensors")
-    kit = types.SimpleNamespace(name="small", method="toy", files={"toy": tmp_path / "toy_small.safetensors"})
-    store: Any = types.SimpleNamespace(kit=lambda *asked: kit)
+    conditioner = Conditioner(
+        FaceService([], tmp_path / "cache"), Store(Folders(own=[tmp_path]), declarations.adapter_files())
+    )
     stream = io.BytesIO()
     Image.fromarray(np.full((224, 224, 3), 7, np.uint8)).save(stream, "PNG")
-    photo = Photo.of(stream.getvalue(), aligned=True)
-    asked = request(identities=(Identity((photo,), start=0.1, options=OWN),))
-    made = Conditioner(FaceService([], tmp_path / "cache"), store).prepare(asked, (64, 64))
-    (person,) = made.people
-    assert made.adapter["toy"][0] == "toy_small.safetensors" and person.crops[0].shape == (224, 224, 3)
-    assert (person.strength, person.start) == (0.25, 0.1)
+    person = Identity((Photo.of(stream.getvalue(), aligned=True),), start=0.1, options=OWN)
+    made = conditioner.prepare(request(identities=(person,), checkpoint="small"), (64, 64))
+    (one,) = made.people
+    assert made.adapter["toy"][0] == "toy_small.safetensors" and one.crops[0].shape == (224, 224, 3)
+    assert (one.strength, one.start) == (0.25, 0.1)
     rule = made.rule()
-    assert [rule.active(progress) for progress in (0.0, 0.1)] == [False, True] and rule.people == [person]
-    with pytest.raises(PortraitError, match="a kit of toy"):
-        Conditioner(FaceService([], tmp_path / "cache"), store).check(PortraitRequest(method=DEFAULT))
+    assert [rule.active(progress) for progress in (0.0, 0.1)] == [False, True] and rule.people == [one]
+    with pytest.raises(PortraitError, match="small"):
+        conditioner.check(PortraitRequest(checkpoint="small"))

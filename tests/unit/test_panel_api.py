@@ -13,7 +13,7 @@ from PIL import Image
 
 from lib_portrait.checkpoints import Folders, Store
 from lib_portrait.errors import PortraitError
-from lib_portrait.methods.declarations import NAMES
+from lib_portrait.methods.declarations import NAMES, adapter_files
 from lib_portrait.request import Limits, Photo
 from lib_portrait.webui import api
 
@@ -209,7 +209,7 @@ def test_methods():
 
 
 def test_models_say_what_is_missing_and_where_it_goes(tmp_path):
-    answer = api.list_models(Store(Folders(own=[tmp_path])))
+    answer = api.list_models(Store(Folders(own=[tmp_path]), adapter_files()))
     kit = next(kit for kit in answer["checkpoints"] if kit["name"] == "sd15")
     assert not kit["usable"]
     assert {gap["role"] for gap in kit["missing"]} == {"faceid", "router", "backbone", "vision"}

@@ -15,8 +15,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from lib_portrait.checkpoints import Folders, Kit, Store
+from lib_portrait.checkpoints import Folders, Store
 from lib_portrait.errors import NoSuchFace, PortraitError
+from lib_portrait.methods.declarations import adapter_files
+from lib_portrait.methods.declarations.uniportrait import FILES
 from lib_portrait.request import Identity, Limits, Mix, Photo, PortraitRequest, Region, parse_request
 from lib_portrait.webui import values as layout
 from lib_portrait.webui.values import (
@@ -209,7 +211,7 @@ def test_a_face_that_is_not_there_is_counted_from_one(found, problem):
 
 
 def test_missing_weights_name_the_button_instead_of_folders(tmp_path):
-    store = Store(Folders(own=[tmp_path / "own"], shared={"vision": [tmp_path / "shared"]}))
+    store = Store(Folders([tmp_path / "own"], {"vision": [tmp_path / "shared"]}), adapter_files())
     with pytest.raises(PortraitError) as caught:
         store.kit()
     error = said_in_panel(caught.value, [1])
@@ -221,9 +223,13 @@ def test_missing_weights_name_the_button_instead_of_folders(tmp_path):
 
 
 def test_a_missing_router_says_whom_it_is_for(tmp_path):
+    for weight in FILES.published:
+        (tmp_path / weight.filename.replace("_sd15", "_mine")).touch()
+        (tmp_path / weight.filename).touch()
     for name, button in (("sd15", True), ("mine", False)):
+        (tmp_path / f"uniportrait-router_{name}.bin").unlink()
         with pytest.raises(PortraitError) as caught:
-            Kit(name, tmp_path / f"uniportrait-faceid_{name}.bin", None, tmp_path, tmp_path).routed()
+            Store(Folders([tmp_path]), adapter_files()).kit(name).check_people(2)
         error = said_in_panel(caught.value, [1, 2])
         assert "several people need its router" in error.problem and error.field == "Identities"
         assert ("Download missing weights" in error.remedy) is button

@@ -913,11 +913,13 @@ def test_a_fault_that_a_neighbour_swallows_is_raised_at_the_end(host: Host) -> N
 # ------------------------------------------------------------------------------------------------ what the host loaded
 
 
-def test_automatic_is_the_worlds_adapter_where_the_world_is_loaded(host: Host) -> None:
+def test_automatic_is_the_adapter_that_was_made_for_the_loaded_text_encoder(host: Host) -> None:
     session, request = sys.modules["lib_portrait.webui.session"], sys.modules["lib_portrait.request"]
     asked = request.parse_request(ask({"photos": [ADA]}, checkpoint=AUTOMATIC)[0])
     assert session.resolved(asked).checkpoint == "small"
-    host.shared.sd_model.cond_stage_model = SimpleNamespace(wrapped=SimpleNamespace(portrait_world=True))
+    sizes = {"hidden_size": 96, "num_hidden_layers": 4, "num_attention_heads": 4, "max_position_embeddings": 77}
+    encoder = SimpleNamespace(transformer=SimpleNamespace(config=SimpleNamespace(**sizes)))
+    host.shared.sd_model.cond_stage_model = SimpleNamespace(wrapped=encoder)
     assert session.resolved(asked).checkpoint == "world"
     named = request.parse_request(one()[0])
     assert session.resolved(named) is named

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import io
 import math
-from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
@@ -17,31 +16,29 @@ from lib_portrait.checkpoints.store import Folders, Store
 from lib_portrait.conditioning import Conditioner, Conditioning
 from lib_portrait.errors import PortraitError
 from lib_portrait.faces.service import FaceService
+from lib_portrait.methods.declarations import adapter_files
 from lib_portrait.request import Identity, Photo, PortraitRequest, Region
-from lib_portrait.standalone import model as model_module
 from lib_portrait.standalone.host import encode_prompts
 from lib_portrait.standalone.model import Model
 from lib_portrait.standalone.sampling import Sampling, sample
 from tests.parity.unets import ldm_unet
-from tests.small_networks import small_kit, small_model, small_text_folder
+from tests.small_networks import small_kit, small_model
 
 SIZE = {"width": 64, "height": 64, "steps": 3}
 
 
 @pytest.fixture(scope="module")
-def model(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Model]:
-    folder = tmp_path_factory.mktemp("world") / "text"
-    small_text_folder(folder)
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(model_module, "TEXT_FOLDER", folder)
-        yield small_model()
+def model() -> Model:
+    return small_model()
 
 
 @pytest.fixture(scope="module")
 def conditioner(tmp_path_factory: pytest.TempPathFactory) -> Conditioner:
     folder = tmp_path_factory.mktemp("kit")
     small_kit(folder, "small")
-    return Conditioner(FaceService([], folder / "cache"), Store(Folders(own=[folder]), folder / "cache"))
+    return Conditioner(
+        FaceService([], folder / "cache"), Store(Folders(own=[folder]), adapter_files(), folder / "cache")
+    )
 
 
 def face(seed: int) -> Photo:

@@ -19,7 +19,6 @@ pytest.importorskip("accelerate", reason="the trainer's requirements are not ins
 from accelerate.state import AcceleratorState, GradientState
 
 import portrait as command_line
-from lib_portrait.checkpoints import registry
 from lib_portrait.checkpoints.formats import read_header, write_tensors
 from lib_portrait.checkpoints.hashes import file_sha256
 from lib_portrait.checkpoints.kit import StoredFile, read_manifest
@@ -27,10 +26,11 @@ from lib_portrait.checkpoints.store import Folders, Store
 from lib_portrait.errors import PortraitError
 from lib_portrait.faces import service
 from lib_portrait.faces.detection import Detector, Face
+from lib_portrait.methods.declarations import adapter_files
+from lib_portrait.methods.declarations.uniportrait import FILES
 from lib_portrait.standalone import generation
-from lib_portrait.standalone import model as model_module
 from lib_portrait.standalone.model import save_model
-from tests.small_networks import small_model, small_text_folder, tiny_backbone, tiny_vision
+from tests.small_networks import small_model, tiny_backbone, tiny_vision
 from trainer import companions
 from trainer.companions import Companion, beside, encoders, named, stored_file, unnamed
 from trainer.shards import FaceRecord, Record, encode_png, writing
@@ -55,8 +55,6 @@ def fresh_accelerate(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 @pytest.fixture
 def somewhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A checkpoint, photos and shards of small random networks; the face networks lie in a folder of their own."""
-    small_text_folder(tmp_path / "text")
-    monkeypatch.setattr(model_module, "TEXT_FOLDER", tmp_path / "text")
     monkeypatch.setattr(service, "get_detector", lambda name, folders: Detector("portrait", "1", portrait_of))
     monkeypatch.setattr(generation, "CACHE", tmp_path / "cache")
     save_model(small_model(), tmp_path / "base.safetensors")
@@ -113,8 +111,8 @@ def test_both_stages_work_at_once_where_they_were_exported(somewhere: Path) -> N
     shutil.copyfile(own / "eyes.safetensors", later / "a.safetensors")
     shutil.copyfile(own / "clip.safetensors", later / "b.safetensors")
     save_file(dict(tiny_backbone(24).state_dict()), later / "eyes.safetensors")
-    kit = Store(Folders([later])).kit("mine")
-    assert (kit.backbone.name, kit.vision.name) == ("a.safetensors", "b.safetensors")
+    kit = Store(Folders([later]), adapter_files()).kit("mine")
+    assert [kit.files[role].name for role in ("backbone", "vision")] == ["a.safetensors", "b.safetensors"]
     assert portrait(*draw, "--models", later, "--face", somewhere / "ada.png") == 0
 
     for stage, export in ((1, one / "export"), (2, two / "export")):
@@ -213,7 +211,8 @@ def test_a_bare_name_that_leads_nowhere_or_elsewhere_is_told(
 def test_features_of_an_unnamed_network_that_is_not_the_published_one_are_told(
     models: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    published = registry.by_role("vision")
+    published = FILES.known("vision")
+    assert published is not None
     there = file_of(models, published.filename, 1.0)
     for hashes in ({}, {"vision": file_sha256(there)}, {"vision": published.sha256 or ""}):
         unnamed("vision", hashes, [models])
@@ -226,19 +225,21 @@ def test_features_of_an_unnamed_network_that_is_not_the_published_one_are_told(
 
 def test_a_manifest_tells_of_each_network_what_is_known(tmp_path: Path, models: Path) -> None:
     lone = file_of(tmp_path / "own", "lone.safetensors", 1.0)
-    published = file_of(models, registry.by_role("vision").filename, 2.0)
+    known = FILES.known("vision")
+    assert known is not None
+    published = file_of(models, known.filename, 2.0)
     hashes = {"backbone": file_sha256(lone), "vision": file_sha256(published), "vae": "0" * 64}
-    assert encoders([named("backbone", str(lone), hashes, [models])], hashes, [models]) == {
+    assert encoders(FILES, [named("backbone", str(lone), hashes, [models])], hashes, [models]) == {
         "backbone": stored_file(lone),
         "vision": stored_file(published),
     }
     lone.unlink()
     published.unlink()
-    assert encoders([Companion("backbone", "lone.safetensors", None)], hashes, [models]) == {
+    assert encoders(FILES, [Companion("backbone", "lone.safetensors", None)], hashes, [models]) == {
         "backbone": StoredFile("lone.safetensors", hashes["backbone"]),
         "vision": StoredFile(published.name, hashes["vision"]),
     }
-    assert encoders([], {}, [models]) == {}
+    assert encoders(FILES, [], {}, [models]) == {}
 
 
 def test_a_router_goes_with_the_faceid_of_its_first_stage_under_its_own_name(tmp_path: Path, models: Path) -> None:
@@ -248,7 +249,7 @@ def test_a_router_goes_with_the_faceid_of_its_first_stage_under_its_own_name(tmp
     write_tensors(faceid, {"a": torch.ones(1)}, {"backbone": "eyes.safetensors", "vision": "gone.safetensors"})
     target = tmp_path / "export"
     target.mkdir()
-    for companion in beside(faceid, "second"):
+    for companion in beside(faceid, FILES, "second"):
         companion.bring(target, [models])
     assert sorted(path.name for path in target.iterdir()) == [
         "eyes.safetensors",

@@ -76,9 +76,10 @@ class ModelArtist:
         if self.conditioner is None or not people:
             return self.hashes
         kit = self.conditioner.store.kit(self.name)
-        files = {"faceid": kit.faceid, "backbone": kit.backbone, "vision": kit.vision}
-        if people > 1:
-            files["router"] = kit.routed()
+        kit.check_people(people)
+        # What several people need is not read for one.
+        unread = {part.role for files in self.conditioner.store.methods for part in files.parts if part.people > people}
+        files = {role: path for role, path in kit.files.items() if role not in unread}
         return {**self.hashes, **{role: self.conditioner.store.sha256(path) for role, path in files.items()}}
 
     def draw(self, samplings: Sequence[Sampling], request: PortraitRequest | None) -> list[tuple[Image, Tensor | None]]:

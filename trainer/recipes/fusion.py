@@ -22,7 +22,7 @@ from lib_portrait.checkpoints.kit import SUFFIX, Manifest, bare_name, write_mani
 from lib_portrait.errors import PortraitError
 from lib_portrait.methods.fusion import STEP, FaceFusion, FusedIdentity, FusionRule, HiddenStates, Properties
 from lib_portrait.standalone.host import encode_prompts
-from lib_portrait.standalone.model import Model, load_model, text_encoder_of
+from lib_portrait.standalone.model import Model, load_model
 from trainer import companions
 from trainer.diffusion import NoiseSchedule, add_face_weight, emphasised
 from trainer.drawing import STEPS, draw, guided
@@ -43,7 +43,7 @@ class FusionRecipe(Recipe):
     def __init__(self, options: argparse.Namespace):
         super().__init__()
         self.adapter_name = bare_name(options.name, "name")
-        self.base = options.checkpoint
+        self.base, self.licence = options.checkpoint, options.licence
         self.gamma, self.face_weight = options.gamma, options.face_weight
         model = load_model(options.checkpoint)
         model.unet.requires_grad_(False).eval()
@@ -165,15 +165,12 @@ class FusionRecipe(Recipe):
         properties = self.adapter.properties.to_metadata()
         features = {"features": str(sorted(self.data.features.hashes.items()))}
         write_tensors(path, tensors, {**facts, **features, **properties})
-        side = self.model.size
         manifest = Manifest(
             name=self.adapter_name,
             method="fusion",
             adapter={"fusion": path.name},
-            base=companions.stored_file(self.base),
-            text_encoder=text_encoder_of(self.model.text_encoder),
-            picture=(side, side),
             training={**facts, **properties},
+            **companions.of_base(self.base, self.model, self.licence),
         )
         write_manifest(folder / f"{self.adapter_name}{SUFFIX}", manifest)
 
@@ -182,6 +179,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--checkpoint", type=Path, required=True, help="the base model, a single SD1.5 file")
     parser.add_argument("--name", required=True, help="NAME in fusion_NAME.safetensors")
     parser.add_argument("--initial", type=Path, help="a file to begin with")
+    parser.add_argument("--licence", metavar="TEXT", help="of the adapter, for its manifest; default: the base kit's")
     parser.add_argument(
         "--reference-t",
         default="0",

@@ -30,13 +30,13 @@ from lib_portrait.checkpoints.formats import read_tensors, write_tensors
 from lib_portrait.checkpoints.hashes import file_sha256
 from lib_portrait.checkpoints.kit import SUFFIX, Manifest, bare_name, write_manifest
 from lib_portrait.errors import PortraitError
+from lib_portrait.faces.heatmap_detector import open_detector
 from lib_portrait.faces.recognition import Backbone, backbone_from_state_dict
-from lib_portrait.faces.world_detector import open_detector
-from lib_portrait.methods.declarations.uniportrait import DECLARATION
+from lib_portrait.methods.declarations.uniportrait import DECLARATION, FILES
 from lib_portrait.methods.uniportrait import IDEmbedding
 from lib_portrait.options import defaults
 from lib_portrait.routing_picture import draw_routing
-from lib_portrait.standalone.model import Model, load_model, text_encoder_of
+from lib_portrait.standalone.model import Model, load_model
 from trainer import companions
 from trainer.diffusion import NoiseSchedule, add_face_weight, emphasised
 from trainer.drawing import STEPS, draw, guided
@@ -99,7 +99,7 @@ class UniPortraitRecipe(Recipe):
             raise PortraitError("identity-weight", "it is for local features", "Give it without global.")
         self.dropping = not options.no_dropping
         self.adapter_name = bare_name(options.name, "name")
-        self.base = options.checkpoint
+        self.base, self.licence = options.checkpoint, options.licence
         model = load_model(options.checkpoint)
         self.schedule = NoiseSchedule(model.schedule)
         steps = len(self.schedule.alphas_bar)
@@ -116,7 +116,7 @@ class UniPortraitRecipe(Recipe):
         given = {"backbone": options.backbone, "vision": options.vision}
         self.companions = [companions.named(role, text, hashes) for role, text in given.items() if text]
         if self.stage == 2 and options.faceid is not None:
-            self.companions = companions.beside(options.faceid, self.adapter_name)
+            self.companions = companions.beside(options.faceid, FILES, self.adapter_name)
         elif self.stage == 1:
             for role in (role for role, text in given.items() if not text):
                 companions.unnamed(role, hashes)
@@ -372,16 +372,13 @@ class UniPortraitRecipe(Recipe):
         adapter: the file of this stage, by role.
         """
         first = {one.role: one.name for one in self.companions if one.role == "faceid"}
-        side = self.model.size
         manifest = Manifest(
             name=self.adapter_name,
-            method="uniportrait",
+            method=FILES.method,
             adapter={**first, **adapter},
-            encoders=companions.encoders(self.companions, self.data.features.hashes),
-            base=companions.stored_file(self.base),
-            text_encoder=text_encoder_of(self.model.text_encoder),
-            picture=(side, side),
+            encoders=companions.encoders(FILES, self.companions, self.data.features.hashes),
             training=facts,
+            **companions.of_base(self.base, self.model, self.licence),
         )
         write_manifest(folder / f"{self.adapter_name}{SUFFIX}", manifest)
 
@@ -444,6 +441,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--stage", type=int, choices=(1, 2), default=1)
     parser.add_argument("--checkpoint", type=Path, required=True, help="the base model, a single SD1.5 file")
     parser.add_argument("--name", required=True, help="NAME in uniportrait-faceid_NAME.safetensors")
+    parser.add_argument("--licence", metavar="TEXT", help="of the adapter, for its manifest; default: the base kit's")
     parser.add_argument("--faceid", type=Path, help="stage 2: the faceid file of stage 1")
     parser.add_argument("--initial", type=Path, help="a file of the same stage to begin with; stage 2 takes its router")
     for role, what in (("backbone", "recognition network"), ("vision", "image encoder")):
