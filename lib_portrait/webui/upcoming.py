@@ -64,7 +64,7 @@ def check_checkpoint(adapter: Adapter, role: str, name: str) -> None:
         return
     entries, _ = read_header(path)
     found = sorted(shape for key, (_, shape) in entries.items() if re.fullmatch(_TEXT_KEYS, key))
-    wanted = sorted(tuple(weights.key.shape) for weights in adapter.sites.values() if weights.key is not None)
+    wanted = sorted(adapter.id_attentions.values())
     if found and found != wanted:
         raise PortraitError(
             role,
