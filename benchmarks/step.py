@@ -21,8 +21,14 @@ import torch.nn.functional as F
 from torch import nn
 
 from lib_portrait.attention import NEGATIVE, POSITIVE, Injection, Site, find_sites, mark
-from lib_portrait.attention.lora import LowRank
-from lib_portrait.methods.uniportrait import Adapter, IDEmbedding, Person, Router, SiteWeights, UniPortraitRule
+from lib_portrait.methods.uniportrait import (
+    Adapter,
+    IDEmbedding,
+    Person,
+    SiteLayers,
+    UniPortraitRule,
+    projection_sizes,
+)
 
 TOKENS, RANK, WIDTH = 16, 128, 768
 
@@ -64,31 +70,22 @@ def sd15_unet() -> nn.Module:
 def random_adapter(sites: list[Site]) -> Adapter:
     """An adapter of the released sizes (16 tokens, rank 128) with random weights."""
 
-    def weight(*shape: int) -> torch.Tensor:
-        return torch.randn(*shape) / shape[-1] ** 0.5
+    def layers(site: Site) -> SiteLayers:
+        made = SiteLayers()
+        for name, (inside, outside) in projection_sizes(site).items():
+            made.add_lora(name, inside, outside, RANK)
+        return made
 
-    def lora(site: Site) -> dict[str, LowRank]:
-        inside = {"to_q": site.channels, "to_k": site.context, "to_v": site.context, "to_out": site.inner}
-        outside = {"to_q": site.inner, "to_k": site.inner, "to_v": site.inner, "to_out": site.channels}
-        return {name: LowRank(weight(outside[name], RANK) * 0.1, weight(RANK, inside[name])) for name in inside}
-
-    def router(site: Site) -> Router:
-        c, d = site.channels, site.context
-        return Router(
-            theta=(weight(2 * c, c), torch.zeros(2 * c), weight(c, 2 * c)),
-            phi=(weight(2 * d, d), torch.zeros(2 * d), weight(c, 2 * d)),
-            aggregate=(weight(1, TOKENS), torch.zeros(1)),
-        )
-
-    weights = {}
+    faceid, router = ({site.index: layers(site) for site in sites} for _ in range(2))
     for site in sites:
-        single, multi = lora(site), lora(site)
         if site.cross:
-            key, value = weight(site.inner, site.context), weight(site.inner, site.context)
-            weights[site.index] = SiteWeights(single, multi, key, value, router(site))
-        else:
-            weights[site.index] = SiteWeights(single, multi)
-    return Adapter(IDEmbedding(64, 64, TOKENS, 64, WIDTH, 1), weights)
+            c, d = site.channels, site.context
+            faceid[site.index].add_id_attention(d, site.inner)
+            router[site.index].add_router((c, 2 * c, c), (d, 2 * d, c), TOKENS)
+    adapter = Adapter(IDEmbedding(64, 64, TOKENS, 64, WIDTH, 1), faceid, router)
+    for parameter in adapter.parameters():
+        parameter.data.normal_(std=parameter.shape[-1] ** -0.5)
+    return adapter.requires_grad_(False)
 
 
 def people(count: int) -> list[Person]:

@@ -204,9 +204,9 @@ def _tokens(tokenizer: CLIPTokenizer, text: str) -> Tensor:
     return torch.tensor(ids, dtype=torch.int32)
 
 
-def uncaptioned(tokens: Tensor) -> Tensor:
+def uncaptioned(caption_ids: Tensor) -> Tensor:
     """Tokens of the empty caption in place of these (B, 77)."""
-    empty = torch.full_like(tokens, END)
+    empty = torch.full_like(caption_ids, END)
     empty[:, 0] = START
     return empty
 

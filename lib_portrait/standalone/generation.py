@@ -23,7 +23,7 @@ from lib_portrait.conditioning import Conditioner
 from lib_portrait.errors import Notice, PortraitError
 from lib_portrait.faces.heatmap_detector import open_detector
 from lib_portrait.faces.service import FaceService
-from lib_portrait.methods.declarations import adapter_files
+from lib_portrait.methods.declarations import adapter_files, declaration
 from lib_portrait.request import AUTOMATIC, Limits, PortraitRequest, to_json
 from lib_portrait.routing_picture import Legend, draw_routing
 from lib_portrait.standalone.measuring import Likeness, Measurer, owners_of, shows_everybody
@@ -110,7 +110,7 @@ class Studio:
             mean = routing.mean() if routing is not None else None
             maps: Sequence[Image.Image | None] = [None] * len(pictures)
             owners: Sequence[torch.Tensor | None] = [None] * len(pictures)
-            if mean is not None and request is not None and request.show_routing:
+            if mean is not None and request is not None and request.shows_maps:
                 maps = draw_routing(pictures, list(mean), legend=legend)
             if mean is not None and mean.shape[1] > 1:
                 owners = [owners_of(own) for own in mean]
@@ -196,7 +196,7 @@ class Comparison:
 
 
 def _routed(request: PortraitRequest) -> bool:
-    return request.show_routing or len(request.identities) > 1
+    return bool(request.declaration.maps) and (request.shows_maps or len(request.identities) > 1)
 
 
 def _device(asked: str | None) -> str:
@@ -297,7 +297,7 @@ class Results:
         notes = [", ".join(f"{name} {facts[name]}" for name in ("checkpoint", "adapter", "device") if name in facts)]
         first = self.pictures[0]
         told = [f"{first['width']}x{first['height']}", f"{first['steps']} steps of {first['sampler']}"]
-        notes.append(", ".join([*told, f"guidance {first['guidance']:g}", *_scales(facts)]))
+        notes.append(", ".join([*told, f"guidance {first['guidance']:g}", *_options_said(facts)]))
         measured = [f"{text[0].upper()}{text[1:]}." for text in (summary, facts.get("measuring")) if text]
         notes.append(" ".join(measured))
         draw_sheet(title, notes, sections).save(self.folder / "sheet.png")
@@ -311,7 +311,7 @@ def _facts(studio: Studio, request: PortraitRequest | None, comparison: Comparis
     facts: dict[str, Any] = {"checkpoint": studio.checkpoint.name, "device": studio.device}
     if request is not None:
         facts |= {"adapter": studio.store.kit(request.checkpoint, request.method).name, "request": to_json(request)}
-        facts |= {"scale": request.scale, "lora_scale": request.lora_scale, "filter_crops": studio.faces.filter_crops}
+        facts |= {"method": request.method, **request.options, "filter_crops": studio.faces.filter_crops}
     if comparison is not None:
         facts["measuring"] = comparison.note
     if studio.notices:
@@ -319,9 +319,9 @@ def _facts(studio: Studio, request: PortraitRequest | None, comparison: Comparis
     return facts
 
 
-def _scales(facts: Mapping[str, Any]) -> list[str]:
-    named = {"ID scale": "scale", "LoRA scale": "lora_scale"}
-    return [f"{name} {facts[key]:g}" for name, key in named.items() if key in facts]
+def _options_said(facts: Mapping[str, Any]) -> list[str]:
+    options = declaration(facts["method"]).options if "method" in facts else ()
+    return [text for option in options if (text := option.said(facts[option.name]))]
 
 
 # ------------------------------------------------------------------------------------------------------------ two ways
@@ -401,7 +401,7 @@ def draw_samples(
         singles.append([*row, *(Cell(one.picture, measured(one, [i])) for one in drawn)])
     pairs = []
     for i, j in zip(range(0, len(people), 2), range(1, len(people), 2)):
-        request = replace(everyone, identities=(everyone.identities[i], everyone.identities[j]), show_routing=True)
+        request = replace(everyone, identities=(everyone.identities[i], everyone.identities[j])).with_maps()
         both = both_words(people[i].word, people[j].word)
         prompts = [prompt.format(both=both) for prompt in samples.two]
         row = [Cell(_opened(people[k].photos[0]), [f"reference: {people[k].name}"]) for k in (i, j)]

@@ -16,7 +16,6 @@ import re
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import fields
 from html import escape
 from pathlib import Path
 from typing import Any
@@ -24,9 +23,11 @@ from typing import Any
 from lib_portrait.checkpoints import KitStatus, KnownWeight, Missing
 from lib_portrait.checkpoints.store import AUTOMATIC
 from lib_portrait.errors import NoSuchFace, PortraitError
-from lib_portrait.request import HASH_PREFIX, METHODS, Identity, Limits, Mix, Photo, PortraitRequest, parse_request
-from lib_portrait.webui import adetailer, checkpoint, paste, services, settings
+from lib_portrait.methods.declarations import declaration, declarations
+from lib_portrait.request import END, HASH_PREFIX, START, WEIGHT, Limits, Photo, parse_request
+from lib_portrait.webui import adetailer, checkpoint, option_controls, paste, services, settings
 from lib_portrait.webui import values as layout
+from lib_portrait.webui.option_controls import Label, slider
 from lib_portrait.webui.paste import message_html
 
 REFRESH = "\U0001f504"
@@ -35,26 +36,16 @@ CROP_SIDE = 112
 IMAGE_TYPES = [".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".avif", ".heic", ".heif"]
 DOWNLOAD_PERIOD = 0.5
 FACE_SIDE = 40
-# The panel's controls that the host keeps as defaults (Settings > Defaults): no photo is one, nor whether it is used.
-DEFAULTS = (
-    "checkpoint",
-    "scale",
-    "lora_scale",
-    "show_routing",
-    "structure",
-    "start",
-    "end",
-    "mix1_weight",
-    "mix2_weight",
-)
+# Which of the panel's controls the host keeps as defaults (Settings > Defaults), beside those of options: no photo is
+# one, nor whether it is used.
+DEFAULTS = ("checkpoint", START.name, END.name, *(f"{slot}_{WEIGHT.name}" for slot in layout.MIXES))
 
 
 # ----------------------------------------------------------------------------------------------------------- building
 
 
 def build(script: Any, is_img2img: bool) -> list[Any]:
-    """Builds the panel inside the host's interface; its inputs in the order of `values`, those of N identities, and
-    after them one that nobody sees.
+    """Builds the panel inside the host's interface; its inputs in the order of `values.controls`.
 
     Sets the script's `infotext_fields` and `paste_field_names`. The host calls `ui` again on the same script to ask
     for the defaults of its API: it gets the controls that are there.
@@ -81,20 +72,23 @@ def build(script: Any, is_img2img: bool) -> list[Any]:
             _connect_photos(top["enabled"], block, name)
         _connect_region(gr, block, tab)
 
-    controls = [top[name] for name in layout.GLOBAL_FIELDS]
-    controls += [block[name] for block in blocks for name in layout.IDENTITY_FIELDS]
-    names = paste.positions(identities)
-    for name, control in zip(names, controls, strict=True):
-        control.do_not_save_to_config = name not in DEFAULTS
+    option_controls.connect_method(top, blocks)
+
+    # Where a list of the API is longer than the panel, what comes next lands here, and is refused.
+    top[layout.BEYOND.name] = gr.Textbox(value=layout.NOTHING_BEYOND, visible=False)
+    placed = layout.controls(identities)
+    controls = [(top if one.tab is None else blocks[one.tab - 1])[option_controls.key(one)] for one in placed]
+    kept = {*DEFAULTS, *(option.name for one in declarations() for option in (*one.options, *one.identity_options))}
+    for one, control in zip(placed, controls, strict=True):
+        control.do_not_save_to_config = one.name not in kept
     readers = [paste.reader(position, identities, services.named) for position in range(len(controls))]
+    sent = zip(controls, readers, placed, strict=True)
+    read = [(control, reader, one) for control, reader, one in sent if one is not layout.BEYOND]
     script.infotext_fields = [
-        *zip(controls, readers, strict=True),
+        *((control, reader) for control, reader, _ in read),
         (pasted, lambda params: paste.message_update(params, identities, services.named)),
     ]
-    script.paste_field_names = [read for name, read in zip(names, readers, strict=True) if paste.sendable(name)]
-    # Where a list of the API is longer than the panel, what comes next lands here, and is refused.
-    controls.append(gr.Textbox(value=layout.NOTHING_BEYOND, visible=False))
-    controls[-1].do_not_save_to_config = True
+    script.paste_field_names = [reader for _, reader, one in read if paste.sendable(one.name)]
     return controls
 
 
@@ -136,36 +130,6 @@ def kit_settings() -> list[Any]:
     return [*checkpoint.controls(manifest).values()]
 
 
-class _Label(str):
-    """A control's label, to which `whose` is added where it is formatted: "Scale" and "Scale of identity 2".
-
-    The host saves defaults by formatted labels (modules/ui_loadsave.py: add_block), and identities have the same ones.
-    """
-
-    def __new__(cls, text: str, whose: str) -> _Label:
-        made = super().__new__(cls, text)
-        made.whose = whose
-        return made
-
-    whose: str
-
-    def __format__(self, spec: str) -> str:
-        return format(f"{self!s} of {self.whose}", spec)
-
-
-def _slider(gr: Any, form: type, name: str, label: str, tooltip: str, elem_id: str) -> Any:
-    spec = next(item for item in fields(form) if item.name == name)
-    return gr.Slider(
-        minimum=spec.metadata["low"],
-        maximum=spec.metadata["high"],
-        step=0.01,
-        value=spec.default,
-        label=label,
-        tooltip=tooltip,
-        elem_id=elem_id,
-    )
-
-
 def _hidden_text(gr: Any, label: str, elem_id: str) -> Any:
     """A textbox that is in the page, so that scripts there reach it, but not seen (style.css)."""
     return gr.Textbox(value="", label=label, elem_id=elem_id, elem_classes=["portrait-kept"], container=False)
@@ -180,15 +144,10 @@ def _build_top(gr: Any, tab: str) -> dict[str, Any]:
     top: dict[str, Any] = {}
     with gr.Row(elem_classes=["portrait-switches"]):
         top["enabled"] = gr.Checkbox(False, label="Enable", elem_id=name("enabled"), tooltip="Draw the people below.")
-        top["show_routing"] = gr.Checkbox(
-            False,
-            label="Show routing map",
-            elem_id=name("show_routing"),
-            tooltip="Adds a picture to the results that shows which person went where.",
-        )
+        option_controls.build_maps(gr, top, name)
     choices = checkpoint_choices()
     with gr.Row(elem_classes=["portrait-models"]):
-        titles = [layout.METHOD_NAMES[method] for method in METHODS]
+        titles = [method.title for method in declarations()]
         top["method"] = gr.Dropdown(
             titles, value=titles[0], label="Method", elem_id=name("method"), tooltip="How identities reach the picture."
         )
@@ -219,40 +178,37 @@ def _build_top(gr: Any, tab: str) -> dict[str, Any]:
             elem_id=name("kit_settings"),
             tooltip="Sets size, sampler, steps and CFG scale above.",
         )
-    with gr.Row():
-        top["scale"] = _slider(
-            gr, PortraitRequest, "scale", "ID scale", "Strength of all people together.", name("scale")
-        )
-        top["lora_scale"] = _slider(
-            gr, PortraitRequest, "lora_scale", "LoRA scale", "Strength of the adapter's LoRA.", name("lora_scale")
-        )
+    for method in declarations():
+        options = [option for option in method.options if option.name != method.maps]
+        option_controls.build_options(gr, top, method, options, "", name)
 
-    def judge(chosen: str) -> list[Any]:
+    def judge(chosen: str, title: str) -> list[Any]:
         loaded = checkpoint.loaded()
-        message, loadable = weights_html(chosen, loaded)
+        message, loadable = weights_html(chosen, loaded, layout.method_of([True, title]).name)
         offered = loaded.manifest() is not None
         return [message + neighbours_html(), gr.update(visible=loadable), gr.update(visible=offered)]
 
-    def look_again(chosen: str) -> list[Any]:
-        choices = checkpoint_choices()
+    def look_again(chosen: str, title: str) -> list[Any]:
+        choices = checkpoint_choices(layout.method_of([True, title]).name)
         bare = str(chosen).removesuffix(layout.INCOMPLETE)
         # One that was pasted and is not here stays, to be said and refused.
         value = next((choice for choice in choices if choice.removesuffix(layout.INCOMPLETE) == bare), bare)
-        return [gr.update(choices=choices, value=value), *judge(value)]
+        return [gr.update(choices=choices, value=value), *judge(value, title)]
 
     # The badge in the panel's title follows the box, also where pasting has ticked it.
     top["enabled"].change(None, [], [], _js="portraitShowCounts")
-    judged = [weights, download, top["kit_settings"]]
-    refresh.click(look_again, [top["checkpoint"]], [top["checkpoint"], *judged], show_progress=False)
-    top["checkpoint"].change(judge, [top["checkpoint"]], judged, show_progress=False)
+    chosen, judged = [top["checkpoint"], top["method"]], [weights, download, top["kit_settings"]]
+    refresh.click(look_again, chosen, [top["checkpoint"], *judged], show_progress=False)
+    top["method"].change(look_again, chosen, [top["checkpoint"], *judged], show_progress=False)
+    top["checkpoint"].change(judge, chosen, judged, show_progress=False)
 
-    def fetch(chosen: str) -> Iterator[list[Any]]:
-        for message in download_missing(chosen, checkpoint.loaded()):
+    def fetch(chosen: str, title: str) -> Iterator[list[Any]]:
+        for message in download_missing(chosen, checkpoint.loaded(), layout.method_of([True, title]).name):
             yield [paste.UNCHANGED, message, gr.update(interactive=False)]
-        choices, _, visible, _ = look_again(chosen)
+        choices, _, visible, _ = look_again(chosen, title)
         yield [choices, message, {**visible, "interactive": True}]
 
-    download.click(fetch, [top["checkpoint"]], [top["checkpoint"], weights, download], show_progress=False)
+    download.click(fetch, chosen, [top["checkpoint"], weights, download], show_progress=False)
     return top
 
 
@@ -279,16 +235,11 @@ def _build_identity(gr: Any, tab: str, index: int) -> dict[str, Any]:
             block["spread_kept"] = _hidden_text(gr, "Photos before and after", name("spread_kept"))
             block["spread_kept"].do_not_save_to_config = True
     whose = f"identity {index + 1}"
+    for method in declarations():
+        option_controls.build_options(gr, block, method, method.identity_options, whose, name)
     with gr.Row():
-        label, tooltip = _Label("Scale", whose), "Strength of this person, times the ID scale above."
-        block["scale"] = _slider(gr, Identity, "scale", label, tooltip, name("scale"))
-        label, tooltip = _Label("Face structure (β)", whose), "More: more alike, less freedom."
-        block["structure"] = _slider(gr, Identity, "structure", label, tooltip, name("structure"))
-    with gr.Row():
-        label, tooltip = _Label("Start", whose), "Share of the steps after which this person comes in."
-        block["start"] = _slider(gr, Identity, "start", label, tooltip, name("start"))
-        label, tooltip = _Label("End", whose), "Share of the steps after which this person is left out."
-        block["end"] = _slider(gr, Identity, "end", label, tooltip, name("end"))
+        for end in (START, END):
+            block[end.name] = slider(gr, end, Label(end.title, whose), name(end.name))
     block["region"] = gr.Radio(
         [(title, kind) for kind, title in layout.REGION_NAMES.items()],
         value=layout.ROUTED,
@@ -321,12 +272,17 @@ def _build_identity(gr: Any, tab: str, index: int) -> dict[str, Any]:
             block["canvas_size"] = gr.Textbox(visible=False)
         block["mask"] = _hidden_text(gr, "Kept mask", name("mask"))
         block["mask_found"] = gr.HTML(elem_id=name("mask_found"))
-    with gr.Accordion("Mix in other people", open=False, elem_id=name("mix"), elem_classes=["portrait-mix"]):
+    with gr.Accordion(
+        "Mix in other people",
+        open=False,
+        visible=layout.DEFAULT.mixes,
+        elem_id=name("mix"),
+        elem_classes=["portrait-mix"],
+    ) as block[option_controls.MIXED]:
         for number, slot in enumerate(layout.MIXES, start=1):
             _build_photos(gr, block, f"{slot}_photos", f"Photos of mixed-in person {number}", name)
-            label = _Label("Share", f"mixed-in person {number} of {whose}")
-            tooltip = "Share of this person in the identity."
-            block[f"{slot}_weight"] = _slider(gr, Mix, "weight", label, tooltip, name(f"{slot}_weight"))
+            label = Label(WEIGHT.title, f"mixed-in person {number} of {whose}")
+            block[f"{slot}_weight"] = slider(gr, WEIGHT, label, name(f"{slot}_weight"))
     return block
 
 
@@ -460,7 +416,8 @@ def _said(error: Exception) -> PortraitError:
 
 def _kept_photo(entry: Any, limits: Limits) -> Photo:
     """A stored photo as a request has it, checked as there: the textbox is in the page, and anyone may write to it."""
-    form = layout.request_from_values([True, *[None] * 5, None, layout.stored_text([entry])], limits)
+    values = [True, *[None] * len(layout.GLOBAL_FIELDS), layout.stored_text([entry])]
+    form = layout.request_from_values(values, limits)
     assert form is not None
     return parse_request(form, limits).identities[0].photos[0]
 
@@ -694,7 +651,7 @@ def blank_canvas(size: str) -> Any:
 # ------------------------------------------------------------------------------------------------------------ weights
 
 
-def checkpoint_choices(method: str = METHODS[0]) -> list[str]:
+def checkpoint_choices(method: str = layout.DEFAULT.name) -> list[str]:
     """The choices of the checkpoint control."""
     kits = services.store().kits(method)
     return [AUTOMATIC] + [kit.name + ("" if kit.usable else layout.INCOMPLETE) for kit in kits]
@@ -709,7 +666,7 @@ def _wanted(chosen: str, loaded: checkpoint.Loaded, method: str) -> tuple[str, K
     return name, next((kit for kit in services.store().kits(method) if kit.name == name), None)
 
 
-def weights_html(chosen: str, loaded: checkpoint.Loaded, method: str = METHODS[0]) -> tuple[str, bool]:
+def weights_html(chosen: str, loaded: checkpoint.Loaded, method: str = layout.DEFAULT.name) -> tuple[str, bool]:
     """What the loaded checkpoint lacks to draw people, or what is to be known of it (HTML, or ""); and whether a
     download would help.
 
@@ -717,7 +674,7 @@ def weights_html(chosen: str, loaded: checkpoint.Loaded, method: str = METHODS[0
     """
     if loaded.family not in (checkpoint.SD15, None):
         text = (
-            f"{layout.METHOD_NAMES[method]} needs a checkpoint of the SD1.5 family, and the loaded one is "
+            f"{declaration(method).title} needs a checkpoint of the SD1.5 family, and the loaded one is "
             f"{loaded.family}. Load another."
         )
         return message_html(text, "warning"), False
@@ -766,7 +723,7 @@ def _missing_html(text: str, gaps: Sequence[Missing], kind: str) -> str:
     return f'<div class="portrait-message portrait-{kind}" role="alert">{text}{which}</div>'
 
 
-def download_missing(chosen: str, loaded: checkpoint.Loaded, method: str = METHODS[0]) -> Iterator[str]:
+def download_missing(chosen: str, loaded: checkpoint.Loaded, method: str = layout.DEFAULT.name) -> Iterator[str]:
     """Downloads the published files that a choice of the checkpoint control lacks; messages (HTML) on how it goes, the
     last on how it ended.
 

@@ -62,8 +62,8 @@ def conditioner(folder: Path, tmp_path: Path) -> Conditioner:
     return Conditioner(FaceService([], tmp_path), Store(Folders(own=[folder]), adapter_files(), tmp_path))
 
 
-def ask(*identities: Identity, **changes) -> PortraitRequest:
-    return PortraitRequest(identities=identities, checkpoint=changes.pop("checkpoint", "small"), **changes)
+def ask(*identities: Identity, checkpoint: str = "small", **options: float) -> PortraitRequest:
+    return PortraitRequest(identities=identities, checkpoint=checkpoint, options=options)
 
 
 def tokens(conditioner: Conditioner, *identities: Identity, kind: int = POSITIVE) -> list[torch.Tensor]:
@@ -71,7 +71,8 @@ def tokens(conditioner: Conditioner, *identities: Identity, kind: int = POSITIVE
 
 
 def test_people_carry_what_was_asked_for(conditioner: Conditioner) -> None:
-    request = ask(Identity((face(1),), scale=0.5, start=0.1, end=0.8), Identity((face(2),), structure=1.0), scale=0.6)
+    weak = Identity((face(1),), start=0.1, end=0.8, options={"scale": 0.5})
+    request = ask(weak, Identity((face(2),), options={"structure": 1.0}), scale=0.6)
     one, two = conditioner.prepare(request, SIZE).people
     assert (one.scale, one.start, one.end, one.region) == (0.3, 0.1, 0.8, None)
     assert two.scale == 0.6
@@ -217,7 +218,7 @@ def test_a_scale_of_0_is_noticed(conditioner: Conditioner) -> None:
     def noticed(*identities: Identity, **changes) -> list[str]:
         return [str(notice) for notice in conditioner.prepare(ask(*identities, **changes), SIZE).notices]
 
-    one, none = Identity((face(1),)), Identity((face(2),), scale=0.0)
+    one, none = Identity((face(1),)), Identity((face(2),), options={"scale": 0.0})
     assert noticed(one, none) == ["identities[1].scale: it is 0: this person is not drawn."]
     assert noticed(one, none, scale=0.0) == ["scale: it is 0: nobody is drawn."]
     assert noticed(one, lora_scale=0.0) == ["lora_scale: it is 0: the adapter's LoRA is left out."]

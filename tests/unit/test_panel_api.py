@@ -13,8 +13,8 @@ from PIL import Image
 
 from lib_portrait.checkpoints import Folders, Store
 from lib_portrait.errors import PortraitError
-from lib_portrait.methods.declarations import adapter_files
-from lib_portrait.request import METHODS, Limits, Photo
+from lib_portrait.methods.declarations import NAMES, adapter_files
+from lib_portrait.request import Limits, Photo
 from lib_portrait.webui import api
 
 LIMITS = Limits()
@@ -205,7 +205,7 @@ def test_errors_have_the_hosts_form_and_the_field():
 
 
 def test_methods():
-    assert [method["name"] for method in api.list_methods()["methods"]] == list(METHODS)
+    assert [method["name"] for method in api.list_methods()["methods"]] == list(NAMES)
 
 
 def test_models_say_what_is_missing_and_where_it_goes(tmp_path):

@@ -536,7 +536,7 @@ def test_what_no_download_brings_is_not_called_there(panel, host):
 
 
 def test_labels_are_told_apart_where_the_host_saves_defaults_by_them(panel):
-    first, second = (panel._Label("Scale", f"identity {number}") for number in (1, 2))
+    first, second = (panel.Label("Scale", f"identity {number}") for number in (1, 2))
     assert first == second == "Scale" and json.dumps(first) == '"Scale"'
     assert (f"txt2img/{first}", f"txt2img/{second}") == ("txt2img/Scale of identity 1", "txt2img/Scale of identity 2")
 

@@ -276,7 +276,8 @@ def test_a_fault_is_said_in_the_panels_words_where_the_request_comes_from_there(
     blank = layout.identity_values(None)
     photos = f'["sha256:{64 * "0"}"]'
     blocks = [blank, {**blank, "photos": photos}]
-    values = (True, "UniPortrait", "small", 1.0, 1.0, False, *(block[name] for block in blocks for name in blank), "")
+    own = (True, "UniPortrait", "small", 1.0, 1.0, False, *(block[name] for block in blocks for name in blank))
+    values = (*own, layout.NOTHING_BEYOND, *(None for _ in layout.further_controls(2)))
     assert refused(host, Processing(host, values)).field == "Identity 2, photo 1"
 
 
@@ -705,13 +706,13 @@ def test_a_fault_is_raised_through_a_neighbours_wrapper(host: Host) -> None:
 
 
 def test_the_request_is_in_the_parameters_of_every_picture(host: Host) -> None:
-    from lib_portrait.request import from_infotext
+    from lib_portrait.infotext import from_infotext
 
     processed = host.generate(Processing(host, one(scale=0.5), batch_size=2, n_iter=2))
     assert len(processed.infotexts) == 4
     for text in processed.infotexts:
         request = from_infotext(text.partition("Portrait: ")[2])
-        assert request.identities[0].scale == 0.5 and request.checkpoint == "small"
+        assert request.identities[0].options["scale"] == 0.5 and request.checkpoint == "small"
 
 
 def test_notices_are_in_the_parameters_and_below_the_gallery(host: Host) -> None:
@@ -735,7 +736,8 @@ def test_notices_name_people_as_the_panel_does(host: Host) -> None:
         sha = services.remember(base64.b64decode(seed["image"]))
         photos = f'[{{"image": "sha256:{sha}", "aligned": true}}]'
         blocks.append({**blank, "photos": photos, "region": layout.BOX, "box": box})
-    values = (True, "UniPortrait", "small", 1.0, 1.0, False, *(block[name] for block in blocks for name in blank), "")
+    own = (True, "UniPortrait", "small", 1.0, 1.0, False, *(block[name] for block in blocks for name in blank))
+    values = (*own, layout.NOTHING_BEYOND, *(None for _ in layout.further_controls(3)))
     p = Processing(host, values)
     host.generate(p)
     assert p.extra_generation_params["Portrait notices"].startswith(

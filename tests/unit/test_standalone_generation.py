@@ -22,7 +22,8 @@ from lib_portrait.commands import generate
 from lib_portrait.errors import PortraitError
 from lib_portrait.faces import service
 from lib_portrait.faces.detection import Detector, Face
-from lib_portrait.request import Identity, PortraitRequest, from_infotext
+from lib_portrait.infotext import from_infotext
+from lib_portrait.request import Identity, PortraitRequest
 from lib_portrait.standalone import generation, measuring, samples
 from lib_portrait.standalone.measuring import Measurer, greedy_pairs
 from lib_portrait.standalone.model import save_model
@@ -144,8 +145,8 @@ def test_people_of_one_s_own_in_a_checkpoint_of_one_s_own(world: Path, photos: P
     assert len(first["similarity"]) == 2
     request = from_infotext(json.dumps(made["request"]), generate.LIMITS)
     eve, ada = request.identities
-    assert (request.scale, request.show_routing, request.checkpoint) == (0.6, True, "world")
-    assert (eve.scale, eve.region and eve.region.box) == (0.9, (0.0, 0.0, 0.5, 1.0))
+    assert (request.options["scale"], request.shows_maps, request.checkpoint) == (0.6, True, "world")
+    assert (eve.options["scale"], eve.region and eve.region.box) == (0.9, (0.0, 0.0, 0.5, 1.0))
     assert [(photo.face, photo.aligned) for photo in ada.photos] == [(1, False), (None, True)]
     assert (ada.structure, ada.start, ada.mix[0].weight) == (0.3, 0.1, 0.25)
     assert ada.region is not None and ada.region.mask is not None

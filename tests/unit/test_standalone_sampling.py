@@ -50,8 +50,8 @@ def face(seed: int) -> Photo:
 
 def people(**changes: Any) -> PortraitRequest:
     """One person from the second third of the steps on, one in the right half."""
-    late = Identity((face(1),), scale=1.5, start=0.3)
-    right = Identity((face(2), face(3)), structure=0.5, region=Region(box=(0.5, 0.0, 1.0, 1.0)))
+    late = Identity((face(1),), start=0.3, options={"scale": 1.5})
+    right = Identity((face(2), face(3)), region=Region(box=(0.5, 0.0, 1.0, 1.0)), options={"structure": 0.5})
     return PortraitRequest((late, right), checkpoint="small", **changes)
 
 
@@ -129,7 +129,7 @@ def test_the_people_are_those_that_the_webui_s_unet_sees(
     model: Model, conditioner: Conditioner, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The request's people in ldm's UNet, put there as `lib_portrait.webui.session` does, give the same predictions."""
-    prepared = conditioner.prepare(people(scale=1.0, lora_scale=0.8), (64, 64))
+    prepared = conditioner.prepare(people(options={"scale": 1.0, "lora_scale": 0.8}), (64, 64))
     asked = [Sampling("a woman and a man", "blurry", seed=seed, **SIZE) for seed in (1, 2)]
     calls: list[Any] = []
     inside = model.unet.forward
@@ -248,5 +248,5 @@ def test_a_person_whose_window_meets_no_step_is_refused(model: Model, conditione
         sample(model, [Sampling("a woman", **SIZE)], conditioner.prepare(request, (64, 64)))
     assert caught.value.field == "identities[0].start"
     # Who is not to be drawn at all need not take part.
-    request = PortraitRequest((late,), checkpoint="small", scale=0.0)
+    request = PortraitRequest((late,), checkpoint="small", options={"scale": 0.0})
     sample(model, [Sampling("a woman", **SIZE)], conditioner.prepare(request, (64, 64)))

@@ -11,9 +11,11 @@ import pytest
 import torch
 from torch import nn
 
+from lib_portrait.attention import find_sites
 from lib_portrait.checkpoints import read_tensors, write_tensors
 from lib_portrait.checkpoints.kit import StoredFile, read_manifest, write_manifest
 from lib_portrait.errors import PortraitError
+from tests.parity.unets import diffusers_unet
 from trainer.frozen import frozen_networks
 from trainer.recipes.vision import VisionRecipe
 from trainer.release import between, checkpoint, reduced, renew_manifest
@@ -74,7 +76,7 @@ def test_a_first_stage_without_lora_is_refused(tmp_path: Path) -> None:
     path = tmp_path / "uniportrait-faceid_mine.safetensors"
     write_tensors(path, {name: tensor for name, tensor in tensors.items() if "lora" not in name})
     with pytest.raises(PortraitError, match="mine.safetensors holds no LoRA"):
-        second_stage(path, [])
+        second_stage(path, find_sites(diffusers_unet()))
 
 
 def test_a_manifest_is_renewed_from_the_files_beside_it(tmp_path: Path) -> None:

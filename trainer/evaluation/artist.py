@@ -232,11 +232,11 @@ class Studio:
         identities = tuple(
             Identity(
                 tuple(self.population.photo(person, number).request() for number in range(row.photos)),
-                structure=row.structure,
+                options={"structure": row.structure},
             )
             for person in people
         )
-        return PortraitRequest(identities, scale=self.style.scale)
+        return PortraitRequest(identities, options={"scale": self.style.scale})
 
     def _sampling(self, shot: Shot) -> Sampling:
         style = self.style

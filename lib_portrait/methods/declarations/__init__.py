@@ -14,7 +14,7 @@ from dataclasses import dataclass
 
 from lib_portrait.checkpoints.files import AdapterFiles
 from lib_portrait.errors import PortraitError
-from lib_portrait.options import Option
+from lib_portrait.options import Option, shown
 
 # The first is the one that requests mean where they name none.
 NAMES = ("uniportrait", "fusion")
@@ -55,7 +55,7 @@ class Declaration:
 def declaration(name: str) -> Declaration:
     """The declaration of a method, imported when first asked for. Raises PortraitError for a name that is none's."""
     if name not in NAMES:
-        raise PortraitError("method", f"{name!r} is not a method", f"Use one of: {', '.join(NAMES)}.")
+        raise PortraitError("method", f"{shown(name)} is not a method", f"Use one of: {', '.join(NAMES)}.")
     return importlib.import_module(f"{__name__}.{name}").DECLARATION
 
 
