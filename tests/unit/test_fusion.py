@@ -152,7 +152,7 @@ SIZES = [(16, 16), (16, 24), (24, 16), (8, 40)]
 CASES = [(people, photos, masks) for people in (1, 2, 5) for photos in (1, 2, 3) for masks in (False, True)]
 
 
-@pytest.mark.parametrize(("number", "case"), enumerate(CASES))
+@pytest.mark.parametrize(("number", "case"), list(enumerate(CASES)))
 def test_every_cross_attention_is_the_equations(unet: nn.Module, number: int, case: tuple[int, int, bool]) -> None:
     (people, photos, masks), size = case, SIZES[number % len(SIZES)]
     regions = halves(people) if masks else [None] * people
