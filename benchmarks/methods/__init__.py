@@ -2,6 +2,6 @@
 
     rules(unet, counts) -> Iterator[tuple[facts, make]]
 
-for a UNet of ldm's layout and numbers of people: what a line of results says of each rule, and what makes it, ready to be
-injected.
+for a UNet of ldm's layout and numbers of people: what a line of results says of each rule, and what makes it, ready to
+be injected.
 """
