@@ -103,7 +103,8 @@ def main(argv: list[str] | None = None) -> int:
     marked = torch.cat([mark(text[:1], NEGATIVE), mark(text[1:], POSITIVE)])
     with torch.no_grad():
         bare(x, t, text)
-        for facts, make in importlib.import_module(f"benchmarks.methods.{options.method}").rules(twin, options.ids):
+        method = importlib.import_module(f"benchmarks.methods.{options.method}")
+        for facts, make in method.rules(twin, options.ids, options.latent):
             before = held()
             with Injection(twin, make()):
                 twin(x, t, marked)

@@ -21,7 +21,7 @@ CASES: tuple[dict[str, Any], ...] = (
 
 
 class _Host:
-    """Random latents of 64 x 64 and random texts."""
+    """Random latents and random texts."""
 
     alphas_cumprod = torch.linspace(0.999, 0.005, 1000)
     prediction = "epsilon"
@@ -44,13 +44,15 @@ class _Host:
         return self.unet(latent, t, context)
 
 
-def rules(unet: nn.Module, counts: Sequence[int]) -> Iterator[tuple[dict[str, Any], Callable[[], FusionRule]]]:
-    """Several people stand side by side, each in a region."""
+def rules(
+    unet: nn.Module, counts: Sequence[int], latent: int
+) -> Iterator[tuple[dict[str, Any], Callable[[], FusionRule]]]:
+    """Several people stand side by side, each in a region; references are of the picture's size."""
     sites = find_sites(unet)
     adapter = FaceFusion.for_sites(sites).requires_grad_(False)
     rng = np.random.default_rng(0)
     for count in counts:
-        pictures = rng.integers(0, 256, (count, 512, 512, 3), dtype=np.uint8)
+        pictures = rng.integers(0, 256, (count, 8 * latent, 8 * latent, 3), dtype=np.uint8)
         regions = [(i / count, 0.0, (i + 1) / count, 1.0) if count > 1 else None for i in range(count)]
         people = [FusedIdentity((one,), region) for one, region in zip(pictures, regions)]
         for case in CASES:

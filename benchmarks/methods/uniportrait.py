@@ -16,7 +16,9 @@ from lib_portrait.methods.uniportrait import Adapter, IDEmbedding, Person, Route
 TOKENS, RANK, WIDTH = 16, 128, 768
 
 
-def rules(unet: nn.Module, counts: Sequence[int]) -> Iterator[tuple[dict[str, Any], Callable[[], UniPortraitRule]]]:
+def rules(
+    unet: nn.Module, counts: Sequence[int], latent: int
+) -> Iterator[tuple[dict[str, Any], Callable[[], UniPortraitRule]]]:
     adapter = random_adapter(find_sites(unet))
     for count in counts:
         yield {"ids": count}, functools.partial(UniPortraitRule, adapter, people(count))

@@ -399,7 +399,7 @@ def test_every_row_may_have_its_own_reference(unet: nn.Module) -> None:
 
 
 def test_the_layouts_agree() -> None:
-    faces, made = pictures(2, 12), []
+    faces, made = pictures(2, 8), []
     for unet in (diffusers_unet(), ldm_unet()):
         people = [person(faces[0], region=(0.0, 0.0, 0.5, 1.0)), person(faces[1])]
         made.append(fused(unet, people, latents(1), mark(text(1), POSITIVE)))
