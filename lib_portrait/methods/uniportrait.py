@@ -25,12 +25,15 @@ from torch import Tensor, nn
 from lib_portrait.attention.injection import Around, Call
 from lib_portrait.attention.lora import FusedLinear, LowRank
 from lib_portrait.attention.maps import RoutingMaps
-from lib_portrait.attention.regions import WHOLE, Box, Region, coverage
-from lib_portrait.attention.rows import POSITIVE
+from lib_portrait.attention.regions import Box, Region, coverage
+from lib_portrait.attention.rows import NEGATIVE, POSITIVE
 from lib_portrait.attention.sites import Site
-from lib_portrait.errors import PortraitError
+from lib_portrait.attention.windows import takes_part
+from lib_portrait.errors import Notice, PortraitError
+from lib_portrait.faces.features import FaceFeatures
+from lib_portrait.faces.references import IdentityFaces, Reference
 from lib_portrait.faces.weights import checked, fill
-from lib_portrait.request import takes_part
+from lib_portrait.methods.base import Method, Options, Placement, Rule
 
 # By how much of a position regions must overlap for the router to be asked.
 OVERLAP = 0.01
@@ -396,6 +399,10 @@ class Person:
     end: float = 1.0
     region: Region | None = None
 
+    @property
+    def strength(self) -> float:
+        return self.scale
+
     def active(self, progress: float) -> bool:
         return takes_part(self.start, self.end, progress)
 
@@ -440,15 +447,13 @@ class _SiteState:
     hidden: Tensor | None = None
 
 
-class UniPortraitRule:
+class UniPortraitRule(Rule[Person]):
     """UniPortrait at the attention sites of one UNet, for `attention.Injection`.
 
     At every cross-attention: text attention + s * attention(q, W_k^id F, W_v^id F) before the output projection
     (decoupled cross-attention, sec. 3.2), where with several people each position attends to the one the router gives
     it (eq. 2), or to the one whose region it lies in. At every attention, self and cross: LoRA on q, k, v and out, one
     set of weights for one person, another for several.
-
-    `place` is the part of the picture that the UNet samples at the moment, on all of which the people's regions lie.
 
     Raises PortraitError if several people are asked for and the adapter has no router.
     """
@@ -466,29 +471,19 @@ class UniPortraitRule:
                 f"{len(people)} people were asked for, but this checkpoint has no router file",
                 "Put its uniportrait-router file beside the faceid file, or ask for one person.",
             )
+        super().__init__(people, routing)
         self.adapter = adapter
-        self.people = list(people)
         self.lora_scale = lora_scale
-        self.routing = routing
-        self.drawn: set[int] = set()
-        """Who was added to positive rows with a strength above 0, by number."""
-        self.place: Box = WHOLE
         self._covered: dict[tuple[int, Box, tuple[int, int]], Tensor] = {}
         self._states: dict[int, _SiteState] = {}
 
     def begin(self) -> None:
         """Forgets what belongs to the sampling before: who was drawn, and with which scale at which position."""
-        self.drawn.clear()
+        super().begin()
         for state in self._states.values():
             state.local_scales.clear()
 
     # ---- what Injection asks
-
-    def active(self, progress: float) -> bool:
-        return any(person.active(progress) for person in self.people)
-
-    def must_visit(self, site: Site) -> bool:
-        return site.cross
 
     def overrides(self, site: Site, call: Call) -> dict[str, Around]:
         weights = self.adapter.sites.get(site.index, SiteWeights())
@@ -770,3 +765,73 @@ def _evenly(chosen: Tensor, like: Tensor) -> Tensor:
     """Who was chosen for a position, (R, n, A) bool, as shares of it."""
     shares = chosen.to(like.dtype)
     return shares / shares.sum(dim=-1, keepdim=True).clamp(min=1)
+
+
+# -------------------------------------------------------------------------------------------------------------- method
+
+
+class UniPortrait(Method):
+    """UniPortrait for the hosts: its adapter is an `Adapter`, what it needs of an identity a `Person`."""
+
+    name = "uniportrait"
+
+    def load(self, files: Mapping[str, Mapping[str, Tensor]], names: Mapping[str, str]) -> Adapter:
+        return Adapter.from_tensors(
+            files["faceid"], files.get("router"), (names["faceid"], names.get("router", "router"))
+        )
+
+    def check_fits(self, adapter: Adapter, sites: Sequence[Site]) -> None:
+        adapter.check_fits(sites)
+
+    def text_attentions(self, adapter: Adapter) -> dict[str, list[tuple[int, int]]]:
+        keys = [weights.key for weights in adapter.sites.values() if weights.key is not None]
+        return {"to_k": [(key.shape[0], key.shape[1]) for key in keys]}
+
+    def feature_widths(self, adapter: Adapter) -> dict[str, int]:
+        return {
+            "intrinsic": adapter.embedding.intrinsic_width,
+            "structure": adapter.embedding.structure_width,
+        }
+
+    def encode(
+        self, adapter: Adapter, faces: IdentityFaces, options: Options, own: Options, placement: Placement
+    ) -> Person:
+        """F_id of the identity, with those mixed into it, and of no face."""
+        beta = float(own["structure"])
+
+        def id_tokens(references: Sequence[Reference]) -> Tensor:
+            return _embed(adapter, [reference.features for reference in references], beta)
+
+        others = [id_tokens(mixed.references) for mixed in faces.mixed]
+        tokens = {
+            POSITIVE: interpolate(id_tokens(faces.references), others, [mixed.weight for mixed in faces.mixed]),
+            NEGATIVE: _embed(adapter, [faces.no_face], beta),
+        }
+        scale = float(options["scale"]) * float(own["scale"])
+        return Person(tokens, scale, placement.start, placement.end, placement.region)
+
+    def notices(self, options: Options, own: Sequence[Options]) -> list[Notice]:
+        if options["scale"] == 0:
+            found = [Notice("scale", "it is 0: nobody is drawn")]
+        else:
+            found = [
+                Notice(f"identities[{i}].scale", "it is 0: this person is not drawn")
+                for i, one in enumerate(own)
+                if one["scale"] == 0
+            ]
+        if options["lora_scale"] == 0:
+            found.append(Notice("lora_scale", "it is 0: the adapter's LoRA is left out"))
+        return found
+
+    def rule(self, adapter: Adapter, people: Sequence[Person], options: Options) -> UniPortraitRule:
+        return UniPortraitRule(adapter, people, float(options["lora_scale"]))
+
+
+METHOD = UniPortrait()
+
+
+def _embed(adapter: Adapter, features: Sequence[FaceFeatures], beta: float) -> Tensor:
+    """F_id from the features of one person's photos, concatenated along the tokens (sec. 3.2): (T, D) float32."""
+    intrinsic = torch.cat([one.intrinsic for one in features]).float()
+    structure = torch.cat([one.structure for one in features]).float()
+    return adapter.embedding(intrinsic[None], structure[None], beta)[0]
