@@ -310,7 +310,7 @@ class UniPortraitRecipe(Recipe):
         self._injection.rows = {number: Row(POSITIVE, picture=number) for number in numbers}
         predicted = model.unet(noisy.to(dtype), t, mark(text, numbers)).sample
         # Gradient checkpointing runs the layers again during the backward pass, and the rule must act there too.
-        self._injection.call.numbers = list(numbers)
+        self._injection.resume()
         return predicted.float(), logits
 
     def _embed(self, batch: dict[str, Tensor], no_face: Tensor, draws: Draws) -> Tensor:
