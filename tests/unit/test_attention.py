@@ -320,7 +320,7 @@ def test_an_override_that_was_there_before_is_restored(unet: nn.Module) -> None:
     del module.forward
 
 
-# --------------------------------------------------------------------------------------------------------- several rules
+# -------------------------------------------------------------------------------------------------------- several rules
 
 
 def test_rules_on_one_unet_add_up_in_either_order_and_leave_nothing(unet: nn.Module) -> None:
@@ -462,7 +462,6 @@ class ControlNet(nn.Module):
     def __init__(self, unet: nn.Module):
         super().__init__()
         torch.manual_seed(6)
-        self.unet = [unet]
         self.time_embed = copy.deepcopy(unet.time_embed)
         self.input_blocks, self.middle_block = copy.deepcopy(unet.input_blocks), copy.deepcopy(unet.middle_block)
         self.input_hint_block = nn.Conv2d(3, 32, 8, 8)
@@ -549,7 +548,6 @@ def test_what_is_no_control_net_of_the_unet_is_refused(unet: nn.Module) -> None:
         with pytest.raises(PortraitError, match="is not a ControlNet"):
             control_sites(other, unet)
     control, _ = control_net("diffusers" if hasattr(unet, "down_blocks") else "ldm")
-    find_sites(unet)
     narrow = copy.deepcopy(unet)
     for site in find_sites(narrow):
         site.module.to_k = nn.Linear(site.context + 1, site.inner)
