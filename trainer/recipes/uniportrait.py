@@ -45,8 +45,8 @@ from trainer.features import global_feature, uncaptioned
 from trainer.identity_loss import DRAWN_IN, LAST_BELOW, OTHERS, SHARE, FaceLosses, IdentityLoss, Others
 from trainer.loop import Recipe, Settings
 from trainer.portraits import FacesOfPictures
+from trainer.recipes.uniportrait_start import begin_with_faceid, begin_with_router, first_stage, leave_out, second_stage
 from trainer.shards import Shards
-from trainer.uniportrait_start import begin_with_faceid, begin_with_router, first_stage, leave_out, second_stage
 
 MODELS = Path(__file__).resolve().parents[2] / "models"
 MOST_PEOPLE = 4
