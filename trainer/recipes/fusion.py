@@ -24,8 +24,8 @@ from lib_portrait.methods.fusion import STEP, FaceFusion, FusedIdentity, FusionR
 from lib_portrait.standalone.host import encode_prompts
 from lib_portrait.standalone.model import Model, load_model
 from trainer import companions
-from trainer.diffusion import NoiseSchedule, add_face_weight, emphasised
-from trainer.drawing import STEPS, draw, guided
+from trainer.diffusion import NoiseSchedule, add_face_weight, face_weighted
+from trainer.drawing import STEPS, ddim_sample, guided
 from trainer.draws import Draws
 from trainer.features import uncaptioned
 from trainer.loop import Recipe, Settings
@@ -103,7 +103,7 @@ class FusionRecipe(Recipe):
         hidden = self._look(batch["reference"], draws.randn(*batch["reference"].shape[1:]), t)
         predicted = self._predict(self.schedule(latent, noise, t), t, caption_ids, hidden, sees)
         squared = (predicted - self.schedule.target(latent, noise, t)).square()
-        error = emphasised(squared, batch["region"], self.face_weight)
+        error = face_weighted(squared, batch["region"], self.face_weight)
         weight = self.schedule.weights(t, self.gamma) if self.gamma else torch.ones_like(error)
         return {"loss": (weight * error).mean()}
 
@@ -148,7 +148,7 @@ class FusionRecipe(Recipe):
             return guided(*self._predict(x.repeat(2, 1, 1, 1), t.repeat(2), ids, both, sees).chunk(2))
 
         end = torch.zeros(rows, dtype=torch.long, device=device)
-        latent = draw(draws.randn(*batch["latent"].shape[1:])[:rows], end, STEPS, self.schedule, predict)
+        latent = ddim_sample(draws.randn(*batch["latent"].shape[1:])[:rows], end, STEPS, self.schedule, predict)
         vae = self.model.vae.to(device)
         shown = [
             torch.cat(list((vae.decode(one / self.data.scale).sample.float() / 2 + 0.5).clamp(0, 1)), dim=2)
