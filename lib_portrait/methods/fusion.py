@@ -410,7 +410,7 @@ class FusionRule(Rule[FusedIdentity]):
         finally:
             self._recorded = None
 
-    # ---- references that go along (`attention.injection.Widening`)
+    # ---- references that go along (`attention.injection.AddsRows`)
 
     def enter(
         self, call: Call, args: tuple[Any, ...], kwargs: dict[str, Any]
@@ -452,14 +452,14 @@ class FusionRule(Rule[FusedIdentity]):
             {name: grown(name, value) for name, value in kwargs.items()},
         )
 
-    def leave(self, call: Call, output: Any) -> Any:
-        """The host's own rows."""
+    def leave(self, output: Any) -> Any:
+        """The rows that were there before."""
         if self._rows is None:
             return output
         if isinstance(output, Tensor):
             return output[: self._rows]
         if isinstance(output, tuple):
-            return tuple(self.leave(call, one) for one in output)
+            return tuple(map(self.leave, output))
         return replace(output, sample=output.sample[: self._rows])
 
     # ---- at a site
@@ -478,12 +478,12 @@ class FusionRule(Rule[FusedIdentity]):
                     500,
                 )
             call.visited.add(site.index)
-            looked_at = call.rows_of(REFERENCE)
             if self._recorded is not None:
-                self._recorded[site.index] = x[looked_at]
+                self._recorded[site.index] = x[call.rows_of(REFERENCE)]
                 return host(*args, **kwargs)
             seeing = [row for row, kind in enumerate(kinds) if kind in self.seeing]
-            rest = [row for row, kind in enumerate(kinds) if kind not in (*self.seeing, REFERENCE)]
+            looked_at = [] if self._rows is None else [*range(self._rows, self._rows + len(self._riding.latents))]
+            rest = [row for row in range(len(x)) if row not in seeing and row not in looked_at]
             parts = []
             if seeing:
                 hidden = x[looked_at] if looked_at else None

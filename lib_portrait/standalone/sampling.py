@@ -16,7 +16,7 @@ from lib_portrait.attention import NEGATIVE, POSITIVE, Injection, RoutingMaps, R
 from lib_portrait.attention.windows import check_window
 from lib_portrait.conditioning import Conditioning
 from lib_portrait.errors import PortraitError
-from lib_portrait.standalone.host import encode_prompts
+from lib_portrait.standalone.host import DiffusersHost, encode_prompts
 from lib_portrait.standalone.model import Model
 
 SAMPLERS: dict[str, tuple[Any, dict[str, Any]]] = {
@@ -139,7 +139,9 @@ def _injected(
         yield None
         return
     conditioning.check_fits(find_sites(model.unet))
-    with Injection(model.unet, conditioning.rule(routing), rows=dict(enumerate(rows))) as injection:
+    rule = conditioning.rule(routing)
+    rule.prepare(DiffusersHost(model))
+    with Injection(model.unet, rule, rows=dict(enumerate(rows))) as injection:
         yield injection
 
 

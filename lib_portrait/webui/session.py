@@ -30,7 +30,7 @@ from lib_portrait.methods.declarations import Declaration
 from lib_portrait.request import PortraitRequest, parse_request
 from lib_portrait.webui import adetailer, axes, checkpoint, jobs, places, services, settings, upcoming
 from lib_portrait.webui import values as layout
-from lib_portrait.webui.host import lora_state
+from lib_portrait.webui.host import WebuiHost, lora_state
 from lib_portrait.webui.refusal import refusal
 
 if TYPE_CHECKING:
@@ -140,7 +140,7 @@ class Session:
         self._expected = self._seen = 0
         self._steps.clear()
         try:
-            self._enter(shared.sd_model.model.diffusion_model)
+            self._enter(p, shared.sd_model.model.diffusion_model)
             result = run(*args, **kwargs)
             self.check()
             self._check_seen(p)
@@ -153,12 +153,13 @@ class Session:
                 self.place = self._rule.place
                 self._rule.routing = None
 
-    def _enter(self, unet: torch.nn.Module) -> None:
+    def _enter(self, p: Any, unet: torch.nn.Module) -> None:
         self._door = unet.register_forward_pre_hook(self._at_the_door)
         assert self._conditioning is not None and self._rule is not None
         if self._injection is None or self._injection.unet is not unet:
             self._conditioning.check_fits(find_sites(unet))
             self._injection = Injection(unet, self._rule, host_state=lora_state)
+        self._rule.prepare(WebuiHost(shared.sd_model, (p.width, p.height)))
         self._injection.calls.clear()
         self._injection.inject()
 
@@ -173,7 +174,8 @@ class Session:
     def _at_the_door(self, unet: torch.nn.Module, args: tuple[Any, ...]) -> None:
         # A fault found in a denoiser callback stops the picture here, one line of code later.
         self.check()
-        assert self._injection is not None and self._rule is not None
+        if self._injection is None or self._rule is None:
+            return
         call = self._injection.call
         if call.numbers is not None and call.latent != self._latent:
             # People without regions are routed in each piece; a region would have to know which one this is.
@@ -239,13 +241,12 @@ class Session:
         if not self._sampling or self.failure is not None:
             return
         try:
-            unet = shared.sd_model.model.diffusion_model
+            unet, denoiser = shared.sd_model.model.diffusion_model, params.denoiser
             if self._injection is None or self._injection.unet is not unet:
                 # The refiner, or hires fix with a checkpoint of its own, has changed the model in mid-sampling.
                 self._leave()
-                self._enter(unet)
+                self._enter(denoiser.p, unet)
             assert self._injection is not None and self._rule is not None
-            denoiser = params.denoiser
             self._rule.place = places.sampled(denoiser.p)
             self._latent = (params.x.shape[-2], params.x.shape[-1])
             self._injection.progress = min(denoiser.step / max(denoiser.total_steps or 1, 1), 1.0)

@@ -71,10 +71,21 @@ def ldm_unet(unet_class: type[nn.Module] | None = None) -> nn.Module:
 
 def sgm_unet() -> nn.Module:
     """A UNet laid out as sgm's (SDXL): two transformer blocks in a row, and a vector (B, 8) beside the text."""
+    from ldm.modules.attention import SpatialTransformer
     from ldm.modules.diffusionmodules.openaimodel import UNetModel
 
+    class AllOfOneText(SpatialTransformer):
+        """ldm's wants a text for each block, sgm's gives all the same."""
+
+        def forward(self, x: torch.Tensor, context: torch.Tensor) -> torch.Tensor:
+            return super().forward(x, [context] * len(self.transformer_blocks))
+
     torch.manual_seed(7)
-    unet = UNetModel(**{**ldm_config(), "transformer_depth": 2, "context_dim": [48, 48]}).eval()
+    width = ldm_config()["context_dim"]
+    unet = UNetModel(**{**ldm_config(), "transformer_depth": 2, "context_dim": [width, width]}).eval()
+    for module in unet.modules():
+        if type(module) is SpatialTransformer:
+            module.__class__ = AllOfOneText
     width = unet.time_embed[-1].out_features
     unet.num_classes, unet.label_emb = "sequential", nn.Sequential(nn.Linear(8, width), nn.SiLU())
     for parameter in unet.parameters():

@@ -20,6 +20,7 @@ from safetensors.torch import save_file
 
 from lib_portrait.checkpoints.store import AUTOMATIC
 from lib_portrait.errors import PortraitError
+from lib_portrait.methods.base import Rule
 from tests.host_stand_in import LOOPBACK, PLOT, UPSCALE, Host, Img2Img, Processed, Processing, standing_in
 from tests.parity.unets import ldm_config, ldm_unet
 from tests.small_networks import small_kit
@@ -183,6 +184,52 @@ def test_rows_get_the_same_however_the_host_joins_them(host: Host) -> None:
     together = rows()
     torch.testing.assert_close(rows(batch_cond_uncond=False), together, atol=1e-5, rtol=1e-5)
     torch.testing.assert_close(rows(skip_early_cond=1.0), together[:2], atol=1e-5, rtol=1e-5)
+
+
+def asks_the_host(monkeypatch: pytest.MonkeyPatch, fails_at: int = 0) -> list[str]:
+    """Has rules ask the host for a UNet call before they draw; the checkpoints that were asked, by name."""
+    asked: list[str] = []
+
+    def prepare(rule: Any, host: Any) -> None:
+        asked.append(host.sd_model.name)
+        host.call(torch.zeros(1, 4, 8, 8), torch.tensor(500), host.text("a person"))
+        if len(asked) == fails_at:
+            raise PortraitError("photos", "they cannot be seen by this model", "Use others.")
+
+    monkeypatch.setattr(Rule, "prepare", prepare)
+    return asked
+
+
+CHANGES = [
+    ({"n_iter": 2}, ["first", "first"]),
+    ({"steps": 4, "refiner_checkpoint": "second", "refiner_switch_at": 0.5}, ["first", "second"]),
+    ({"enable_hr": True, "denoising_strength": 0.7, "hr_checkpoint_name": "second"}, ["first", "second"]),
+    ({"enable_hr": True, "denoising_strength": 0.7}, ["first"]),
+]
+
+
+@pytest.mark.parametrize(("own", "expected"), CHANGES)
+def test_a_rule_is_prepared_once_for_each_model_of_a_sampling(
+    host: Host, monkeypatch: pytest.MonkeyPatch, own: dict[str, Any], expected: list[str]
+) -> None:
+    drawn = images(host.generate(Processing(host, one(), **own)))
+    calls = len(outputs(host))
+    asked = asks_the_host(monkeypatch)
+    # What it asks for is none of the sampling's, and changes nothing there.
+    assert images(host.generate(Processing(host, one(), **own))) == drawn
+    assert asked == expected
+    assert len(outputs(host)) == calls + len(expected)
+    assert host.reported == []
+
+
+@pytest.mark.parametrize(("own", "calls"), [(CHANGES[0][0], 1), (CHANGES[1][0], 1 + 2 + 1)])
+def test_a_rule_that_cannot_be_prepared_ends_the_request(
+    host: Host, monkeypatch: pytest.MonkeyPatch, own: dict[str, Any], calls: int
+) -> None:
+    asked = asks_the_host(monkeypatch, fails_at=1 if calls == 1 else 2)
+    error = refused(host, Processing(host, one(), **own), calls)
+    assert "cannot be seen by this model" in str(error)
+    assert len(asked) == (1 if calls == 1 else 2)
 
 
 def test_the_hosts_conditions_are_not_written_to(host: Host) -> None:

@@ -16,6 +16,7 @@ from lib_portrait.checkpoints.store import Folders, Store
 from lib_portrait.conditioning import Conditioner, Conditioning
 from lib_portrait.errors import PortraitError
 from lib_portrait.faces.service import FaceService
+from lib_portrait.methods.base import Rule
 from lib_portrait.methods.declarations import adapter_files
 from lib_portrait.request import Identity, Photo, PortraitRequest, Region
 from lib_portrait.standalone.host import encode_prompts
@@ -113,6 +114,20 @@ def test_routing_maps_have_a_row_a_picture(model: Model, conditioning: Condition
     # The second person's region is the right half; the coarsest of the averaged maps have a single position.
     assert maps[:, 1, :, 5:].min() > 0.9
     assert maps[:, 1, :, :3].max() < 0.1
+
+
+def test_a_rule_is_prepared_once_and_what_it_asks_for_changes_nothing(
+    model: Model, conditioning: Conditioning, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[torch.Tensor] = []
+
+    def prepare(rule: Any, host: Any) -> None:
+        asked.append(host.call(torch.zeros(1, 4, 8, 8), torch.tensor(500), host.text("a person")))
+
+    expected = sample(model, [Sampling("two people", **SIZE)], conditioning)[0]
+    monkeypatch.setattr(Rule, "prepare", prepare)
+    assert np.array_equal(sample(model, [Sampling("two people", **SIZE)], conditioning)[0], expected)
+    assert len(asked) == 1
 
 
 def test_every_step_is_told(model: Model) -> None:

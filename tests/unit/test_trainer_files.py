@@ -17,9 +17,9 @@ from lib_portrait.checkpoints.kit import StoredFile, read_manifest, write_manife
 from lib_portrait.errors import PortraitError
 from tests.parity.unets import diffusers_unet
 from trainer.frozen import frozen_networks
+from trainer.recipes.uniportrait_start import begin_with_faceid, begin_with_router, second_stage
 from trainer.recipes.vision import VisionRecipe
 from trainer.release import interpolate_adapters, reduce_rank, renew_manifest, write_checkpoint
-from trainer.uniportrait_start import begin_with_faceid, begin_with_router, second_stage
 
 WORLD = Path(__file__).parents[2] / "models" / "world"
 PARITY = Path(__file__).parents[1] / "data" / "parity"

@@ -127,7 +127,7 @@ class FusionRecipe(Recipe):
         self._injection.rows = {number: Row(kinds[number], picture=number) for number in numbers}
         predicted = model.unet(noisy.to(model.unet.dtype), t, mark(text, numbers)).sample
         # Gradient checkpointing runs the layers again during the backward pass, and the rule must act there too.
-        self._injection.call.numbers = list(numbers)
+        self._injection.resume()
         return predicted.float()
 
     @torch.no_grad()

@@ -45,8 +45,8 @@ from trainer.features import global_feature, uncaptioned
 from trainer.identity_loss import DRAWN_IN, LAST_BELOW, OTHERS, SHARE, FaceLosses, IdentityLoss, Others
 from trainer.loop import Recipe, Settings
 from trainer.portraits import PortraitDataset
+from trainer.recipes.uniportrait_start import begin_with_faceid, begin_with_router, first_stage, leave_out, second_stage
 from trainer.shards import Shards
-from trainer.uniportrait_start import begin_with_faceid, begin_with_router, first_stage, leave_out, second_stage
 
 MODELS = Path(__file__).resolve().parents[2] / "models"
 MOST_PEOPLE = 4
@@ -310,7 +310,7 @@ class UniPortraitRecipe(Recipe):
         self._injection.rows = {number: Row(POSITIVE, picture=number) for number in numbers}
         predicted = model.unet(noisy.to(dtype), t, mark(text, numbers)).sample
         # Gradient checkpointing runs the layers again during the backward pass, and the rule must act there too.
-        self._injection.call.numbers = list(numbers)
+        self._injection.resume()
         return predicted.float(), logits
 
     def _embed(self, batch: dict[str, Tensor], no_face: Tensor, draws: Draws) -> Tensor:
