@@ -16,8 +16,9 @@ import itertools
 import math
 import sys
 import types
+import zlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import closing, contextmanager
+from contextlib import closing, contextmanager, nullcontext
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -140,7 +141,7 @@ class Host:
         """modules/sd_models.py: reload_model_weights, with all checkpoints kept in memory."""
         self.shared.sd_model = self.models[name]
 
-    def _model(self, name: str, unet: torch.nn.Module) -> SimpleNamespace:
+    def _model(self, name: str, unet: torch.nn.Module) -> SdModel:
         def enter(unet: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
             context = kwargs["context"] if "context" in kwargs else args[2]
             self.calls.append(UNetCall(name, args[0].clone(), context.clone()))
@@ -149,7 +150,7 @@ class Host:
             self.calls[-1].output = output.clone()
 
         self._hooks += [unet.register_forward_pre_hook(enter, with_kwargs=True), unet.register_forward_hook(leave)]
-        return SimpleNamespace(model=SimpleNamespace(diffusion_model=unet), cond_stage_model=None, name=name)
+        return SdModel(name, unet)
 
     def report(self, message: str, *, exc_info: bool = False) -> None:
         self.reported.append(message)
@@ -183,10 +184,15 @@ class Host:
             skip_early_cond=0.0,
             return_mask=False,
             return_mask_composite=False,
+            CLIP_stop_at_last_layers=1,
         )
         state = SimpleNamespace(interrupted=False, skipped=False, stopping_generation=False, textinfo=None)
-        module("shared", opts=opts, cmd_opts=SimpleNamespace(), state=state, sd_model=self.models[self.first])
-        module("devices", device=torch.device("cpu"), dtype=torch.float16)
+        loaded = {"sd_model": self.models[self.first], "loaded_hypernetworks": []}
+        module("shared", opts=opts, cmd_opts=SimpleNamespace(), state=state, **loaded)
+        dtypes = {"dtype": torch.float16, "dtype_vae": torch.float32}
+        module("devices", device=torch.device("cpu"), **dtypes, autocast=nullcontext, without_autocast=nullcontext)
+        module("prompt_parser", SdConditioning=SdConditioning)
+        module("sd_vae", loaded_vae_file=None)
         module("errors", report=self.report)
         module("images", save_image=self.save_image, get_font=lambda size: ImageFont.load_default())
         module(
@@ -293,6 +299,79 @@ class Host:
                     self.report(f"Error generating image for xyz plot: {error}")
                     results.append(None)
         return results
+
+
+class SdConditioning(list):
+    """modules/prompt_parser.py."""
+
+    def __init__(self, prompts: Sequence[str], width: int = 0, height: int = 0):
+        super().__init__(prompts)
+        self.width, self.height = width, height
+
+
+class SdModel:
+    """A loaded checkpoint: ldm's LatentDiffusion, or sgm's DiffusionEngine where `is_sdxl`, as the host has it."""
+
+    scale_factor = 0.5
+    parameterization = "eps"
+    is_sdxl = is_sdxl_inpaint = False
+
+    def __init__(self, name: str, unet: torch.nn.Module):
+        self.name = name
+        self.sd_checkpoint_info = SimpleNamespace(filename=f"{name}.safetensors", sha256=None)
+        self.model = SimpleNamespace(diffusion_model=unet, conditioning_key="crossattn")
+        self.alphas_cumprod = torch.linspace(0.999, 0.005, 1000)
+        self.cond_stage_model: Any = TextModel()
+        self.first_stage_model = Vae()
+
+    def encode_first_stage(self, pixels: torch.Tensor) -> torch.Tensor:
+        return self.first_stage_model.encode(pixels)
+
+    def get_learned_conditioning(self, texts: SdConditioning) -> Any:
+        context = self.cond_stage_model(texts)
+        if not self.is_sdxl:
+            return context
+        return {"crossattn": context, "vector": torch.tensor([[texts.height, texts.width, 0.0, 0.0]])}
+
+    def apply_model(self, x: torch.Tensor, t: torch.Tensor, cond: dict[str, Any]) -> torch.Tensor:
+        if self.is_sdxl_inpaint or self.model.conditioning_key == "hybrid":
+            x = torch.cat([x, *cond["c_concat"]], dim=1)
+        if self.is_sdxl:
+            return self.model.diffusion_model(x, timesteps=t, context=cond["crossattn"], y=cond["vector"])
+        return self.model.diffusion_model(x, t, context=torch.cat(cond["c_crossattn"], dim=1))
+
+
+class Vae(torch.nn.Module):
+    """sgm's: what it gives is drawn from the posterior."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        with torch.random.fork_rng():
+            torch.manual_seed(5)
+            self.encoder = torch.nn.Conv2d(3, 8, LATENT, LATENT).requires_grad_(False)
+            self.quant_conv = torch.nn.Conv2d(8, 8, 1).requires_grad_(False)
+
+    def encode(self, pixels: torch.Tensor) -> torch.Tensor:
+        mean, log_variance = self.quant_conv(self.encoder(pixels)).chunk(2, dim=1)
+        return mean + (log_variance / 2).exp() * torch.randn(mean.shape)
+
+
+class TextModel:
+    """modules/sd_hijack_clip.py: a prompt's words in chunks of 75, each between a start and ends."""
+
+    def tokenize(self, texts: Sequence[str]) -> list[list[int]]:
+        """Of a word with a hyphen each part is a token."""
+        return [[zlib.crc32(part.encode()) for word in text.split() for part in word.split("-")] for text in texts]
+
+    def tokenize_line(self, line: str) -> tuple[list[SimpleNamespace], int]:
+        (tokens,) = self.tokenize([line])
+        chunks = [tokens[first : first + 75] for first in range(0, max(len(tokens), 1), 75)]
+        return [SimpleNamespace(tokens=[0, *chunk, *[1] * (76 - len(chunk))]) for chunk in chunks], len(tokens)
+
+    def __call__(self, texts: Sequence[str]) -> torch.Tensor:
+        """Of each token its remainders by the numbers from 2 on, 48 channels."""
+        tokens = [[token for chunk in self.tokenize_line(text)[0] for token in chunk.tokens] for text in texts]
+        return torch.tensor([[[float(token % channel) for channel in range(2, 50)] for token in one] for one in tokens])
 
 
 class HTTPException(Exception):

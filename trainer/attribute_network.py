@@ -10,7 +10,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from lib_portrait.faces.world_networks import Trunk, filled, read_network, save_network, view
+from lib_portrait.faces.trunk import Trunk, filled, read_network, save_network, view
 from trainer.world.attributes import Attributes
 from trainer.world.backgrounds import BACKGROUNDS
 from trainer.world.scenes import MOST_PEOPLE, STYLES

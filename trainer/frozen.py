@@ -23,7 +23,12 @@ def default_device() -> str:
 
 
 def frozen_networks(
-    checkpoint: Path | None, vae: Path | None, backbone: Path | None, vision: Path | None, device: str
+    checkpoint: Path | None,
+    vae: Path | None,
+    backbone: Path | None,
+    vision: Path | None,
+    device: str,
+    references: int = 0,
 ) -> FrozenNetworks:
     """The VAE of a single-file model, or the recipe vae's own export; and, given both, the two networks of faces.
 
@@ -53,7 +58,7 @@ def frozen_networks(
         networks = _backbone(backbone), _vision(vision)
         hashes |= {"backbone": file_sha256(backbone), "vision": file_sha256(vision)}
         faces = FaceEncoder(lambda: networks, f"{hashes['backbone']}-{hashes['vision']}", torch.device(device))
-    return FrozenNetworks(LatentEncoder(network, device), load_tokenizer(), faces, hashes)
+    return FrozenNetworks(LatentEncoder(network, device), load_tokenizer(), faces, hashes, references)
 
 
 def _backbone(path: Path) -> Backbone:

@@ -21,9 +21,9 @@ OTHER_PHOTO = 0.1
 class PortraitDataset:
     """Pictures with their people.
 
-    "latent" (4, h, w), "tokens" (77); for up to N people intrinsic (N, m, d), structure (N, g, d'), present (N) bool,
-    who (N) a number for each person, and "regions" (N, h, w), the part of each latent position that the face's box
-    covers. A face without a label is a person of its own.
+    "latent" (4, h, w), "caption_ids" (77); for up to N people intrinsic (N, m, d), structure (N, g, d'), present (N)
+    bool, who (N) a number for each person, and "regions" (N, h, w), the part of each latent position that the face's
+    box covers. A face without a label is a person of its own.
     """
 
     def __init__(
@@ -77,7 +77,7 @@ class PortraitDataset:
 
         return {
             "latent": latent,
-            "tokens": self.features.tokens[sample].long(),
+            "caption_ids": self.features.tokens[sample].long(),
             "intrinsic": filled(intrinsic),
             "structure": filled(structure),
             "regions": filled(regions),

@@ -21,9 +21,9 @@ from lib_portrait.faces.weights import check_finite, fitting
 from lib_portrait.standalone.model import load_model, make_model, save_model, text_encoder_of
 from trainer.architectures import world_text_encoder, world_unet, world_vae
 from trainer.companions import stored_file
+from trainer.low_rank import of_rank
 from trainer.recipes.base import latent_scale
 from trainer.shards import encode_png
-from trainer.uniportrait_start import of_rank
 from trainer.world import Scene, render, sample_scene, world_person
 from trainer.world.people import HELD_OUT_EVERY
 
@@ -97,6 +97,7 @@ def renew_manifest(folder: Path) -> None:
         encoders={role: renewed(file) for role, file in kit.encoders.items()},
         detector=kit.detector and renewed(kit.detector),
         measuring=kit.measuring and renewed(kit.measuring),
+        attributes=kit.attributes and renewed(kit.attributes),
         base=kit.base and renewed(kit.base),
     )
     if kit.base is not None and (folder / kit.base.name).is_file():

@@ -2,8 +2,8 @@
 
 from lib_portrait.attention.injection import Call, Injection, Rule
 from lib_portrait.attention.maps import RoutingMaps
-from lib_portrait.attention.rows import NEGATIVE, POSITIVE, Row, mark, unmark
-from lib_portrait.attention.sites import Site, find_sites, spatial_shape
+from lib_portrait.attention.rows import NEGATIVE, POSITIVE, Row, mark, mark_conditions, unmark
+from lib_portrait.attention.sites import Site, control_sites, find_sites, spatial_shape
 
 __all__ = [
     "NEGATIVE",
@@ -14,8 +14,10 @@ __all__ = [
     "Row",
     "Rule",
     "Site",
+    "control_sites",
     "find_sites",
     "mark",
+    "mark_conditions",
     "spatial_shape",
     "unmark",
 ]

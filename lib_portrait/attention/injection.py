@@ -7,14 +7,15 @@ are never touched, so attention optimisations, LoRA, tiling and the like go on w
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable, Mapping
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass, field
 from types import TracebackType
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import torch
 from torch import nn
 
+from lib_portrait.attention.arguments import LATENT, Arguments, context_of
 from lib_portrait.attention.rows import ONE_PICTURE, Row, unmark
 from lib_portrait.attention.sites import Site, find_sites, spatial_shape
 from lib_portrait.errors import PortraitError
@@ -26,13 +27,14 @@ Around = Callable[..., torch.Tensor]
 
 @dataclass
 class Call:
-    """The UNet call that is under way, as the rules see it.
+    """The UNet call that is under way, as a rule sees it.
 
-    numbers: the number of each row in `table`, or None while rules must stand aside (no call, or one that is not of the
-    sampling: its rows carry no mark). table: what each number means.
+    numbers: the number of each row in `table`, or None while the rule must stand aside (no call, one that is not of the
+    sampling: its rows carry no mark, or a point of the sampling at which it does nothing). table: what each number
+    means.
     latent: (height, width) of the call's latent. progress: how far the sampling has come, 0 to 1.
     host_state: changes whenever the host may compute something else from the same weights.
-    visited: sites at which a rule did its work in this call.
+    visited: sites at which the rule did its work in this call.
     """
 
     numbers: list[int] | None = None
@@ -44,7 +46,7 @@ class Call:
 
     @property
     def rows(self) -> list[Row]:
-        """The call's rows in order; none while rules must stand aside."""
+        """The call's rows in order; none while the rule must stand aside."""
         return [self.table[number] for number in self.numbers or []]
 
     @property
@@ -64,9 +66,16 @@ class Call:
     def rows_of(self, kind: int) -> list[int]:
         return [row for row, row_kind in enumerate(self.kinds) if row_kind == kind]
 
+    def follow(self, call: Call, active: bool) -> None:
+        """Takes over what is to be known of `call`; its rows only where the rule is active."""
+        self.numbers = call.numbers if active else None
+        self.table, self.latent, self.progress = call.table, call.latent, call.progress
+        self.host_state = call.host_state
+        self.visited.clear()
+
 
 class Rule(Protocol):
-    """What a method does at the attention sites of one UNet."""
+    """What a method does at the attention sites of one network: a UNet, or a ControlNet."""
 
     def overrides(self, site: Site, call: Call) -> dict[str, Around]:
         """Functions to put around modules of `site`: by path inside the attention layer, "" for the layer itself."""
@@ -76,6 +85,36 @@ class Rule(Protocol):
 
     def active(self, progress: float) -> bool:
         """Whether the rule does anything at this point of the sampling, 0 to 1."""
+
+
+@runtime_checkable
+class RewritesContext(Protocol):
+    """What a rule may be beside: one that changes the text's embeddings themselves."""
+
+    def context(self, call: Call, context: torch.Tensor) -> torch.Tensor:
+        """What the UNet is called with in place of a context (B, n, D), marks taken off; asked once a call while the
+        rule is active, in the order of the rules. What is given is not written to."""
+
+
+@runtime_checkable
+class AddsRows(Protocol):
+    """What a rule may be beside: one that has rows of its own in a UNet call, which the host does not see."""
+
+    def enter(self, call: Call, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Arguments:
+        """What the UNet is called with instead, marks taken off; `call` is told of rows that are added at the end."""
+
+    def leave(self, output: Any) -> Any:
+        """What is left of the UNet's output without them."""
+
+
+class Guidance(Protocol):
+    """What is done to the UNet's call as a whole, such as `guidance.FeatureGuidance`."""
+
+    def overrides(self, unet: nn.Module, call: Call) -> dict[str, Around]:
+        """Functions to put around modules of the UNet: by path inside it, "" for the UNet itself, marks taken off."""
+
+    def active(self, progress: float) -> bool:
+        """Whether it does anything at this point of the sampling, 0 to 1."""
 
 
 class _Override:
@@ -115,41 +154,73 @@ class _Override:
             self.module.forward = self.previous
 
 
-class Injection:
-    """A method's rule on one UNet, between `inject()` and `eject()` (or inside a `with`), as often as wanted.
+@dataclass
+class _Part:
+    """One rule, or the guidance, in an injection: what it is told, and which functions it has around which modules."""
 
-    unet: ldm, sgm or diffusers layout. Its context must be marked (`rows.mark`) in every call that belongs to the
-    sampling; calls without marks run as if nothing were injected.
+    active: Callable[[float], bool]
+    call: Call
+    arounds: list[tuple[nn.Module, Around]]
+    rule: Rule | None = None
+
+
+class Injection:
+    """Rules on one network, between `inject()` and `eject()` (or inside a `with`), as often as wanted.
+
+    unet: ldm, sgm or diffusers layout, or a ControlNet with its `sites`. Its context must be marked (`rows.mark`) in
+    every call that belongs to the sampling; calls without marks run as if nothing were injected. So an injection inside
+    of another one has the calls that are marked within it to itself.
+    rules: each sees the call by itself. Where two have put a function around the same module, a later one's is outside
+    of an earlier one's and may call it as its host; one that replaces the module hides the other, whose site then
+    counts as passed by.
     rows: what the numbers in the marks mean; may be set anew between two calls.
     host_state: asked once a call; whenever its answer changes, what was computed from the host's weights is stale.
+    guidance: see `Guidance`.
+    within: the injection on the UNet in whose calls a ControlNet is called (in the WebUI), with contexts without marks
+    and the same rows. Elsewhere a ControlNet's own contexts are marked.
 
-    Raises PortraitError from inside a UNet call when the call cannot be honoured: rows are mixed up or unknown, or a
-    site was passed by (its attention was replaced by something that does not use the layer's own projections).
+    Raises PortraitError from inside a call that cannot be honoured: rows are mixed up or unknown, or a site was
+    passed by (its attention was replaced by something that does not use the layer's own projections).
     """
 
     def __init__(
         self,
         unet: nn.Module,
-        rule: Rule,
+        *rules: Rule,
         host_state: Callable[[], Hashable] = lambda: None,
         rows: Mapping[int, Row] = ONE_PICTURE,
+        guidance: Guidance | None = None,
+        sites: Sequence[Site] | None = None,
+        within: Injection | None = None,
     ):
         self.unet = unet
-        self.rule = rule
         self.rows = rows
-        self.sites = find_sites(unet)
+        self.sites = list(find_sites(unet) if sites is None else sites)
         self.call = Call()
+        """The call that is under way, with its rows also while no rule is active."""
         self.progress = 0.0
         self.calls: dict[int, int] = {}
         """How many rows of each kind have passed through the UNet since injection."""
         self._host_state = host_state
-        self._arounds = [
-            (site.module.get_submodule(path), around)
-            for site in self.sites
-            for path, around in rule.overrides(site, self.call).items()
-        ]
+        self._within = within
+        self._context = context_of(unet)
+        self._parts = [self._part_of(rule) for rule in rules]
+        if guidance is not None:
+            call = Call()
+            arounds = [(unet.get_submodule(path), one) for path, one in guidance.overrides(unet, call).items()]
+            self._parts.append(_Part(guidance.active, call, arounds))
+        self._left: list[list[int] | None] = []
         self._overrides: list[_Override] = []
         self._handles: list[Any] = []
+
+    def _part_of(self, rule: Rule) -> _Part:
+        call = Call()
+        arounds = [
+            (site.module.get_submodule(path), around)
+            for site in self.sites
+            for path, around in rule.overrides(site, call).items()
+        ]
+        return _Part(rule.active, call, arounds, rule)
 
     @property
     def injected(self) -> bool:
@@ -162,17 +233,18 @@ class Injection:
             # In front of all other hooks, so that whoever else reads the context finds it without our marks.
             self._handles.append(self.unet.register_forward_pre_hook(self._enter_call, prepend=True, with_kwargs=True))
             self._handles.append(self.unet.register_forward_hook(self._leave_call))
-            for module, around in self._arounds:
-                override = _Override(module, around, self.call)
-                override.install()
-                self._overrides.append(override)
+            for part in self._parts:
+                for module, around in part.arounds:
+                    override = _Override(module, around, part.call)
+                    override.install()
+                    self._overrides.append(override)
         except BaseException:
             self.eject()
             raise
         return self
 
     def eject(self) -> None:
-        self.call.numbers = None
+        self._stand_aside()
         # Reverse order, so that two overrides of one module come off as they went on.
         for override in reversed(self._overrides):
             override.remove()
@@ -189,16 +261,19 @@ class Injection:
     ) -> None:
         self.eject()
 
-    def _enter_call(
-        self, unet: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
-    ) -> tuple[tuple[Any, ...], dict[str, Any]]:
-        call = self.call
-        call.numbers = None
-        call.visited.clear()
-        # forward(x, timesteps, context, ...) in ldm and sgm, forward(sample, timestep, encoder_hidden_states, ...) in
-        # diffusers.
-        name = next((key for key in ("context", "encoder_hidden_states") if key in kwargs), None)
-        context = kwargs[name] if name else args[2] if len(args) > 2 else None
+    def resume(self) -> None:
+        """Lets the rules act on the rows of the last call again, for gradient checkpointing runs its layers anew."""
+        for part, numbers in zip(self._parts, self._left, strict=True):
+            part.call.numbers = numbers
+
+    def _stand_aside(self) -> None:
+        self.call.numbers = None
+        for part in self._parts:
+            part.call.numbers = None
+
+    def _enter_call(self, unet: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Arguments:
+        self._stand_aside()
+        context = self._context.of(args, kwargs)
         if context is None:
             return args, kwargs
         try:
@@ -207,29 +282,45 @@ class Injection:
                 raise ValueError(f"no row of this sampling has the number {min(unknown)}")
         except ValueError as error:
             raise PortraitError("rows", str(error), "Switch off extensions that join UNet calls.", 500) from None
+        call, table = self.call, self.rows
+        if numbers is None and self._within is not None:
+            numbers, table = self._within.call.numbers, self._within.call.table
         if numbers is None:
             return args, kwargs
-        if name:
-            kwargs = {**kwargs, name: context}
-        else:
-            args = (*args[:2], context, *args[3:])
-        latent: torch.Tensor = args[0] if args else kwargs["x" if "x" in kwargs else "sample"]
+        latent = LATENT.of(args, kwargs)
         for number in numbers:
-            kind = self.rows[number].kind
+            kind = table[number].kind
             self.calls[kind] = self.calls.get(kind, 0) + 1
         call.latent = (latent.shape[-2], latent.shape[-1])
-        call.progress = self.progress
+        call.progress = self.progress if self._within is None else self._within.progress
         call.host_state = self._host_state()
-        call.table = self.rows
-        call.numbers = numbers if self.rule.active(self.progress) else None
+        call.table, call.numbers = table, numbers
+        for part in self._parts:
+            part.call.follow(call, part.active(call.progress))
+            if part.call.numbers is not None and isinstance(part.rule, RewritesContext):
+                context = part.rule.context(part.call, context)
+        args, kwargs = self._context.put(args, kwargs, context)
+        for part in self._parts:
+            if part.call.numbers is not None and isinstance(part.rule, AddsRows):
+                args, kwargs = part.rule.enter(part.call, args, kwargs)
+                for other in self._parts:
+                    if other.call.numbers is not None:
+                        other.call.table, other.call.numbers = part.call.table, part.call.numbers
         return args, kwargs
 
-    def _leave_call(self, unet: nn.Module, args: tuple[Any, ...], output: Any) -> None:
-        call = self.call
-        if call.numbers is None:
-            return
-        call.numbers = None
-        passed_by = [site.path for site in self.sites if self.rule.must_visit(site) and site.index not in call.visited]
+    def _leave_call(self, unet: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
+        for part in reversed(self._parts):
+            if part.call.numbers is not None and isinstance(part.rule, AddsRows):
+                output = part.rule.leave(output)
+        passed_by = [
+            site.path
+            for part in self._parts
+            if part.rule is not None and part.call.numbers is not None
+            for site in self.sites
+            if part.rule.must_visit(site) and site.index not in part.call.visited
+        ]
+        self._left = [part.call.numbers for part in self._parts]
+        self._stand_aside()
         if passed_by:
             raise PortraitError(
                 "model",
@@ -237,3 +328,4 @@ class Injection:
                 "Switch off what replaces the UNet (TensorRT, compiled or exported UNets) and generate again.",
                 500,
             )
+        return output

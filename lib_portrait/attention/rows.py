@@ -8,13 +8,17 @@ cutting happen at the end of a context), and is taken off again at the UNet's do
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import copy
+from collections.abc import MutableMapping, Sequence
 from dataclasses import dataclass
+from typing import TypeVar
 
 import torch
 
 POSITIVE = 1
 NEGATIVE = 2
+# A rule's own row: a picture of somebody that the UNet looks at, no row of the host's batch.
+REFERENCE = 3
 
 # Whole numbers up to 256 are exact in bf16 (and fp16), and no text encoder emits a token of two large whole numbers.
 _BASE = 192
@@ -26,7 +30,7 @@ MOST_ROWS = _DIGITS**2
 class Row:
     """What one row of a UNet call is.
 
-    kind: POSITIVE, NEGATIVE or a method's own. picture: its number in the batch; a picture has several positive rows
+    kind: POSITIVE, NEGATIVE or REFERENCE. picture: its number in the batch; a picture has several positive rows
     where its prompt is composed of several. words: positions of the identity words in the row's context.
     """
 
@@ -54,6 +58,28 @@ def mark(context: torch.Tensor, numbers: int | Sequence[int]) -> torch.Tensor:
     digits = context.new_tensor([divmod(number, _DIGITS) for number in numbers]).reshape(-1, 2) + _BASE
     token = digits.repeat(1, -(-context.shape[2] // 2))[:, : context.shape[2]]
     return torch.cat([token[:, None], context], dim=1)
+
+
+# A context, or a host's mapping of a context under "crossattn" and further inputs of the UNet (SDXL).
+Conditions = TypeVar("Conditions", torch.Tensor, "MutableMapping[str, torch.Tensor]")
+
+
+def mark_conditions(conditions: Conditions, numbers: int | Sequence[int]) -> Conditions:
+    """`mark` for either form of a host's conditions. What is given is not written to."""
+    if isinstance(conditions, torch.Tensor):
+        return mark(conditions, numbers)
+    # The host's mapping type carries a shape that others read; its other entries stay shared.
+    marked = copy.copy(conditions)
+    marked["crossattn"] = mark(conditions["crossattn"], numbers)
+    return marked
+
+
+def word_positions(tokens: Sequence[int], word: Sequence[int]) -> tuple[int, ...]:
+    """Where the tokens of a word stand among those of a prompt: every position of every time that it is there."""
+    length = len(word)
+    starts = range(len(tokens) - length + 1)
+    found = [start for start in starts if [*tokens[start : start + length]] == [*word]]
+    return tuple(start + offset for start in found for offset in range(length))
 
 
 def unmark(context: torch.Tensor) -> tuple[list[int] | None, torch.Tensor]:

@@ -1,16 +1,18 @@
-"""A UNet as an ordered list of attention sites.
+"""A UNet, or a ControlNet, as an ordered list of attention sites.
 
 The order is the one in which published adapters number their layers: diffusers' `unet.attn_processors`, which lists the
 down blocks, then the up blocks, then the mid block, and in every transformer block `attn1` before `attn2`. The key
 ``"{i}.to_k_faceid.weight"`` of an adapter belongs to site i. Three layouts are understood: ldm (SD1, SD2), sgm (SDXL;
 the same names as ldm, with several transformer blocks in a row) and diffusers.
+
+A ControlNet is a copy of a UNet's first part and its middle; its sites have the numbers of those that they copy.
 """
 
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -77,6 +79,11 @@ class Site:
         x, context = given["x"], given.get("context")
         return x, x if context is None else context
 
+    @staticmethod
+    def others(kwargs: Mapping[str, Any]) -> dict[str, Any]:
+        """What the layer's forward was called with beside `arguments`."""
+        return {name: value for name, value in kwargs.items() if name not in _ARGUMENTS}
+
     def qkv(self, x: torch.Tensor, context: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """Queries of x (B, n, channels), keys and values of context (B, m, context): (B, heads, n or m, d) each.
 
@@ -122,9 +129,17 @@ def find_sites(unet: nn.Module) -> list[Site]:
 
     Works on ldm's and sgm's `UNetModel` and on diffusers' `UNet2DConditionModel`, whatever the attention optimisation.
     """
+    sites = _sites_of(unet, LAYOUTS[layout_of(unet)])
+    if not sites:
+        raise PortraitError("model", "its UNet has no attention layers", "Load an SD1.5-family checkpoint.")
+    return sites
+
+
+def _sites_of(network: nn.Module, parts: Sequence[str]) -> list[Site]:
+    """The attention layers of these parts of a network, numbered in this order."""
     sites: list[Site] = []
-    for part in LAYOUTS[layout_of(unet)]:
-        blocks = sorted(_transformer_blocks(getattr(unet, part)), key=lambda item: _natural(item[0]))
+    for part in parts:
+        blocks = sorted(_transformer_blocks(getattr(network, part)), key=lambda item: _natural(item[0]))
         for path, block in blocks:
             for name in ("attn1", "attn2"):
                 attention = getattr(block, name)
@@ -140,9 +155,31 @@ def find_sites(unet: nn.Module) -> list[Site]:
                         module=attention,
                     )
                 )
-    if not sites:
-        raise PortraitError("model", "its UNet has no attention layers", "Load an SD1.5-family checkpoint.")
     return sites
+
+
+def control_sites(control: nn.Module, unet: nn.Module) -> list[Site]:
+    """The attention sites of a ControlNet for `unet`, each with the number and path of the UNet's site that it copies.
+
+    control: sd-webui-controlnet's `ControlNet`, or its `PlugableControlModel` around one, ldm's, or diffusers'
+    `ControlNetModel`. Raises PortraitError where it is none, or one for another kind of model.
+    """
+    control = getattr(control, "control_model", control)
+    own = {site.path: site for site in find_sites(unet)}
+    _, last, middle = LAYOUTS[layout_of(unet)]
+    if not hasattr(control, middle) or hasattr(control, last):
+        raise PortraitError("model", f"{type(control).__name__} is not a ControlNet", "Use a ControlNet's own model.")
+    found = {site.path: site for site in _sites_of(control, (LAYOUTS[layout_of(unet)][0], middle))}
+    copied = [path for path in own if not path.startswith(f"{last}.")]
+    if [*found] != copied or any(_sizes(found[path]) != _sizes(own[path]) for path in copied):
+        raise PortraitError(
+            "model", "this ControlNet was made for another kind of model", "Choose one of the checkpoint's family."
+        )
+    return [replace(site, index=own[path].index) for path, site in found.items()]
+
+
+def _sizes(site: Site) -> tuple[int, ...]:
+    return site.channels, site.inner, site.context, site.heads
 
 
 def spatial_shape(tokens: int, latent: tuple[int, int]) -> tuple[int, int]:

@@ -11,7 +11,7 @@ import numpy as np
 
 from lib_portrait.errors import NoSuchFace, Notice, PortraitError
 from lib_portrait.faces import order
-from lib_portrait.faces.alignment import align_face, fit_aligned, template
+from lib_portrait.faces.alignment import align_face, fit_aligned, portrait, template
 from lib_portrait.faces.cache import FeatureCache, PhotoCache, Recent
 from lib_portrait.faces.detection import (
     RULES,
@@ -108,6 +108,20 @@ class FaceService:
         Raises PortraitError as `find` does, and when there are fewer faces than `face` counts.
         """
         return self.chosen(photo, field).crop
+
+    def portrait(self, photo: Photo, field: str, size: int, face_only: bool = False) -> np.ndarray:
+        """The square about the face that the photo's `face` chooses, (size, size, 3) uint8, see `alignment.portrait`.
+
+        Raises PortraitError as `crop` does.
+        """
+        chosen = self.chosen(photo, field)
+        if photo.aligned:
+            return portrait(chosen.crop, chosen.face.landmarks, size, face_only)
+        image, _ = decode_photo(self._bytes(self.named(photo, field), field), field, self.limits)
+        quarters = chosen.turn // 90
+        upright = turned(image, quarters)
+        face = turned_back(chosen.face, -quarters, upright.shape[1], upright.shape[0])
+        return portrait(upright, face.landmarks, size, face_only)
 
     def notices(self, photo: Photo, field: str) -> list[Notice]:
         """What a user should know of the face that the photo's `face` chooses. Raises PortraitError as `crop` does."""

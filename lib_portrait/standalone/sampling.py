@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import warnings
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -14,9 +13,10 @@ from diffusers import DDIMScheduler, DPMSolverMultistepScheduler, EulerDiscreteS
 from torch import Tensor
 
 from lib_portrait.attention import NEGATIVE, POSITIVE, Injection, RoutingMaps, Row, find_sites, mark
+from lib_portrait.attention.windows import check_window
 from lib_portrait.conditioning import Conditioning
 from lib_portrait.errors import PortraitError
-from lib_portrait.request import check_window
+from lib_portrait.standalone.host import DiffusersHost, encode_prompts
 from lib_portrait.standalone.model import Model
 
 SAMPLERS: dict[str, tuple[Any, dict[str, Any]]] = {
@@ -60,7 +60,7 @@ def sample(
     check(samplings)
     first = samplings[0]
     for i, person in enumerate(conditioning.people if conditioning is not None else ()):
-        if person.scale > 0:
+        if person.strength > 0:
             steps = [step / first.steps for step in range(first.steps)]
             check_window(f"identities[{i}]", person.start, person.end, steps)
     # Guidance of 1 is the prediction with the prompt; the other half of the batch would not be looked at.
@@ -122,20 +122,6 @@ def check(samplings: Sequence[Sampling]) -> None:
             raise PortraitError("seed", f"{one.seed} is out of range", "Give a whole number from 0 to 2^63 - 1.")
 
 
-def encode_prompts(model: Model, prompts: Sequence[str]) -> Tensor:
-    """The text's context (B, 77, D). A prompt of more than 77 tokens is cut there, with a warning that says so."""
-    tokenizer, length = model.tokenizer, model.text_encoder.config.max_position_embeddings
-    for prompt in prompts:
-        numbers = tokenizer(prompt, verbose=False).input_ids
-        if len(numbers) > length:
-            lost = tokenizer.decode(numbers[length - 1 : -1]).strip()
-            warnings.warn(
-                f"the prompt has {len(numbers)} tokens, the model reads {length}; left out: {lost!r}", stacklevel=3
-            )
-    tokens = tokenizer(list(prompts), padding="max_length", max_length=length, truncation=True, return_tensors="pt")
-    return model.text_encoder(tokens.input_ids.to(model.device)).last_hidden_state
-
-
 def _noise(model: Model, samplings: Sequence[Sampling]) -> Tensor:
     """The starting noise (B, 4, h, w), drawn on the CPU, so that a seed means the same on every device."""
     first = samplings[0]
@@ -152,8 +138,10 @@ def _injected(
     if conditioning is None:
         yield None
         return
-    conditioning.adapter.check_fits(find_sites(model.unet))
-    with Injection(model.unet, conditioning.rule(routing), rows=dict(enumerate(rows))) as injection:
+    conditioning.check_fits(find_sites(model.unet))
+    rule = conditioning.rule(routing)
+    rule.prepare(DiffusersHost(model))
+    with Injection(model.unet, rule, rows=dict(enumerate(rows))) as injection:
         yield injection
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 
 import pytest
@@ -10,7 +11,18 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
 
-from lib_portrait.attention import NEGATIVE, POSITIVE, Injection, Row, find_sites, mark, spatial_shape, unmark
+from lib_portrait.attention import (
+    NEGATIVE,
+    POSITIVE,
+    Injection,
+    Row,
+    control_sites,
+    find_sites,
+    mark,
+    mark_conditions,
+    spatial_shape,
+    unmark,
+)
 from lib_portrait.attention.injection import _Override
 from lib_portrait.attention.rows import MOST_ROWS
 from lib_portrait.errors import PortraitError
@@ -66,6 +78,44 @@ class Doubling:
             return 2 * host(*args, **kwargs)
 
         return {"": double}
+
+
+class Adding:
+    """Adds a number to the output of every cross-attention."""
+
+    def __init__(self, number: float, start: float = 0.0):
+        self.number = number
+        self.start = start
+
+    def active(self, progress: float) -> bool:
+        return progress >= self.start
+
+    def must_visit(self, site) -> bool:
+        return site.cross
+
+    def overrides(self, site, call):
+        def add(host, *args, **kwargs):
+            call.visited.add(site.index)
+            rows = torch.tensor([float(kind == POSITIVE) for kind in call.kinds])[:, None, None]
+            return host(*args, **kwargs) + self.number * rows
+
+        return {"": add} if site.cross else {}
+
+
+class Rewriting(Adding):
+    """Puts another embedding at the positions of the rows' words."""
+
+    def __init__(self, embedding: torch.Tensor, start: float = 0.0):
+        super().__init__(0.0, start)
+        self.embedding = embedding
+        self.asked: list[int] = []
+
+    def context(self, call, context):
+        self.asked.append(context.shape[1])
+        changed = context.clone()
+        for number, row in enumerate(call.rows):
+            changed[number, list(row.words)] = self.embedding
+        return changed
 
 
 def text(rows: int = 2) -> torch.Tensor:
@@ -268,3 +318,280 @@ def test_an_override_that_was_there_before_is_restored(unet: nn.Module) -> None:
     assert module.forward is theirs
     assert torch.equal(run(unet, text()), clean)
     del module.forward
+
+
+# -------------------------------------------------------------------------------------------------------- several rules
+
+
+def test_rules_on_one_unet_add_up_in_either_order_and_leave_nothing(unet: nn.Module) -> None:
+    before, context = attributes(unet), mark(text(3), [POSITIVE, NEGATIVE, POSITIVE])
+    with Injection(unet, Adding(0.5)):
+        expected = run(unet, context)
+    outputs = []
+    for numbers in ((0.2, 0.3), (0.3, 0.2)):
+        with Injection(unet, *map(Adding, numbers)) as injection:
+            outputs.append(run(unet, context))
+            assert injection.calls == {POSITIVE: 2, NEGATIVE: 1}
+        assert attributes(unet) == before
+    for out in outputs:
+        torch.testing.assert_close(out, expected, atol=1e-5, rtol=0)
+
+
+def test_each_rule_has_its_own_window(unet: nn.Module) -> None:
+    context = mark(text(), POSITIVE)
+    with Injection(unet, Adding(0.5)):
+        expected = run(unet, context)
+    with Injection(unet, Adding(0.5), Adding(1.0, start=0.5)) as injection:
+        injection.progress = 0.25
+        assert torch.equal(run(unet, context), expected)
+        injection.progress = 0.5
+        assert not torch.allclose(run(unet, context), expected, atol=1e-2)
+
+
+def test_the_later_rule_is_outside_of_the_earlier_one(unet: nn.Module) -> None:
+    """At one module: the later one's host is the earlier one."""
+    seen: list[float] = []
+
+    class Watching(Doubling):
+        def overrides(self, site, call):
+            def watch(host, *args, **kwargs):
+                call.visited.add(site.index)
+                out = host(*args, **kwargs)
+                seen.append(float(out.mean()))
+                return out
+
+            return {"": watch} if site.index == 1 else {}
+
+        def must_visit(self, site) -> bool:
+            return site.index == 1
+
+    for rules in ((Watching(), Adding(10.0)), (Adding(10.0), Watching())):
+        with Injection(unet, *rules):
+            run(unet, mark(text(), POSITIVE))
+    assert seen[1] - seen[0] == pytest.approx(10, abs=1e-3)
+
+
+def test_a_rule_that_another_hides_counts_as_passed_by(unet: nn.Module) -> None:
+    """The outer one replaces the layers; each rule's visits are its own."""
+
+    class Replacing(Doubling):
+        def overrides(self, site, call):
+            def replace(host, x, *args, **kwargs):
+                call.visited.add(site.index)
+                return torch.zeros_like(x)
+
+            return {"": replace} if site.cross else {}
+
+    run_with = mark(text(), POSITIVE)
+    with Injection(unet, Adding(1.0), Replacing()), pytest.raises(PortraitError, match="did not run the attention"):
+        run(unet, run_with)
+    with Injection(unet, Replacing(), Adding(1.0)):
+        run(unet, run_with)
+
+
+def test_an_injection_inside_another_has_its_calls_to_itself(unet: nn.Module) -> None:
+    before, context = attributes(unet), mark(text(), POSITIVE)
+    with Injection(unet, Adding(0.5)):
+        expected = run(unet, context)
+    with Injection(unet, Doubling()) as outer:
+        doubled = run(unet, context)
+        with Injection(unet, Adding(0.5)):
+            torch.testing.assert_close(run(unet, context), expected)
+        assert torch.equal(run(unet, context), doubled)
+        assert outer.calls == {POSITIVE: 4}
+    assert attributes(unet) == before
+
+
+# -------------------------------------------------------------------------------------------------------------- context
+
+
+@pytest.mark.parametrize("named", [False, True])
+def test_a_rule_rewrites_the_context_before_the_unet_and_neighbours_see_it(unet: nn.Module, named: bool) -> None:
+    table = {0: Row(POSITIVE, 0, (2, 5)), 1: Row(NEGATIVE)}
+    embedding, context = torch.full((48,), 0.7), text()
+    expected = context.clone()
+    expected[0, [2, 5]] = embedding
+    seen: list[torch.Tensor] = []
+
+    def neighbour(module, args, kwargs):
+        seen.append(args[2] if len(args) > 2 else kwargs.get("context", kwargs.get("encoder_hidden_states")))
+
+    def call(context: torch.Tensor) -> torch.Tensor:
+        torch.manual_seed(1)
+        x, t = torch.randn(2, 4, 16, 16), torch.tensor([500, 500])
+        names = (
+            ("x", "timesteps", "context")
+            if hasattr(unet, "input_blocks")
+            else ("sample", "timestep", "encoder_hidden_states")
+        )
+        with torch.no_grad():
+            out = unet(**dict(zip(names, (x, t, context)))) if named else unet(x, t, context)
+        return out if isinstance(out, torch.Tensor) else out.sample
+
+    first, second = Rewriting(embedding, start=0.5), Rewriting(embedding)
+    hook = unet.register_forward_pre_hook(neighbour, with_kwargs=True)
+    try:
+        with Injection(unet, first, second, rows=table):
+            out = call(mark(context, [0, 1]))
+            assert (first.asked, second.asked) == ([], [7])
+            assert torch.equal(seen[-1], expected)
+            bare = call(context)
+            assert second.asked == [7]
+        assert torch.equal(call(expected), out)
+        assert torch.equal(call(context), bare)
+    finally:
+        hook.remove()
+
+
+def test_conditions_of_either_form_are_marked_and_not_written_to() -> None:
+    context = text()
+    assert torch.equal(mark_conditions(context, [1, 2]), mark(context, [1, 2]))
+    mapping = {"crossattn": context, "vector": torch.ones(2, 3)}
+    marked = mark_conditions(mapping, [1, 2])
+    assert torch.equal(marked["crossattn"], mark(context, [1, 2]))
+    assert marked["vector"] is mapping["vector"]
+    assert mapping["crossattn"] is context
+
+
+# ----------------------------------------------------------------------------------------------------------- ControlNet
+
+
+class ControlNet(nn.Module):
+    """sd-webui-controlnet's `ControlNet` (scripts/cldm.py): a UNet's first part and middle, in ldm's layout."""
+
+    def __init__(self, unet: nn.Module):
+        super().__init__()
+        torch.manual_seed(6)
+        self.time_embed = copy.deepcopy(unet.time_embed)
+        self.input_blocks, self.middle_block = copy.deepcopy(unet.input_blocks), copy.deepcopy(unet.middle_block)
+        self.input_hint_block = nn.Conv2d(3, 32, 8, 8)
+        widths = [32, *(block[0].out_channels for block in self.input_blocks[1:])]
+        self.zero_convs = nn.ModuleList([nn.Conv2d(width, width, 1) for width in widths])
+        self.middle_block_out = nn.Conv2d(widths[-1], widths[-1], 1)
+
+    def forward(self, x, hint, timesteps, context, y=None):
+        from ldm.modules.diffusionmodules.util import timestep_embedding
+
+        emb, h, outs = self.time_embed(timestep_embedding(timesteps, 32)), x, []
+        for number, (module, convolution) in enumerate(zip(self.input_blocks, self.zero_convs)):
+            h = module(h, emb, context)
+            if number == 0:
+                h = h + self.input_hint_block(hint)
+            outs.append(convolution(h))
+        return [*outs, self.middle_block_out(self.middle_block(h, emb, context))]
+
+
+class PlugableControlModel(nn.Module):
+    """The same extension's module around it."""
+
+    def __init__(self, control: nn.Module):
+        super().__init__()
+        self.control_model = control
+
+    def forward(self, *args, **kwargs):
+        return self.control_model(*args, **kwargs)
+
+
+def control_net(kind: str) -> tuple[nn.Module, nn.Module]:
+    """A ControlNet and its UNet."""
+    if kind == "diffusers":
+        from diffusers import ControlNetModel
+
+        unet = diffusers_unet()
+        made = ControlNetModel.from_unet(unet)
+        for convolution in (*made.controlnet_down_blocks, made.controlnet_mid_block):
+            convolution.weight.data.normal_(generator=torch.Generator().manual_seed(6))
+        return made.eval(), unet
+    unet = ldm_unet()
+    made = ControlNet(unet).eval()
+    return (made if kind == "ldm" else PlugableControlModel(made)), unet
+
+
+def run_control(control: nn.Module, context: torch.Tensor, named: bool = False) -> list[torch.Tensor]:
+    generator = torch.Generator().manual_seed(1)
+    x = torch.randn(len(context), 4, 16, 16, generator=generator)
+    hint = torch.randn(len(context), 3, 128, 128, generator=generator)
+    t = torch.tensor([500] * len(context))
+    with torch.no_grad():
+        if hasattr(control, "down_blocks"):
+            down, middle = (
+                control(x, t, encoder_hidden_states=context, controlnet_cond=hint, return_dict=False)
+                if named
+                else control(x, t, context, hint, return_dict=False)
+            )
+            return [*down, middle]
+        return control(x=x, hint=hint, timesteps=t, context=context) if named else control(x, hint, t, context)
+
+
+CONTROLS = pytest.mark.parametrize("kind", ["diffusers", "ldm", "plugable"])
+
+
+@CONTROLS
+def test_a_control_nets_sites_have_the_numbers_of_those_that_they_copy(kind: str) -> None:
+    control, unet = control_net(kind)
+    own, sites = find_sites(unet), control_sites(control, unet)
+    assert [site.index for site in sites] == [*range(12), 30, 31]
+    for site in sites:
+        twin = own[site.index]
+        assert (site.path, site.cross, site.channels, site.context) == (
+            twin.path,
+            twin.cross,
+            twin.channels,
+            twin.context,
+        )
+        assert site.module is getattr(control, "control_model", control).get_submodule(site.path)
+        assert torch.equal(site.module.to_q.weight, twin.module.to_q.weight)
+
+
+def test_what_is_no_control_net_of_the_unet_is_refused(unet: nn.Module) -> None:
+    for other in (unet, nn.Linear(2, 2)):
+        with pytest.raises(PortraitError, match="is not a ControlNet"):
+            control_sites(other, unet)
+    control, _ = control_net("diffusers" if hasattr(unet, "down_blocks") else "ldm")
+    narrow = copy.deepcopy(unet)
+    for site in find_sites(narrow):
+        site.module.to_k = nn.Linear(site.context + 1, site.inner)
+    with pytest.raises(PortraitError, match="made for another kind of model"):
+        control_sites(control, narrow)
+
+
+@CONTROLS
+@pytest.mark.parametrize("named", [False, True])
+def test_marked_rows_of_a_control_net_change_and_nothing_is_left(kind: str, named: bool) -> None:
+    control, unet = control_net(kind)
+    before, clean = attributes(control), run_control(control, text(), named)
+    with Injection(control, Adding(1.0), sites=control_sites(control, unet)) as injection:
+        bare = run_control(control, text(), named)
+        assert all(torch.equal(one, other) for one, other in zip(bare, clean, strict=True))
+        changed = run_control(control, mark(text(), [POSITIVE, NEGATIVE]), named)
+        assert injection.calls == {POSITIVE: 1, NEGATIVE: 1}
+    for out, other in zip(changed[2:], clean[2:], strict=True):
+        assert not torch.allclose(out[0], other[0], atol=1e-3)
+    for out, other in zip(changed, clean, strict=True):
+        torch.testing.assert_close(out[1], other[1], atol=1e-4, rtol=1e-4)
+    assert attributes(control) == before
+    again = run_control(control, text(), named)
+    assert all(torch.equal(one, other) for one, other in zip(again, clean, strict=True))
+
+
+def test_a_control_net_called_inside_the_unet_has_its_rows() -> None:
+    """As sd-webui-controlnet does: around the UNet's forward, with the context that the UNet got."""
+    control, unet = control_net("plugable")
+    inside = unet.forward
+    seen: list[list[torch.Tensor]] = []
+
+    def forward(x, t, context):
+        seen.append(run_control(control, context))
+        return inside(x, t, context)
+
+    unet.forward = forward
+    plain = run_control(control, text())
+    outer = Injection(unet, Adding(1.0))
+    inner = Injection(control, Adding(1.0), sites=control_sites(control, unet), within=outer)
+    with outer, inner:
+        run(unet, mark(text(), [POSITIVE, NEGATIVE]))
+        run(unet, text())
+    changed, bare = seen
+    assert not torch.allclose(changed[-1][0], plain[-1][0], atol=1e-3)
+    torch.testing.assert_close(changed[-1][1], plain[-1][1], atol=1e-4, rtol=1e-4)
+    assert all(torch.equal(one, other) for one, other in zip(bare, plain, strict=True))

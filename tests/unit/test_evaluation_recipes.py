@@ -13,7 +13,7 @@ pytest.importorskip("accelerate", reason="the trainer's requirements are not ins
 pytest.importorskip("skia", reason="the world is drawn with skia", exc_type=ImportError)
 
 import portrait as command_line
-from lib_portrait.faces.world_detector import faces_in, world_detector
+from lib_portrait.faces.heatmap_detector import faces_in, heatmap_detector
 from trainer.attribute_network import HEADS, AttributeNetwork
 from trainer.dataset import world_sample
 from trainer.recipes.attributes import AttributeDataset, scene_of
@@ -100,5 +100,5 @@ def test_both_are_trained_and_kept_as_the_evaluation_reads_them(home: Path) -> N
     network = AttributeNetwork.load(home / "attributes" / "export" / "world-attributes.safetensors")
     (predicted,) = network.predict([picture])
     assert set(predicted) == set(HEADS) and all(value in HEADS[name] for name, value in predicted.items())
-    detector = world_detector(home / "detector" / "export" / "world-detector.safetensors")
+    detector = heatmap_detector(home / "detector" / "export" / "world-detector.safetensors")
     assert all(face.landmarks.shape == (5, 2) for face in detector.find(picture))

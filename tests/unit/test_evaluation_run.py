@@ -25,13 +25,13 @@ from lib_portrait.conditioning import Conditioner
 from lib_portrait.errors import PortraitError
 from lib_portrait.faces.detection import Detector, Face
 from lib_portrait.faces.features import pixels_of, recognition_view
+from lib_portrait.faces.heatmap_detector import DetectorNetwork, faces_in, heatmap_detector
 from lib_portrait.faces.service import FaceService
-from lib_portrait.faces.world_detector import DetectorNetwork, faces_in, world_detector
+from lib_portrait.methods.declarations import adapter_files
 from lib_portrait.request import Identity, Photo, PortraitRequest
-from lib_portrait.standalone import model as model_module
 from lib_portrait.standalone import sampling
 from lib_portrait.standalone.model import save_model
-from tests.small_networks import small_kit, small_model, small_text_folder, tiny_backbone, tiny_vision
+from tests.small_networks import small_kit, small_manifest, small_model, tiny_backbone, tiny_vision
 from trainer.attribute_network import AttributeNetwork
 from trainer.evaluation import generators, run
 from trainer.evaluation.instruments import find_faces, fingerprint, open_recogniser, refuse_conditioning_network
@@ -55,8 +55,6 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     """A folder like models/world with small random networks, in that one's place; a detector that needs no face."""
     folder = tmp_path_factory.mktemp("world")
     with pytest.MonkeyPatch.context() as patch:
-        small_text_folder(folder / "text")
-        patch.setattr(model_module, "TEXT_FOLDER", folder / "text")
         save_model(small_model(), folder / "world.safetensors")
         small_kit(folder, "world")
         # `tiny_backbone` seeds itself, and so would be the network that conditions.
@@ -64,8 +62,9 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
         save_file(measuring, folder / "world-measuring.safetensors")
         projections = {"visual_projection.weight": torch.randn(8, 64), "text_projection.weight": torch.randn(8, 48)}
         heads = {"heads": "1", "activation": "gelu"}
-        save_file({**tiny_vision(), **projections}, folder / "world-vision.safetensors", heads)
+        save_file({**tiny_vision(), **projections}, folder / "small_vision.safetensors", heads)
         AttributeNetwork().save(folder / "world-attributes.safetensors", {})
+        small_manifest(folder, "world")
         patch.setattr(run, "WORLD", folder)
         patch.setattr(run, "MODELS", folder)
         patch.setattr(run, "open_detector", lambda name, folders: Detector("halves", "1", two_halves))
@@ -294,8 +293,8 @@ def test_a_detector_s_cells_tell_one_face_each(tmp_path: Path) -> None:
     assert [face.box.tolist() for face in faces] == [[36, 20, 68, 52], [12, 84, 44, 116]]
     assert faces[0].landmarks[2].tolist() == [52, 38]
     DetectorNetwork().save(tmp_path / "world-detector.safetensors", {})
-    detector = world_detector(tmp_path / "world-detector.safetensors")
-    assert detector.name == "world"
+    detector = heatmap_detector(tmp_path / "world-detector.safetensors")
+    assert detector.name == "heatmap"
     detector.find(np.zeros((64, 96, 3), np.uint8))
     shutil.copy(tmp_path / "world-detector.safetensors", tmp_path / "attributes.safetensors")
     with pytest.raises(PortraitError, match="holds no attributes network but detector"):
@@ -310,7 +309,7 @@ def test_an_adapter_trained_on_the_global_feature_is_given_that(world: Path, tmp
     faceid = folder / "uniportrait-faceid_global.safetensors"
     names = {"backbone": "small_backbone.safetensors", "vision": "small_vision.safetensors", "components": "global"}
     save_file(load_file(faceid), faceid, names)
-    store, name = Store(Folders([folder])), "global"
+    store, name = Store(Folders([folder]), adapter_files()), "global"
     photo = Photo.of(encode_png(np.full((224, 224, 3), 90, np.uint8)), aligned=True)
     conditioner = Conditioner(run._face_service(store, name, tmp_path / "cache", None), store)
     encoder = conditioner._encoder(store.kit(name), "cpu", torch.float32, print)
@@ -321,4 +320,5 @@ def test_an_adapter_trained_on_the_global_feature_is_given_that(world: Path, tmp
     assert conditioner.faces.zero(encoder).intrinsic.shape == embedding.shape
     request = PortraitRequest((Identity((photo,)),), checkpoint=name)
     assert conditioner.prepare(request, (64, 64)).people[0].tokens
-    assert type(run._face_service(Store(Folders([world])), "world", tmp_path / "cache", None)) is FaceService
+    store = Store(Folders([world]), adapter_files())
+    assert type(run._face_service(store, "world", tmp_path / "cache", None)) is FaceService

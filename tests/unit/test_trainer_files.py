@@ -11,13 +11,15 @@ import pytest
 import torch
 from torch import nn
 
+from lib_portrait.attention import find_sites
 from lib_portrait.checkpoints import read_tensors, write_tensors
 from lib_portrait.checkpoints.kit import StoredFile, read_manifest, write_manifest
 from lib_portrait.errors import PortraitError
+from tests.parity.unets import diffusers_unet
 from trainer.frozen import frozen_networks
+from trainer.recipes.uniportrait_start import begin_with_faceid, begin_with_router, second_stage
 from trainer.recipes.vision import VisionRecipe
 from trainer.release import interpolate_adapters, reduce_rank, renew_manifest, write_checkpoint
-from trainer.uniportrait_start import begin_with_faceid, begin_with_router, second_stage
 
 WORLD = Path(__file__).parents[2] / "models" / "world"
 PARITY = Path(__file__).parents[1] / "data" / "parity"
@@ -78,7 +80,7 @@ def test_a_first_stage_without_lora_is_refused(tmp_path: Path) -> None:
     path = tmp_path / "uniportrait-faceid_mine.safetensors"
     write_tensors(path, {name: tensor for name, tensor in tensors.items() if "lora" not in name})
     with pytest.raises(PortraitError, match="mine.safetensors holds no LoRA"):
-        second_stage(path, [])
+        second_stage(path, find_sites(diffusers_unet()))
 
 
 def test_a_manifest_is_renewed_from_the_files_beside_it(tmp_path: Path) -> None:

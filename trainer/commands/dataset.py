@@ -50,6 +50,13 @@ def configure(parser: argparse.ArgumentParser) -> None:
     features.add_argument("--vae", type=Path, help="instead: vae.safetensors, as exported by the recipe vae")
     features.add_argument("--backbone", type=Path, help="recognition network; with --vision, for faces")
     features.add_argument("--vision", type=Path, help="image encoder")
+    features.add_argument(
+        "--references",
+        type=int,
+        default=0,
+        metavar="SIZE",
+        help="also the latents of the square about each face, of so many pixels; default: none",
+    )
     features.add_argument("--batch", type=int, default=16, help="pictures at once, default 16")
     features.add_argument("--device", help="default: cuda where there is one")
     check = _kind(kinds, "check", _check, "what shards hold")
@@ -109,7 +116,9 @@ def _features(options: argparse.Namespace) -> int:
     from trainer.shards import Shards
 
     device = options.device or default_device()
-    frozen = frozen_networks(options.checkpoint, options.vae, options.backbone, options.vision, device)
+    frozen = frozen_networks(
+        options.checkpoint, options.vae, options.backbone, options.vision, device, options.references
+    )
     counts = precompute(Shards.under(options.data).paths, frozen, options.batch)
     print(f"{counts['shards']} shards: {counts['pictures']} pictures, {counts['faces']} faces")
     if counts["unusable"]:

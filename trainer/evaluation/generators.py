@@ -80,9 +80,10 @@ class StandaloneGenerator:
         if self.conditioner is None or not people:
             return self.hashes
         kit = self.conditioner.store.kit(self.name)
-        files = {"faceid": kit.faceid, "backbone": kit.backbone, "vision": kit.vision}
-        if people > 1:
-            files["router"] = kit.routed()
+        kit.check_people(people)
+        # What several people need is not read for one.
+        unread = {part.role for files in self.conditioner.store.methods for part in files.parts if part.people > people}
+        files = {role: path for role, path in kit.files.items() if role not in unread}
         return {**self.hashes, **{role: self.conditioner.store.sha256(path) for role, path in files.items()}}
 
     def generate(
@@ -245,11 +246,11 @@ class SampleProvider:
         identities = tuple(
             Identity(
                 tuple(self.population.photo(person, number).to_request() for number in range(variant.photos)),
-                structure=variant.structure,
+                options={"structure": variant.structure},
             )
             for person in people
         )
-        return PortraitRequest(identities, scale=self.settings.scale)
+        return PortraitRequest(identities, options={"scale": self.settings.scale})
 
     def _sampling(self, sample: Sample) -> Sampling:
         settings = self.settings

@@ -18,13 +18,15 @@ from tqdm import tqdm
 from lib_portrait import __version__
 from lib_portrait.checkpoints.formats import read_header, read_tensors
 from lib_portrait.checkpoints.hashes import file_sha256
-from lib_portrait.checkpoints.store import ADAPTER, Folders, Store
+from lib_portrait.checkpoints.kit import ALONE, StoredFile, read_manifest
+from lib_portrait.checkpoints.store import Folders, Store
 from lib_portrait.conditioning import Conditioner
 from lib_portrait.errors import PortraitError
 from lib_portrait.faces.detection import DETECTORS
+from lib_portrait.faces.heatmap_detector import open_detector
 from lib_portrait.faces.recognition import backbone_from_state_dict
 from lib_portrait.faces.service import FaceService
-from lib_portrait.faces.world_detector import open_detector
+from lib_portrait.methods.declarations import adapter_files
 from lib_portrait.standalone.model import Model, load_model
 from trainer.attribute_network import AttributeNetwork
 from trainer.evaluation.generators import (
@@ -42,10 +44,13 @@ from trainer.evaluation.populations import HELD_OUT, TRAINED, PhotoFolder, Popul
 from trainer.evaluation.report import Table, as_json, as_json_lines, markdown, sample_sheet, tabulate
 
 MODELS = Path(__file__).resolve().parents[2] / "models"
+# The kit of the drawn people: what they are drawn and measured with where nothing else is said.
 WORLD = MODELS / "world"
 # People of the gallery, so that chance is 1 % at most.
 GALLERY = 100
 MOST_PROCESSES = 4
+# Weights of a UNet that is small enough to be in memory several times; Stable Diffusion 1's has 860 million.
+SMALL = 100e6
 
 
 @dataclass(frozen=True)
@@ -61,8 +66,8 @@ class EvaluationSettings:
 
     output: Path
     protocols: tuple[str, ...]
-    checkpoint: Path = WORLD / "world.safetensors"
-    adapters: tuple[str, ...] = ("world",)
+    checkpoint: Path = field(default_factory=lambda: _named_file("base"))
+    adapters: tuple[str, ...] = field(default_factory=lambda: (read_manifest(WORLD / ALONE).name,))
     people: str = HELD_OUT
     gallery: int = GALLERY
     protocol_settings: ProtocolSettings = field(default_factory=ProtocolSettings)
@@ -90,7 +95,7 @@ def evaluate(settings: EvaluationSettings, say: Callable[[str], object] = print)
     prepared = _prepare(settings)
     instruments = open_instruments(settings, prepared.model)
     for store, name in prepared.stores.values():
-        refuse_conditioning_network(instruments.recogniser, store.kit(name).backbone)
+        refuse_conditioning_network(instruments.recogniser, store.kit(name).files["backbone"])
     missing = sum(prepared.provider.missing(row, one.samples) for one in prepared.plans for row in one.variants)
     processes = settings.processes or _default_processes(prepared.model)
     # To start a process takes as long as to generate a few pictures.
@@ -158,10 +163,11 @@ def _prepare(settings: EvaluationSettings) -> _Prepared:
 def _face_service(store: Store, name: str, cache: Path, detector: str | None) -> FaceService:
     """The face service that gives the features the adapter was trained on."""
     kit = store.kit(name)
-    if kit.faceid.suffix != ".safetensors" or read_header(kit.faceid)[1].get("components") != "global":
+    faceid = kit.files["faceid"]
+    if faceid.suffix != ".safetensors" or read_header(faceid)[1].get("components") != "global":
         return FaceService([MODELS], cache, detector=detector)
     faces = GlobalFeatureService([MODELS], cache, detector=detector)
-    faces.backbone = backbone_from_state_dict(read_tensors(kit.backbone, "backbone").tensors).float()
+    faces.backbone = backbone_from_state_dict(read_tensors(kit.files["backbone"], "backbone").tensors).float()
     return faces
 
 
@@ -170,7 +176,8 @@ def _default_processes(model: Model) -> int:
 
     The layers of such a model are too small to be worth sharing between cores.
     """
-    return min(os.cpu_count() or 1, MOST_PROCESSES) if model.of_world and model.device.type == "cpu" else 1
+    small = sum(parameter.numel() for parameter in model.unet.parameters()) < SMALL
+    return min(os.cpu_count() or 1, MOST_PROCESSES) if small and model.device.type == "cpu" else 1
 
 
 def _generate_in_processes(settings: EvaluationSettings, processes: int) -> None:
@@ -312,8 +319,10 @@ def open_instruments(settings: EvaluationSettings, model: Model) -> Instruments:
 
 
 def _detector(settings: EvaluationSettings) -> str:
-    own = WORLD / "world-detector.safetensors"
-    return settings.detector or (str(own) if _of_world(settings) and own.is_file() else "mtcnn")
+    if settings.detector:
+        return settings.detector
+    own = _named_file("detector") if _of_world(settings) else None
+    return str(own) if own is not None and own.is_file() else "mtcnn"
 
 
 def _recogniser(settings: EvaluationSettings) -> str:
@@ -327,14 +336,25 @@ def _clip(settings: EvaluationSettings) -> str:
 def _attributes(settings: EvaluationSettings) -> str:
     if settings.attributes is not None:
         return settings.attributes
-    return str(WORLD / "world-attributes.safetensors") if _of_world(settings) else ""
+    return str(_named_file("attributes")) if _of_world(settings) else ""
 
 
-def _world_file(settings: EvaluationSettings, name: str, file: str, real: str) -> str:
-    """The world's own file. Raises PortraitError where the people are not the world's."""
+def _named_file(role: str) -> Path:
+    """The file that the world's kit names for a role: an entry of the manifest, or one of its encoders.
+
+    Raises PortraitError where it names none, and where the manifest cannot be read."""
+    kit = read_manifest(WORLD / ALONE)
+    file: StoredFile | None = kit.encoders.get(role) or getattr(kit, role, None)
+    if file is None:
+        raise PortraitError(role, f"the kit {kit.name} names none", "Get the kit anew: `git checkout models`.")
+    return WORLD / file.name
+
+
+def _world_file(settings: EvaluationSettings, name: str, role: str, real: str) -> str:
+    """The file of the world's kit for a role. Raises PortraitError where the people are not the world's."""
     if not _of_world(settings):
         raise PortraitError(name, "the world's own does not know photographs", f"Give one that does, such as {real}.")
-    return str(WORLD / f"world-{file}.safetensors")
+    return str(_named_file(role))
 
 
 def _reference_detector(settings: EvaluationSettings) -> str | None:
@@ -348,12 +368,12 @@ def _adapter(text: str, cache: Path) -> tuple[str, tuple[Store, str]]:
     label, _, place = text.rpartition("=")
     folder = Path(place)
     if not folder.is_dir():
-        return label or place, (Store(Folders([WORLD, MODELS]), cache), place)
-    names = {match.group(2) for entry in folder.iterdir() if (match := ADAPTER.fullmatch(entry.name))}
+        return label or place, (Store(Folders([WORLD, MODELS]), adapter_files(), cache), place)
+    names = set(Store(Folders([folder]), adapter_files()).names())
     if len(names) != 1:
         what = f"holds {', '.join(sorted(names))}" if names else "holds no adapter"
         raise PortraitError("adapter", f"{folder} {what}", "Give a folder with one adapter's files.")
-    return label or folder.name, (Store(Folders([folder, WORLD, MODELS]), cache), names.pop())
+    return label or folder.name, (Store(Folders([folder, WORLD, MODELS]), adapter_files(), cache), names.pop())
 
 
 def _instrument_hashes(settings: EvaluationSettings) -> dict[str, str]:

@@ -20,7 +20,7 @@ import torch.nn.functional as F
 from numpy.typing import NDArray
 from torch import Tensor
 
-from lib_portrait.faces.world_networks import GRID, view
+from lib_portrait.faces.trunk import GRID, view
 from trainer.attribute_network import HEADS, OF_THE_FACE, AttributeNetwork
 from trainer.draws import Draws
 from trainer.loop import Recipe

@@ -16,8 +16,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from lib_portrait.faces.world_detector import CHANNELS, UNIT, DetectorNetwork, centres
-from lib_portrait.faces.world_networks import GRID, SIDE, STRIDE
+from lib_portrait.faces.heatmap_detector import CHANNELS, UNIT, DetectorNetwork, centres
+from lib_portrait.faces.trunk import GRID, SIDE, STRIDE
 from trainer.draws import Draws
 from trainer.loop import Recipe
 from trainer.recipes.attributes import degraded

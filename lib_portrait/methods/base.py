@@ -1,0 +1,180 @@
+"""The contract between a method and everything around it.
+
+`lib_portrait.methods.NAME` ends in a `METHOD`, one of the class `Method`; what is to be known of a method before torch
+is imported stands in its `declarations.Declaration`. Nobody outside of `lib_portrait.methods` names one.
+"""
+
+from __future__ import annotations
+
+import importlib
+from abc import ABC, abstractmethod
+from collections.abc import Hashable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Generic, Literal, Protocol, TypeVar
+
+import numpy as np
+from torch import Tensor, nn
+
+from lib_portrait.attention.injection import Around, Call
+from lib_portrait.attention.maps import RoutingMaps
+from lib_portrait.attention.regions import WHOLE, Box, Region
+from lib_portrait.attention.sites import Site
+from lib_portrait.checkpoints.formats import Checkpoint
+from lib_portrait.errors import Notice
+from lib_portrait.faces.references import IdentityFaces
+from lib_portrait.methods.declarations import Declaration, declaration
+from lib_portrait.options import Value
+
+Options = Mapping[str, Value]
+
+
+@dataclass(frozen=True)
+class Placement:
+    """Where and when somebody takes part: the region, None for wherever the method puts them, and the window, in shares
+    of the sampling."""
+
+    region: Region | None = None
+    start: float = 0.0
+    end: float = 1.0
+
+
+class Person(Protocol):
+    """One identity as a rule needs it. strength: 0 where it is not to be drawn."""
+
+    @property
+    def region(self) -> Region | None: ...
+
+    @property
+    def start(self) -> float: ...
+
+    @property
+    def end(self) -> float: ...
+
+    @property
+    def strength(self) -> float: ...
+
+    def active(self, progress: float) -> bool:
+        """Whether it takes part where the share `progress` of the sampling is done."""
+
+
+P = TypeVar("P", bound=Person)
+
+
+class Host(Protocol):
+    """What a rule may ask of the host before the sampling.
+
+    alphas_cumprod: (T,), of the model's schedule. prediction: what its UNet puts out.
+    state: changes with the checkpoint and the LoRA applied to it; for caches.
+    """
+
+    @property
+    def unet(self) -> nn.Module: ...
+
+    @property
+    def alphas_cumprod(self) -> Tensor: ...
+
+    @property
+    def prediction(self) -> Literal["epsilon", "v"]: ...
+
+    @property
+    def state(self) -> Hashable: ...
+
+    def latent(self, picture: np.ndarray) -> Tensor:
+        """The latent (1, 4, H / 8, W / 8) of a picture (H, W, 3) uint8 RGB, scaled as the UNet sees it: the mean of the
+        posterior."""
+
+    def text(self, prompt: str) -> Any:
+        """The context of a prompt, (1, n, D), or the host's own form of it."""
+
+    def positions(self, prompt: str, word: str) -> tuple[int, ...]:
+        """Where a word stands in the prompt's context."""
+
+    def call(self, latent: Tensor, t: Tensor, context: Any) -> Tensor:
+        """The UNet's output (B, 4, h, w) for latents (B, 4, h, w), timesteps (B,) and a context of `text`; the model's
+        other inputs are filled in."""
+
+
+class Rule(ABC, Generic[P]):
+    """A method at the attention sites of one UNet, for `attention.Injection`, during one or several samplings.
+
+    people: in the request's order. drawn: who was added to positive rows with a strength above 0, by number.
+    place: the part of the finished picture that the UNet samples at the moment; regions lie on all of it.
+    routing: collects where people are put, where that is asked for and the method's declaration has `maps`.
+    """
+
+    def __init__(self, people: Sequence[P], routing: RoutingMaps | None = None):
+        self.people = list(people)
+        self.routing = routing
+        self.drawn: set[int] = set()
+        self.place: Box = WHOLE
+
+    def begin(self) -> None:
+        """Before each sampling: forgets what belongs to the one before."""
+        self.drawn.clear()
+
+    def prepare(self, host: Host) -> None:
+        """Before each sampling, and when the host changes its model within one: what has to be asked of the model."""
+
+    def active(self, progress: float) -> bool:
+        return any(person.active(progress) for person in self.people)
+
+    def must_visit(self, site: Site) -> bool:
+        return site.cross
+
+    @abstractmethod
+    def overrides(self, site: Site, call: Call) -> dict[str, Around]:
+        """As for `attention.Rule`."""
+
+
+class Method(ABC):
+    """A paper as the hosts and the trainer use it. name: of its module and its declaration."""
+
+    name: str
+
+    @property
+    def declaration(self) -> Declaration:
+        return declaration(self.name)
+
+    @abstractmethod
+    def load(self, files: Mapping[str, Checkpoint], names: Mapping[str, str]) -> Any:
+        """The adapter made of its files, and what these are called, both by role.
+
+        Raises PortraitError naming file and tensor where they do not belong together.
+        """
+
+    @abstractmethod
+    def check_fits(self, adapter: Any, sites: Sequence[Site]) -> None:
+        """Raises PortraitError unless the adapter was made for a UNet with these attention sites."""
+
+    @abstractmethod
+    def text_attentions(self, adapter: Any) -> Mapping[str, Sequence[tuple[int, int]]]:
+        """The shapes that the weights of a projection (``to_q``, ``to_k``) have in all text attentions of a UNet that
+        the adapter is made for, in any order: so it is known of a checkpoint's file before it is loaded."""
+
+    def feature_widths(self, adapter: Any) -> Mapping[str, int]:
+        """The widths of the features (`FaceFeatures`, by field) that the adapter reads."""
+        return {}
+
+    @abstractmethod
+    def encode(
+        self, adapter: Any, faces: IdentityFaces, options: Options, own: Options, placement: Placement
+    ) -> Person:
+        """What the rule needs of one identity. options: of the request. own: of the identity.
+
+        Raises PortraitError naming the photo at fault.
+        """
+
+    def notices(self, options: Options, own: Sequence[Options]) -> list[Notice]:
+        """What of a request's options, and of its identities' own, leaves something out."""
+        return []
+
+    @abstractmethod
+    def rule(self, adapter: Any, people: Sequence[Any], options: Options) -> Rule[Any]:
+        """The rule of a request for one UNet. Raises PortraitError where the adapter cannot draw these people."""
+
+
+def method(name: str) -> Method:
+    """The method of that name; its module is imported when it is first asked for. Raises PortraitError as `declaration`
+    does."""
+    declaration(name)
+    return importlib.import_module(f"{__package__}.{name}").METHOD

@@ -1,0 +1,330 @@
+"""Guidance inside the UNet's call: eq. 11 of OmniPortrait with a toy energy, against plain autograd."""
+
+from __future__ import annotations
+
+import gc
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from lib_portrait.attention import NEGATIVE, POSITIVE, Injection, Row, mark
+from lib_portrait.attention.injection import Call
+from lib_portrait.errors import PortraitError
+from lib_portrait.guidance import FeatureGuidance, signal_rate
+from lib_portrait.methods.uniportrait import Adapter, Person, UniPortraitRule
+from tests.parity.unets import diffusers_unet, flatten, ldm_unet, load_bin
+from tests.unit.test_attention import Doubling, attributes
+
+BLOCK = {"diffusers": "up_blocks.1", "ldm": "output_blocks.5"}
+ROWS = {1: Row(POSITIVE, 0), 2: Row(POSITIVE, 1), 3: Row(NEGATIVE, 0), 4: Row(NEGATIVE, 1)}
+ALPHAS_CUMPROD = torch.cumprod(1 - torch.linspace(0.00085**0.5, 0.012**0.5, 1000) ** 2, 0)
+
+
+@pytest.fixture(scope="module", params=["diffusers", "ldm"])
+def unet(request: pytest.FixtureRequest) -> Iterator[nn.Module]:
+    """Its weights need gradients, as the WebUI's do. Nothing may be left in it, whatever a test does."""
+    made = diffusers_unet() if request.param == "diffusers" else ldm_unet()
+    assert any(weight.requires_grad for weight in made.parameters())
+    before = attributes(made), [weight._version for weight in made.parameters()]
+    yield made
+    assert (attributes(made), [weight._version for weight in made.parameters()]) == before
+    assert all(weight.grad is None for weight in made.parameters())
+
+
+@pytest.fixture(autouse=True)
+def no_grad() -> Iterator[None]:
+    """As hosts sample; a test may not leave the mode changed."""
+    with torch.no_grad():
+        yield
+        assert not torch.is_grad_enabled()
+
+
+@pytest.fixture(scope="module")
+def rule() -> UniPortraitRule:
+    """UniPortrait with two people, with the parity adapter."""
+    files = [flatten(load_bin(f"uniportrait-{role}_small.bin")) for role in ("faceid", "router")]
+    adapter = Adapter.from_tensors(*files)
+    generator = torch.Generator().manual_seed(4)
+    tokens = [torch.randn(4, 48, generator=generator) for _ in range(3)]
+    return UniPortraitRule(adapter, [Person({POSITIVE: own, NEGATIVE: tokens[2]}) for own in tokens[:2]])
+
+
+def inputs(rows: int = 4, dtype: torch.dtype = torch.float32) -> tuple[Tensor, Tensor, Tensor]:
+    """Latents, timesteps and contexts of two pictures' positive rows, then their negative ones."""
+    generator = torch.Generator().manual_seed(1)
+    z = torch.randn(2, 4, 16, 16, generator=generator, dtype=dtype).repeat(2, 1, 1, 1)
+    context = torch.randn(4, 7, 48, generator=generator, dtype=dtype)
+    return z[:rows], torch.tensor([500, 300, 500, 300])[:rows], context[:rows]
+
+
+def predicted(output: Any) -> Tensor:
+    return output if isinstance(output, Tensor) else output[0]
+
+
+def energy(features: Tensor, rows: list[int], call: Call) -> Tensor:
+    """Smooth, of every feature, and small, as a mean is: (P)."""
+    assert [call.rows[row].kind for row in rows] == [POSITIVE] * len(rows)
+    weights = torch.linspace(-1, 1, features[0].numel(), dtype=features.dtype).reshape(features[0].shape)
+    return (torch.tanh(features) * weights).flatten(1).mean(dim=1) * 8
+
+
+def by_autograd(unet: nn.Module, z: Tensor, t: Tensor, context: Tensor) -> tuple[Tensor, Tensor]:
+    """Two passes: the UNet's output without a graph; then, with one, dE/dz of each row's energy."""
+    output = predicted(unet(z, t, context))
+    kept: list[Tensor] = []
+    hook = unet.get_submodule(BLOCK["ldm" if hasattr(unet, "input_blocks") else "diffusers"]).register_forward_hook(
+        lambda module, args, out: kept.append(out)
+    )
+    try:
+        with torch.enable_grad():
+            leaf = z.clone().requires_grad_()
+            unet(leaf, t, context)
+            call = Call(numbers=[POSITIVE] * len(z))
+            (gradient,) = torch.autograd.grad(energy(kept[-1], list(range(len(z))), call).sum(), leaf)
+    finally:
+        hook.remove()
+    return output, gradient
+
+
+def holding_a_graph() -> list[Any]:
+    gc.collect()
+    return [one for one in gc.get_objects() if issubclass(type(one), Tensor) and one.grad_fn is not None]
+
+
+def test_every_row_of_a_picture_has_the_gradient_of_its_positive_row(unet: nn.Module) -> None:
+    z, t, context = inputs()
+    plain, _ = by_autograd(unet, z, t, context)
+    _, gradient = by_autograd(unet, z[:2], t[:2], context[:2])
+    with Injection(unet, guidance=FeatureGuidance(energy), rows=ROWS):
+        out = predicted(unet(z, t, mark(context, [1, 2, 3, 4])))
+    torch.testing.assert_close(out - plain, gradient.repeat(2, 1, 1, 1), atol=1e-5, rtol=0)
+    assert gradient.flatten(1).norm(dim=1).min() > 0.01
+    # Classifier-free guidance gives what it would give, and the gradient once (eq. 11).
+    cfg = out[2:] + 7.5 * (out[:2] - out[2:])
+    torch.testing.assert_close(cfg, plain[2:] + 7.5 * (plain[:2] - plain[2:]) + gradient, atol=1e-4, rtol=0)
+
+
+def test_beside_people(unet: nn.Module, rule: UniPortraitRule) -> None:
+    z, t, context = inputs()
+    people = UniPortraitRule(rule.adapter, rule.people)
+    with Injection(unet, people, rows=ROWS):
+        plain = predicted(unet(z, t, mark(context, [1, 2, 3, 4])))
+        # The numbers are those of the table; the first two rows are in front here, too.
+        marked = mark(context[:2], [1, 2])
+        _, gradient = by_autograd(unet, z[:2], t[:2], marked)
+    before = len(holding_a_graph())
+    with Injection(unet, rule, guidance=FeatureGuidance(energy), rows=ROWS):
+        first = predicted(unet(z, t, mark(context, [1, 2, 3, 4])))
+        torch.testing.assert_close(first - plain, gradient.repeat(2, 1, 1, 1), atol=1e-5, rtol=0)
+        # What the rules have kept of the first call serves the second one, and holds no graph.
+        assert len(holding_a_graph()) == before
+        second = predicted(unet(z + 0, t, mark(context, [1, 2, 3, 4])))
+        torch.testing.assert_close(second, first)
+    assert not first.requires_grad
+
+
+def test_the_gradient_is_that_of_finite_differences() -> None:
+    # ldm's group norms compute in single precision.
+    unet = diffusers_unet().double()
+    z, t, context = inputs(1, torch.float64)
+    kept: list[Tensor] = []
+
+    def energy_of(latent: Tensor) -> Tensor:
+        unet(latent, t, context)
+        return energy(kept[-1].double(), [0], Call(numbers=[POSITIVE])).sum()
+
+    plain = predicted(unet(z, t, context))
+    with Injection(unet, guidance=FeatureGuidance(energy)):
+        gradient = predicted(unet(z, t, mark(context, POSITIVE))) - plain
+    unet.get_submodule(BLOCK["diffusers"]).register_forward_hook(lambda module, args, out: kept.append(out))
+    for seed in range(3):
+        way = torch.randn(z.shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+        difference = (energy_of(z + 1e-4 * way) - energy_of(z - 1e-4 * way)) / 2e-4
+        torch.testing.assert_close((gradient * way).sum(), difference, rtol=1e-5, atol=1e-9)
+
+
+def test_v_is_changed_by_the_gradient_over_alpha(unet: nn.Module) -> None:
+    z, t, context = inputs()
+    plain = predicted(unet(z, t, context))
+    rows = {"rows": ROWS}
+    with Injection(unet, guidance=FeatureGuidance(energy), **rows):
+        eps = predicted(unet(z, t, mark(context, [1, 2, 3, 4]))) - plain
+    with Injection(unet, guidance=FeatureGuidance(energy, scale=2.0, alphas_cumprod=ALPHAS_CUMPROD), **rows):
+        v = predicted(unet(z, t, mark(context, [1, 2, 3, 4]))) - plain
+    alpha = ALPHAS_CUMPROD[t].sqrt()[:, None, None, None]
+    torch.testing.assert_close(v, 2 * eps / alpha, atol=1e-5, rtol=1e-3)
+
+
+def test_the_signal_rate_lies_between_those_of_the_steps_beside() -> None:
+    t = torch.tensor([0, 500, 999, 998])
+    torch.testing.assert_close(signal_rate(ALPHAS_CUMPROD, t), ALPHAS_CUMPROD[t].sqrt())
+    # k-diffusion: log sigma is interpolated, sigma^2 = (1 - abar) / abar.
+    sigma = ((1 - ALPHAS_CUMPROD) / ALPHAS_CUMPROD).sqrt()
+    between = (sigma[500].log() * 0.75 + sigma[501].log() * 0.25).exp()
+    torch.testing.assert_close(signal_rate(ALPHAS_CUMPROD, torch.tensor([500.25])), (1 + between**2).rsqrt()[None])
+
+
+def test_only_chosen_pictures_are_guided_and_only_within_the_window(unet: nn.Module) -> None:
+    z, t, context = inputs()
+    plain = predicted(unet(z, t, context))
+    with Injection(unet, guidance=FeatureGuidance(energy, pictures=[1], end=0.6), rows=ROWS) as injection:
+        out = predicted(unet(z, t, mark(context, [1, 2, 3, 4])))
+        assert [bool((row != 0).any()) for row in out - plain] == [False, True, False, True]
+        injection.progress = 0.6
+        assert torch.equal(predicted(unet(z, t, mark(context, [1, 2, 3, 4]))), plain)
+        assert torch.equal(predicted(unet(z, t, context)), plain)
+
+
+def test_rows_that_run_apart_have_what_they_have_together(unet: nn.Module) -> None:
+    """Positive ones first, as the WebUI has them; a picture's gradient is made once a step, also of several prompts."""
+    z, t, context = inputs()
+    asked: list[list[int]] = []
+
+    def counted(features: Tensor, rows: list[int], call: Call) -> Tensor:
+        asked.append(rows)
+        return energy(features, rows, call)
+
+    rows = {**ROWS, 5: Row(POSITIVE, 0)}
+    with Injection(unet, guidance=FeatureGuidance(energy), rows=rows):
+        together = predicted(unet(z, t, mark(context, [1, 2, 3, 4])))
+        # Two prompts of one picture, joined by AND.
+        composed = predicted(unet(z[[0, 0, 2]], t[[0, 0, 2]], mark(context[[0, 1, 2]], [1, 5, 3])))
+    with Injection(unet, guidance=FeatureGuidance(counted), rows=rows):
+        for row in range(4):
+            out = predicted(unet(z[row : row + 1], t[row : row + 1], mark(context[row : row + 1], row + 1)))
+            torch.testing.assert_close(out[0], together[row], atol=1e-5, rtol=0)
+        again = predicted(unet(z[:1], t[:1], mark(context[:1], 1)))
+        assert asked == [[0], [0]]
+        second = predicted(unet(z[:1], t[:1], mark(context[1:2], 5)))
+        torch.testing.assert_close(composed[[0, 1]], torch.cat([again, second]), atol=1e-5, rtol=0)
+        unet(z[:1] + 0.1, t[:1], mark(context[:1], 1))
+        unet(z[:1] + 0.1, t[:1] + 1, mark(context[:1], 1))
+        assert len(asked) == 4
+        with pytest.raises(PortraitError, match="negative row of picture 2 came before"):
+            unet(z[:1], t[:1], mark(context[:1], 4))
+
+
+def test_named_arguments_and_plain_tuples(unet: nn.Module) -> None:
+    z, t, context = inputs()
+    names = (
+        ("x", "timesteps", "context")
+        if hasattr(unet, "input_blocks")
+        else ("sample", "timestep", "encoder_hidden_states")
+    )
+    marked = mark(context, [1, 2, 3, 4])
+    with Injection(unet, guidance=FeatureGuidance(energy), rows=ROWS):
+        out = predicted(unet(z, t, marked))
+        torch.testing.assert_close(predicted(unet(**dict(zip(names, (z, t, marked))))), out)
+        if not hasattr(unet, "input_blocks"):
+            assert torch.equal(unet(z, t, marked, return_dict=False)[0], out)
+
+
+def test_an_exception_in_the_energy_leaves_everything_clean(unet: nn.Module) -> None:
+    z, t, context = inputs()
+    plain = predicted(unet(z, t, context))
+
+    def broken(features: Tensor, rows: list[int], call: Call) -> Tensor:
+        assert torch.is_grad_enabled()
+        raise RuntimeError("in the energy")
+
+    guidance = FeatureGuidance(broken)
+    before = len(holding_a_graph())
+    with Injection(unet, Doubling(), guidance=guidance, rows=ROWS):
+        with pytest.raises(RuntimeError, match="in the energy") as caught:
+            unet(z, t, mark(context, [1, 2, 3, 4]))
+        assert not torch.is_grad_enabled()
+        assert torch.equal(predicted(unet(z, t, context)), plain)
+    # The traceback has the frames in which the call was.
+    del caught
+    assert len(holding_a_graph()) == before
+    guidance.energy = energy
+    with Injection(unet, guidance=guidance, rows=ROWS):
+        assert not torch.equal(predicted(unet(z, t, mark(context, [1, 2, 3, 4]))), plain)
+
+
+def test_an_exception_before_the_features_leaves_the_mode(unet: nn.Module) -> None:
+    class Interrupt(BaseException):
+        pass
+
+    class Failing(Doubling):
+        def overrides(self, site: Any, call: Call) -> dict[str, Any]:
+            def fail(host: Any, *args: Any, **kwargs: Any) -> Any:
+                assert torch.is_grad_enabled()
+                raise Interrupt
+
+            return {"to_q": fail} if site.index == 1 else {}
+
+    z, t, context = inputs()
+    with Injection(unet, Failing(), guidance=FeatureGuidance(energy), rows=ROWS):
+        with pytest.raises(Interrupt):
+            unet(z, t, mark(context, [1, 2, 3, 4]))
+        assert not torch.is_grad_enabled()
+
+
+def test_behind_the_features_no_graph_is_made(unet: nn.Module) -> None:
+    modes: list[tuple[str, bool, bool]] = []
+
+    class Watching(Doubling):
+        def overrides(self, site: Any, call: Call) -> dict[str, Any]:
+            def watch(host: Any, *args: Any, **kwargs: Any) -> Any:
+                out = host(*args, **kwargs)
+                call.visited.add(site.index)
+                modes.append((site.path, torch.is_grad_enabled(), out.requires_grad))
+                return out
+
+            return {"": watch} if site.cross else {}
+
+    z, t, context = inputs()
+    with Injection(unet, Watching(), guidance=FeatureGuidance(energy), rows=ROWS):
+        unet(z, t, mark(context, [1, 2, 3, 4]))
+    behind = (
+        "output_blocks.6.",
+        "output_blocks.7.",
+        "output_blocks.8.",
+        "output_blocks.9.",
+        "output_blocks.1",
+        "up_blocks.2",
+        "up_blocks.3",
+    )
+    with_graph = {path for path, enabled, graph in modes if enabled and graph}
+    without = {path for path, enabled, graph in modes if not enabled and not graph}
+    assert without == {path for path, *_ in modes if path.startswith(behind)}
+    assert with_graph | without == {path for path, *_ in modes}
+
+
+def test_gradients_that_are_not_finite_are_refused(unet: nn.Module) -> None:
+    z, t, context = inputs()
+    guidance = FeatureGuidance(lambda features, rows, call: features.flatten(1).sum(dim=1) * torch.inf)
+    with (
+        Injection(unet, guidance=guidance, rows=ROWS),
+        pytest.raises(PortraitError, match="infinite or undefined"),
+    ):
+        unet(z, t, mark(context, [1, 2, 3, 4]))
+
+
+def test_half_precision_keeps_a_small_gradient() -> None:
+    """1e-9 of the energy is below the smallest number of float16."""
+    unet = diffusers_unet()
+    z, t, context = inputs(2)
+    plain = predicted(unet(z, t, context))
+    tiny = FeatureGuidance(lambda *args: 1e-9 * energy(*args), scale=1e9)
+    with Injection(unet, guidance=FeatureGuidance(energy), rows=ROWS):
+        expected = predicted(unet(z, t, mark(context, [1, 2]))) - plain
+    z, context, unet = z.half(), context.half(), unet.half()
+    plain = predicted(unet(z, t, context))
+    with Injection(unet, guidance=tiny, rows=ROWS):
+        found = predicted(unet(z, t, mark(context, [1, 2]))) - plain
+    assert (found.float() - expected).norm() < 0.1 * expected.norm()
+
+
+def test_a_unet_that_passes_the_block_by_is_refused(unet: nn.Module, monkeypatch: pytest.MonkeyPatch) -> None:
+    z, t, context = inputs()
+    monkeypatch.setattr(unet, "forward", lambda x, t, context: x)
+    with (
+        Injection(unet, guidance=FeatureGuidance(energy), rows=ROWS),
+        pytest.raises(PortraitError, match="did not run the block"),
+    ):
+        unet(z, t, mark(context, [1, 2, 3, 4]))
