@@ -14,6 +14,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from lib_portrait.attention.injection import Call
+from lib_portrait.attention.sites import Site
 from lib_portrait.errors import Notice, PortraitError
 
 # (left, top, right, bottom).
@@ -127,20 +129,19 @@ class RegionsAtSites:
         self._covered: dict[Hashable, Tensor] = {}
         self._claims: dict[Hashable, Claims] = {}
 
-    def at(
-        self, people: tuple[int, ...], place: Box, latent: tuple[int, int], shape: tuple[int, int], like: Tensor
-    ) -> Claims | None:
-        """The claims of some people (by number) at a site of `shape` (h, w), or None where none of them has a region.
+    def at(self, site: Site, call: Call, people: tuple[int, ...], place: Box, like: Tensor) -> Claims | None:
+        """The claims of some people (by number) at a site, or None where none of them has a region.
 
-        place: the part of the picture that the UNet's latent, of (height, width), is of. like: whose device and dtype
-        they have.
+        place: the part of the picture that the call's latent is of. like (B, n, ...): what the site sees, whose device
+        and dtype the claims have. PortraitError if its positions are no whole level.
         """
         free = [self.regions[person] is None for person in people]
         if all(free):
             return None
-        key = (people, place, latent, shape, like.device, like.dtype)
+        shape = call.shape_at(site, like.shape[1])
+        key = (people, place, call.latent, shape, like.device, like.dtype)
         if key not in self._claims:
-            maps = torch.stack([self._coverage(person, place, latent) for person in people])
+            maps = torch.stack([self._coverage(person, place, call.latent) for person in people])
             resized = F.interpolate(maps[None], size=shape, mode="bilinear", align_corners=False)
             shares = resized.flatten(2).transpose(1, 2)
             overlap = bool((shares.sum(dim=-1) > 1 + OVERLAP).any())

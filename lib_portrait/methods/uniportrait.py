@@ -38,7 +38,7 @@ from lib_portrait.checkpoints.formats import Checkpoint
 from lib_portrait.errors import Notice, PortraitError
 from lib_portrait.faces.features import FaceFeatures
 from lib_portrait.faces.references import IdentityFaces, Reference
-from lib_portrait.faces.weights import checked, fill
+from lib_portrait.faces.weights import checked, fill, unfit
 from lib_portrait.methods.base import Method, Options, Placement, Rule
 
 # What stands before the names of tensors in the released files, and the names that a site has there.
@@ -380,19 +380,18 @@ class Adapter(nn.Module):
             raise PortraitError(files[0], "the file holds no ID attention", "Use UniPortrait's faceid file.")
         _, count, _ = embedding.latents.shape
         width = embedding.norm_out.weight.shape[0]
-        first = {index: _SiteTensors(files[0], index, tensors) for index, tensors in single.items()}
-        second = {index: _SiteTensors(files[1], index, tensors) for index, tensors in multi.items()}
-        of_faceid = {index: own.layers(width, count) for index, own in first.items()}
-        of_router = {index: own.layers(width, count) for index, own in second.items()}
-        adapter = Adapter(embedding, of_faceid, of_router, files)
-        for index in sorted({*first, *second}) if router is not None else ():
-            attends = index in of_faceid and of_faceid[index].has_id_attention
-            routes = index in of_router and of_router[index].has_router
-            if attends and not routes:
-                _SiteTensors(files[1], index, {}).take(ROUTER_LAYERS[0])
-            if routes and not attends:
-                raise _unlike(files[1], f"it has a router at site {index}, where {files[0]} has no ID attention")
-        return adapter
+        single_layers, multi_layers = (
+            {index: _SiteTensors(file, index, own).layers(width, count) for index, own in sorted(tensors.items())}
+            for file, tensors in zip(files, (single, multi), strict=True)
+        )
+        attends = {index for index, layers in single_layers.items() if layers.has_id_attention}
+        routes = {index for index, layers in multi_layers.items() if layers.has_router}
+        if router is not None and attends - routes:
+            raise unfit(files[1], f"the tensor {SITES}{min(attends - routes)}.{ROUTER_LAYERS[0]} is missing")
+        if routes - attends:
+            site = min(routes - attends)
+            raise _unlike(files[1], f"it has a router at site {site}, where {files[0]} has no ID attention")
+        return Adapter(embedding, single_layers, multi_layers, files)
 
     def check_fits(self, sites: Sequence[Site]) -> None:
         """Raises PortraitError unless the adapter was made for a UNet with these attention sites."""
@@ -686,8 +685,7 @@ class UniPortraitRule(DecoupledAttention, Rule[Person]):
         state = self._prepared(site, active, q)
         if POSITIVE in kinds:
             self.drawn.update(drawn)
-        shape = call.shape_at(site, q.shape[1])
-        claims = self._regions.at(active, self.place, call.latent, shape, q)
+        claims = self._regions.at(site, call, active, self.place, q)
         added = torch.zeros_like(q)
         # Positive rows first: negative ones take their scales.
         for kind in sorted(set(kinds), key=lambda kind: kind != POSITIVE):
@@ -801,7 +799,7 @@ class UniPortraitRule(DecoupledAttention, Rule[Person]):
             state.local_scales.clear()
         elif not (layers.trained or (several and router.trained) or self._tokens_trained(active)):
             return state
-        state.theta = router.theta(q) if several else None
+        state.kinds, state.theta = {}, router.theta(q) if several else None
         for kind in tokens:
             own = torch.stack([self.people[i].tokens[kind].to(q.device, torch.float32) for i in active])
             groups: list[list[int]] = []

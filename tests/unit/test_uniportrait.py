@@ -231,6 +231,19 @@ def test_regions_follow_the_part_of_the_picture_that_is_sampled(unet, adapter) -
             assert torch.allclose(mean.mean(dim=(0, 2, 3)), torch.tensor(expected), atol=1e-6)
 
 
+def test_merged_positions_are_refused_where_regions_must_be_told_and_nowhere_else(unet, adapter) -> None:
+    site = next(site for site in find_sites(unet) if site.cross)
+    call, hidden, q = (
+        Call([POSITIVE], latent=(16, 16)),
+        torch.randn(1, 20, site.channels),
+        torch.randn(1, 20, site.inner),
+    )
+    added = UniPortraitRule(adapter, [person(1), person(2)]).added(site, call, hidden, q)
+    assert added is not None and added.shape == q.shape
+    with pytest.raises(PortraitError, match="20 positions are no level of a 16x16 latent"):
+        UniPortraitRule(adapter, [person(1), person(2, region=half(True))]).added(site, call, hidden, q)
+
+
 def test_scales_are_per_person(unet, adapter) -> None:
     left, right = person(1, region=half(True)), person(2, region=half(False))
     both = attention_of(unet, adapter, [left, right], 0)
