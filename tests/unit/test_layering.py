@@ -74,6 +74,7 @@ ROOMS = {
     "lib_portrait.errors": Room(),
     "lib_portrait.request": Room(own="lib_portrait.errors"),
     "lib_portrait.attention": Room("torch einops", "lib_portrait.errors"),
+    "lib_portrait.guidance": Room("torch", "lib_portrait.errors lib_portrait.attention"),
     "lib_portrait.checkpoints": Room(SERIALISED, "lib_portrait.errors"),
     "lib_portrait.faces": Room(
         f"{SERIALISED} {PICTURES} transformers facenet_pytorch insightface onnxruntime",
