@@ -88,7 +88,7 @@ class Rule(Protocol):
 
 
 @runtime_checkable
-class RewritesContext(Protocol):
+class RewritesContext(Rule, Protocol):
     """What a rule may be beside: one that changes the text's embeddings themselves."""
 
     def context(self, call: Call, context: torch.Tensor) -> torch.Tensor:
