@@ -28,6 +28,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from lib_portrait.attention.arguments import TIMESTEPS, Arguments
 from lib_portrait.attention.injection import Around, Call, Injection
 from lib_portrait.attention.maps import RoutingMaps
 from lib_portrait.attention.regions import Box, Region, coverage
@@ -412,9 +413,7 @@ class FusionRule(Rule[FusedIdentity]):
 
     # ---- references that go along (`attention.injection.AddsRows`)
 
-    def enter(
-        self, call: Call, args: tuple[Any, ...], kwargs: dict[str, Any]
-    ) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    def enter(self, call: Call, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Arguments:
         """Adds the references behind the call's rows, as noisy as the first row that sees them."""
         self._rows, riding = None, self._riding
         first = next((row for row, kind in enumerate(call.kinds) if kind in self.seeing), None)
@@ -424,8 +423,8 @@ class FusionRule(Rule[FusedIdentity]):
         self._rows = rows = len(numbers)
         own = max(call.table) + 1
         call.table, call.numbers = {**call.table, own: Row(REFERENCE)}, [*numbers, *[own] * count]
-        times = args[1] if len(args) > 1 else kwargs["timestep" if "timestep" in kwargs else "timesteps"]
-        t = float(times) if not isinstance(times, Tensor) or times.numel() == 1 else float(times[first])
+        times = torch.as_tensor(TIMESTEPS.of(args, kwargs)).flatten()
+        t = float(times[first if len(times) > 1 else 0])
         latents = riding.at(call.latent, t)
 
         def grown(name: str, value: Any) -> Any:

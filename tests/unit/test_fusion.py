@@ -373,6 +373,14 @@ def test_training_reaches_the_new_layers_alone_and_twice(unet: nn.Module) -> Non
             (out if isinstance(out, Tensor) else out.sample).square().mean().backward()
     assert all(p.grad is not None and p.grad.abs().max() > 0 for p in rule.adapter.parameters())
     assert all(parameter.grad is None for parameter in unet.parameters())
+    with Injection(unet, rule):
+        unet(latents(1), torch.tensor([T]), mark(text(1), POSITIVE), **others(unet, 1))
+        for parameter in rule.adapter.parameters():
+            parameter.data.mul_(1.5)
+        after = run(unet, latents(1), mark(text(1), POSITIVE))
+    rule.prepare(SmallHost(unet))  # type: ignore[arg-type]
+    with Injection(unet, rule):
+        assert torch.equal(run(unet, latents(1), mark(text(1), POSITIVE)), after), "no key of older weights is kept"
 
 
 def test_every_row_may_have_its_own_reference(unet: nn.Module) -> None:
