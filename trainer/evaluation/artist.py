@@ -8,7 +8,7 @@ import json
 import os
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Protocol, cast
 
@@ -24,7 +24,9 @@ from lib_portrait.conditioning import Conditioner
 from lib_portrait.faces.features import FaceEncoder, FaceFeatures
 from lib_portrait.faces.recognition import Backbone
 from lib_portrait.faces.service import FaceService
-from lib_portrait.request import Identity, Photo, PortraitRequest, to_json
+from lib_portrait.methods.declarations import declaration
+from lib_portrait.options import Option, Value
+from lib_portrait.request import Identity, Photo, PortraitRequest, Region, to_json
 from lib_portrait.standalone.measuring import owners_of
 from lib_portrait.standalone.model import Model
 from lib_portrait.standalone.sampling import Sampling, sample
@@ -37,7 +39,9 @@ OWNERS = "routing"
 
 
 class Artist(Protocol):
-    """Draws with one checkpoint and one adapter."""
+    """Draws with one checkpoint and one adapter. method: the adapter's."""
+
+    method: str
 
     def weights(self, people: int) -> Mapping[str, str]:
         """Hashes, by role, of all files that decide a picture with so many injected people."""
@@ -67,15 +71,24 @@ class GlobalFaces(FaceService):
 class ModelArtist:
     """The standalone generator. hashes: of the checkpoint and its description, by role."""
 
-    def __init__(self, model: Model, hashes: Mapping[str, str], conditioner: Conditioner | None, name: str = ""):
-        """conditioner, name: who makes requests ready, and the name of the adapter; None where nobody is injected."""
-        self.model, self.hashes, self.conditioner, self.name = model, dict(hashes), conditioner, name
+    def __init__(
+        self,
+        model: Model,
+        hashes: Mapping[str, str],
+        conditioner: Conditioner | None,
+        name: str = "",
+        method: str = "",
+    ):
+        """conditioner, name, method: who makes requests ready, the name of the adapter, and its method; None where
+        nobody is injected."""
+        self.model, self.hashes, self.conditioner = model, dict(hashes), conditioner
+        self.name, self.method = name, method
         self._prepared: tuple[object, Any] = (None, None)
 
     def weights(self, people: int) -> dict[str, str]:
         if self.conditioner is None or not people:
             return self.hashes
-        kit = self.conditioner.store.kit(self.name)
+        kit = self.conditioner.store.kit(self.name, self.method)
         kit.check_people(people)
         # What several people need is not read for one.
         unread = {part.role for files in self.conditioner.store.methods for part in files.parts if part.people > people}
@@ -138,7 +151,10 @@ class Pool:
 
 @dataclass(frozen=True)
 class Style:
-    """What is the same for all pictures: see `Sampling` and `PortraitRequest`. size: side in pixels."""
+    """What is the same for all pictures: see `Sampling` and `PortraitRequest`. size: side in pixels.
+
+    scale: for methods that declare one. options: of the adapters' methods, beside, by name.
+    """
 
     size: int
     steps: int
@@ -147,6 +163,7 @@ class Style:
     negative_prompt: str = ""
     scale: float = 0.7
     batch: int = 8
+    options: Mapping[str, Value] = field(default_factory=dict)
 
 
 class Studio:
@@ -229,14 +246,21 @@ class Studio:
     def _request(self, row: Row, people: Sequence[int]) -> PortraitRequest | None:
         if row.adapter is None:
             return None
+        method = self.artists[row.adapter].method
+        declared = declaration(method)
+        # What reads no network of faces sees the photo itself, and more of it than an aligned face.
+        whole = not declared.encoders
+        own = _of(declared.identity_options, {"structure": row.structure, **self.style.options})
         identities = tuple(
             Identity(
-                tuple(self.population.photo(person, number).request() for number in range(row.photos)),
-                options={"structure": row.structure},
+                tuple(self.population.photo(person, number).request(whole) for number in range(row.photos)),
+                region=Region((place / len(people), 0.0, (place + 1) / len(people), 1.0)) if row.sides else None,
+                options=own,
             )
-            for person in people
+            for place, person in enumerate(people)
         )
-        return PortraitRequest(identities, options={"scale": self.style.scale})
+        options = _of(declared.options, {"scale": self.style.scale, **self.style.options})
+        return PortraitRequest(identities, method=method, options=options)
 
     def _sampling(self, shot: Shot) -> Sampling:
         style = self.style
@@ -250,6 +274,11 @@ class Studio:
             shot.seed,
             style.sampler,
         )
+
+
+def _of(declared: Sequence[Option], given: Mapping[str, Value]) -> dict[str, Value]:
+    """The values of declared options: those that are given, else their defaults."""
+    return {option.name: given.get(option.name, option.default) for option in declared}
 
 
 def _batches(numbers: Sequence[int], size: int) -> Iterator[Sequence[int]]:

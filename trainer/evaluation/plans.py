@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -33,7 +34,7 @@ class Row:
     """One line of a table: how the shots are made.
 
     adapter: label of the adapter, or None where nobody is injected; real: not made at all, but the population's own
-    pictures. photos: references of each person. structure: β.
+    pictures. photos: references of each person. structure: β. sides: whether each person has a region, side by side.
     """
 
     name: str
@@ -41,6 +42,7 @@ class Row:
     real: bool = False
     photos: int = 1
     structure: float = 0.1
+    sides: bool = False
 
 
 @dataclass(frozen=True)
@@ -79,7 +81,7 @@ BRIEF = {
 @dataclass(frozen=True)
 class Extent:
     """How much of a protocol is done. number, prompts, pictures: see `Counts`; 0: what `usual` says of the protocol.
-    structure: β where it is not what varies."""
+    structure: β where it is not what varies. sides: whether pairs are also made with a region for each person."""
 
     number: int = 0
     prompts: int = 0
@@ -87,6 +89,7 @@ class Extent:
     references: tuple[int, ...] = (1, 2, 4)
     betas: tuple[float, ...] = (0.0, 0.1, 0.3, 0.6, 1.0)
     structure: float = 0.1
+    sides: bool = False
     usual: Mapping[str, Counts] = field(default_factory=lambda: PAPER)
 
     def __post_init__(self) -> None:
@@ -127,7 +130,10 @@ def plan(protocol: str, people: Sequence[Person], adapters: Sequence[str], exten
         pairs = list(itertools.combinations(numbers, 2))
         if not pairs:
             raise PortraitError("number", "one person makes no pair", "Give at least two people.")
-        return Plan(protocol, "Two people", _shots(pairs, MULTI, people, counts), [base, *made, real])
+        placed = [
+            dataclasses.replace(row, name=f"{row.name}, side by side", sides=True) for row in made if extent.sides
+        ]
+        return Plan(protocol, "Two people", _shots(pairs, MULTI, people, counts), [base, *made, *placed, real])
     shots = _shots([(number,) for number in numbers], SINGLE, people, counts)
     if protocol == "references":
         # UniPortrait, table I: compared with another photo of the person than the ones given.
