@@ -359,4 +359,5 @@ def test_an_adapter_trained_on_the_global_feature_is_given_that(world: Path, tmp
     assert conditioner.faces.zero(encoder).intrinsic.shape == embedding.shape
     request = PortraitRequest((Identity((photo,)),), checkpoint=name)
     assert conditioner.prepare(request, (64, 64)).people[0].tokens
-    assert type(run._faces(Store(Folders([world]), adapter_files()), "world", tmp_path / "cache", None)) is FaceService
+    local = Store(Folders([world]), adapter_files()).kit("world")
+    assert type(run._faces(local, tmp_path / "cache", "mtcnn")) is FaceService
