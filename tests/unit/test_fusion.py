@@ -132,9 +132,9 @@ def entering(unet: nn.Module, x: Tensor, context: Tensor, t: float) -> dict[int,
 
 
 def halves(people: int) -> list[Tensor | None]:
-    """Masks side by side that overlap, at a size that is no multiple of anything; the last of several has none."""
+    """Masks side by side that overlap, at a size that is no multiple of anything; the last of many has none."""
     masks: list[Tensor | None] = [None] * people
-    for i in range(max(1, people - 1)):
+    for i in range(people if people < 3 else people - 1):
         mask = torch.zeros(37, 53)
         mask[4:, 53 * i // people : 53 * i // people + 53 // people + 6] = 1
         masks[i] = mask
