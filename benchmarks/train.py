@@ -1,6 +1,6 @@
 """`portrait.py bench train`: samples a second of the training loop beside those of its frozen UNet alone.
 
-The loop is the real one (`trainer.loop.train`) with the recipe uniportrait, stage 1, on made-up features; the bare UNet
+The loop is the real one (`trainer.loop.train`) with the default method's recipe on made-up features; the bare UNet
 runs forward and, down to its input, backward on the same shapes. Both are timed in turns in one process: every few
 steps the loop waits while the bare UNet does as many, so that whatever else the machine does falls on both. The ratio
 is the median over these pairs. Peak memory is that of a process (on a GPU: of the device) that does only one of both.
@@ -28,14 +28,14 @@ from safetensors.torch import save_file
 from torch import Tensor
 from transformers import CLIPTextConfig, CLIPTextModel
 
+from lib_portrait.methods.declarations import NAMES
 from lib_portrait.standalone import layout
 from lib_portrait.standalone.model import load_model, make_model, save_model
 from trainer.architectures import world_text_encoder, world_unet, world_vae
 from trainer.draws import Draws
 from trainer.features import features_path
 from trainer.loop import PRECISIONS, Recipe, Samples, Settings, train
-from trainer.recipes import uniportrait
-from trainer.recipes.uniportrait import UniPortraitRecipe
+from trainer.recipes import recipe_module
 from trainer.shards import FaceRecord, Record, encode_png, writing
 
 SAMPLES = 64
@@ -128,9 +128,7 @@ class Paired(Recipe):
     pairs: seconds of the bare UNet and of the loop, each pair next to one another.
     """
 
-    recipe: UniPortraitRecipe
-
-    def __init__(self, recipe: UniPortraitRecipe, steps: int, batch: int, latent: int):
+    def __init__(self, recipe: Any, steps: int, batch: int, latent: int):
         super().__init__()
         self.name, self.recipe, self.steps, self.batch, self.latent = recipe.name, recipe, steps, batch, latent
         self.pairs: list[tuple[float, float]] = []
@@ -167,12 +165,13 @@ class Paired(Recipe):
         """Nothing: these weights are of no use."""
 
 
-def recipe_of(folder: Path, options: argparse.Namespace) -> UniPortraitRecipe:
+def recipe_of(folder: Path, options: argparse.Namespace) -> Any:
     parser = argparse.ArgumentParser()
     parser.add_argument("--data", type=Path)
-    uniportrait.configure(parser)
+    module = recipe_module(NAMES[0])
+    module.configure(parser)
     words = ["--data", str(folder), "--checkpoint", str(folder / "model.safetensors"), "--name", "bench"]
-    return UniPortraitRecipe(parser.parse_args([*words, *SHAPES[options.model].options]))
+    return module.build(parser.parse_args([*words, *SHAPES[options.model].options]))
 
 
 def settings_of(folder: Path, options: argparse.Namespace, steps: int) -> Settings:

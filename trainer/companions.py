@@ -31,14 +31,14 @@ FOLDERS = (MODELS,)
 
 @dataclass(frozen=True)
 class Companion:
-    """A file that an adapter goes with. name: as it is looked for. path: where it lies now, None where nobody knows."""
+    """A file that an adapter goes with. name: as it is looked for. path: where it lies, None where that is unknown."""
 
     role: str
     name: str
     path: Path | None
 
-    def bring(self, folder: Path, folders: Sequence[Path] = FOLDERS) -> None:
-        """Puts the file into `folder` under its name, unless the model folders have the same one."""
+    def export_to(self, folder: Path, folders: Sequence[Path] = FOLDERS) -> None:
+        """Puts the file into the folder of an export under its name, unless the model folders have the same one."""
         if self.path is None:
             return
         there = _found(self.role, self.name, folders)
@@ -46,11 +46,11 @@ class Companion:
             _put(self.path.resolve(), folder / (Path(self.name).stem + self.path.suffix))
 
 
-def named(role: str, text: str, hashes: Mapping[str, str], folders: Sequence[Path] = FOLDERS) -> Companion:
+def resolve(role: str, text: str, hashes: Mapping[str, str], folders: Sequence[Path] = FOLDERS) -> Companion:
     """What `--backbone` or `--vision` names: the path of a file, or the bare name of one in the model folders.
 
     hashes: SHA-256 by role of the networks that the features were made with. Raises PortraitError for a path that leads
-    nowhere, or to another network than theirs. Of a bare name the same is only told: the file may lie elsewhere.
+    nowhere, or to another network than theirs. Of a bare name there is only a warning: the file may lie elsewhere.
     """
     given = Path(text)
     name = bare_name(given.name, role)
@@ -67,31 +67,31 @@ def named(role: str, text: str, hashes: Mapping[str, str], folders: Sequence[Pat
     there = _found(role, name, folders)
     if there is None or hashes.get(role, "") not in ("", file_sha256(there)):
         problem = "is in none of the model folders" if there is None else "there is another file than the features'"
-        _say(f"{role}: {name} {problem}; --{role} PATH puts the right one into the export, else put it into {MODELS}")
+        _warn(f"{role}: {name} {problem}; --{role} PATH puts the right one into the export, else put it into {MODELS}")
         return Companion(role, name, None)
     return Companion(role, name, there)
 
 
-def unnamed(role: str, hashes: Mapping[str, str], folders: Sequence[Path] = FOLDERS) -> None:
-    """Tells when an adapter that names no network, and so gets the published one, learns from features of another."""
+def warn_of_unnamed(role: str, hashes: Mapping[str, str], folders: Sequence[Path] = FOLDERS) -> None:
+    """Warns when an adapter that names no network, and so gets the published one, is trained on features of another."""
     wanted, store = hashes.get(role), _store(folders)
     known = store.registry.by_role(role)
     if not wanted or (known is not None and wanted == known.sha256):
         return
     published = store.published(role)
     if published is None or file_sha256(published) != wanted:
-        _say(
+        _warn(
             f"{role}: the features come from another file than the published network, which an adapter gets that names "
             f"none; --{role} FILE names theirs"
         )
 
 
-def beside(first: Path, files: AdapterFiles, adapter: str) -> list[Companion]:
-    """What further files of an adapter go with: its first one, under the adapter's name, and what that one names."""
-    told = read_header(first)[1] if first.suffix == SAFETENSORS_SUFFIX else {}
+def of_further_file(first: Path, files: AdapterFiles, adapter: str) -> list[Companion]:
+    """What a further file of an adapter goes with: the first one, under the adapter's name, and what that one names."""
+    metadata = read_header(first)[1] if first.suffix == SAFETENSORS_SUFFIX else {}
     part = files.parts[0]
     name = next(name for name in part.filenames(adapter) if Path(name).suffix == first.suffix)
-    names = {role: told[role] for role in files.encoders if role in told}
+    names = {role: metadata[role] for role in files.encoders if role in metadata}
     named = [Companion(role, name, _found(role, name, [first.parent])) for role, name in names.items()]
     return [Companion(part.role, name, first), *named]
 
@@ -120,7 +120,7 @@ def of_base(checkpoint: Path, model: Model, licence: str | None, folders: Sequen
     return entries
 
 
-def encoders(
+def encoder_files(
     files: AdapterFiles,
     companions: Sequence[Companion],
     hashes: Mapping[str, str],
@@ -128,20 +128,20 @@ def encoders(
 ) -> dict[str, StoredFile]:
     """What a manifest says of the networks that the features were made with, by role.
 
-    companions: those of them that have been named. hashes: their SHA-256 by role. Of a network that nobody has named
-    the published one's name is told; of a file that is not there, its content's hash alone.
+    companions: those of them that have been named. hashes: their SHA-256 by role. A network that has not been named
+    has the published one's name; of a file that is not there, only its content's hash is known.
     """
-    named = {one.role: one for one in companions}
+    given = {one.role: one for one in companions}
     found = {}
     store = _store(folders)
     for role in files.encoders:
         sha256 = hashes.get(role)
         if sha256 is None:
             continue
-        one = named.get(role)
+        one = given.get(role)
         path = one.path if one is not None else store.published(role)
         if path is not None and file_sha256(path) == sha256:
-            # As it is called where `Companion.bring` puts it.
+            # As it is called where `Companion.export_to` puts it.
             name = Path(one.name).stem + path.suffix if one is not None else path.name
             found[role] = StoredFile(name, sha256, path.stat().st_size)
         else:
@@ -156,7 +156,7 @@ def _store(folders: Sequence[Path]) -> Store:
     return Store(Folders(folders), adapter_files())
 
 
-def _say(text: str) -> None:
+def _warn(text: str) -> None:
     print(text, file=sys.stderr, flush=True)
 
 

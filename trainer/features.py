@@ -1,4 +1,4 @@
-"""What frozen networks make of a shard, computed once: latents, tokens of the captions, features of the faces.
+"""Features that frozen networks compute of a shard, once: latents, token ids of the captions, features of faces.
 
 Beside NAME.tar stands NAME.features.safetensors:
 latents (n, 4, h, w) fp16, the posterior's means, not scaled; tokens (n, 77) int32; size (n, 2) int32, the pictures'
@@ -43,21 +43,21 @@ START, END = 49406, 49407  # CLIP's first and last token; the last one also fill
 
 
 @dataclass(frozen=True)
-class Frozen:
-    """The networks that features come from. encode: pictures (b, 3, H, W) in [-1, 1] to latents (b, 4, h, w).
+class FrozenNetworks:
+    """The networks that compute features. encode: pictures (b, 3, H, W) in [-1, 1] to latents (b, 4, h, w).
 
-    faces: the face encoder, or None for latents and tokens alone. hashes: what tells these networks from others.
+    faces: the face encoder, or None for latents and tokens alone. hashes: SHA-256 of the networks by role.
     references: side in pixels of the squares about faces that latents are wanted of, or 0.
     """
 
-    encode: Encode
+    encode: LatentEncoder
     tokenizer: CLIPTokenizer
     faces: FaceEncoder | None
     hashes: dict[str, str]
     references: int = 0
 
 
-class Encode:
+class LatentEncoder:
     """A VAE's encoder as a function of pictures."""
 
     def __init__(self, vae: AutoencoderKL, device: torch.device | str = "cpu"):
@@ -73,7 +73,7 @@ def features_path(shard: Path) -> Path:
     return shard.with_suffix("").with_name(shard.stem + SUFFIX)
 
 
-def precompute(paths: Sequence[Path], frozen: Frozen, batch: int = 32, seed: int = 0) -> dict[str, int]:
+def precompute(paths: Sequence[Path], frozen: FrozenNetworks, batch: int = 32, seed: int = 0) -> dict[str, int]:
     """Writes the features of each shard that does not have those of these networks yet; counts what was done.
 
     Where only the networks of faces are new, latents and tokens stay; where none are given, so do faces. Pictures that
@@ -91,12 +91,12 @@ def precompute(paths: Sequence[Path], frozen: Frozen, batch: int = 32, seed: int
             with safe_open(target, "pt") as file:
                 tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - it is no dictionary
         else:
-            before, tensors = {}, _of_pictures(shards, frozen, batch)
+            before, tensors = {}, _picture_features(shards, frozen, batch)
         usable = tensors["latents"].flatten(1).isfinite().all(dim=1).nonzero().flatten().tolist()
         if frozen.faces is not None:
-            tensors |= _of_faces(shards, usable, frozen.faces, batch, seed)
+            tensors |= _face_features(shards, usable, frozen.faces, batch, seed)
         if frozen.references:
-            tensors |= _of_references(shards, usable, frozen, batch, seed)
+            tensors |= _reference_features(shards, usable, frozen, batch, seed)
         write_tensors(target, tensors, before | wanted)
         counts["shards"] += 1
         counts["pictures"] += len(shards)
@@ -111,7 +111,7 @@ def _hashes(path: Path) -> dict[str, str]:
         return {name: text for name, text in (file.metadata() or {}).items() if name != "format"}
 
 
-def _of_pictures(shards: Shards, frozen: Frozen, batch: int) -> dict[str, Tensor]:
+def _picture_features(shards: Shards, frozen: FrozenNetworks, batch: int) -> dict[str, Tensor]:
     """ "latents", "tokens" and "size" of a shard's pictures."""
     latents: list[Tensor | None] = [None] * len(shards)
     tokens, sizes = [], []
@@ -129,7 +129,7 @@ def _of_pictures(shards: Shards, frozen: Frozen, batch: int) -> dict[str, Tensor
                 sizes.append((0, 0))
                 continue
             pictures[number] = torch.from_numpy(np.ascontiguousarray(sample.image)).permute(2, 0, 1).float() / 127.5 - 1
-            tokens.append(_tokens(frozen.tokenizer, sample.record.caption))
+            tokens.append(_caption_ids(frozen.tokenizer, sample.record.caption))
             sizes.append((sample.image.shape[1], sample.image.shape[0]))
         if pictures:
             for number, latent in zip(pictures, frozen.encode(torch.stack(list(pictures.values()))).half()):
@@ -145,8 +145,10 @@ def _of_pictures(shards: Shards, frozen: Frozen, batch: int) -> dict[str, Tensor
     }
 
 
-def _of_faces(shards: Shards, usable: Sequence[int], faces: FaceEncoder, batch: int, seed: int) -> dict[str, Tensor]:
-    """What the networks of faces make of the faces of usable pictures; nothing where there are none."""
+def _face_features(
+    shards: Shards, usable: Sequence[int], faces: FaceEncoder, batch: int, seed: int
+) -> dict[str, Tensor]:
+    """The features of the faces of usable pictures; nothing where there are none."""
     intrinsic, structure, where = [], [], []
     for numbers in _batches(len(usable), batch):
         crops = []
@@ -170,7 +172,9 @@ def _of_faces(shards: Shards, usable: Sequence[int], faces: FaceEncoder, batch: 
     }
 
 
-def _of_references(shards: Shards, usable: Sequence[int], frozen: Frozen, batch: int, seed: int) -> dict[str, Tensor]:
+def _reference_features(
+    shards: Shards, usable: Sequence[int], frozen: FrozenNetworks, batch: int, seed: int
+) -> dict[str, Tensor]:
     """The latents of the squares about the faces of usable pictures; nothing where there are no faces."""
     side, where = frozen.references, []
     for number in usable:
@@ -199,13 +203,13 @@ def _batches(number: int, batch: int) -> Iterator[range]:
     return (range(start, min(start + batch, number)) for start in range(0, number, batch))
 
 
-def _tokens(tokenizer: CLIPTokenizer, text: str) -> Tensor:
+def _caption_ids(tokenizer: CLIPTokenizer, text: str) -> Tensor:
     ids = tokenizer(text, padding="max_length", truncation=True, max_length=77).input_ids
     return torch.tensor(ids, dtype=torch.int32)
 
 
 def uncaptioned(caption_ids: Tensor) -> Tensor:
-    """Tokens of the empty caption in place of these (B, 77)."""
+    """Token ids (B, 77) of the empty caption, the unconditional one, in place of these."""
     empty = torch.full_like(caption_ids, END)
     empty[:, 0] = START
     return empty

@@ -6,7 +6,7 @@ import numpy as np
 from torch import Tensor
 
 from lib_portrait.errors import PortraitError
-from trainer.faces import FaceAt, by_identity, faces_of, region_of
+from trainer.faces import ShardFace, by_identity, faces_of, region_of
 from trainer.features import Features
 from trainer.shards import Shards
 
@@ -26,7 +26,7 @@ class PicturesWithReferences:
         self.features, self.scale = Features(shards), scale
         found, _ = faces_of(shards)
         self.photos = by_identity([face for face in found if (face.sample, face.face) in self.features.references])
-        alone: dict[int, list[FaceAt]] = {}
+        alone: dict[int, list[ShardFace]] = {}
         for face in found:
             alone.setdefault(face.sample, []).append(face)
         self.faces = [group[0] for group in alone.values() if len(group) == 1 and self._others(group[0])]
@@ -54,5 +54,5 @@ class PicturesWithReferences:
             "region": region_of(face.record, (width, height), latent.shape[1:]),
         }
 
-    def _others(self, face: FaceAt) -> list[FaceAt]:
+    def _others(self, face: ShardFace) -> list[ShardFace]:
         return [photo for photo in self.photos.get(face.record.id or "", []) if photo.sample != face.sample]

@@ -153,7 +153,8 @@ class Store:
         """The adapter of a method that "automatic" means for a checkpoint, whole or not.
 
         Of those that were made for such a text encoder: the one whose manifest names this very checkpoint, else the
-        published one, else the first by name. The published one also when there is none.
+        published one, else the first by name. Where there is none, one of which nobody knows what it was made for, else
+        the published one.
 
         base: the checkpoint's file. text_encoder: its sizes. Where they are not known, Stable Diffusion 1 is meant.
         method: None for the first. Raises PortraitError (404) where there is none, and none is published.
@@ -161,13 +162,18 @@ class Store:
         files = self._files(method)
         wanted = text_encoder or CLIP_L
         fitting: dict[str, Manifest | None] = {}
+        unsaid: dict[str, Manifest | None] = {}
         for name in self.names(files.method):
             try:
                 manifest = self.manifest(name, files.method)
             except PortraitError:
                 continue  # `kits` and `kit` say what is wrong with it.
-            if ((manifest and manifest.text_encoder) or CLIP_L) == wanted:
+            sizes = manifest.text_encoder if manifest is not None else None
+            if (sizes or CLIP_L) == wanted:
                 fitting[name] = manifest
+            elif sizes is None:
+                unsaid[name] = manifest
+        fitting = fitting or unsaid
         if base is not None:
             for name, manifest in fitting.items():
                 if manifest is not None and manifest.base is not None and self._is(base, manifest.base):

@@ -25,7 +25,7 @@ from lib_portrait.checkpoints.store import AUTOMATIC
 from lib_portrait.errors import NoSuchFace, PortraitError
 from lib_portrait.methods.declarations import declaration, declarations
 from lib_portrait.request import END, HASH_PREFIX, START, WEIGHT, Limits, Photo, parse_request
-from lib_portrait.webui import adetailer, checkpoint, option_controls, paste, services, settings
+from lib_portrait.webui import adetailer, checkpoint, inputs, option_controls, paste, services, settings
 from lib_portrait.webui import values as layout
 from lib_portrait.webui.option_controls import Label, slider
 from lib_portrait.webui.paste import message_html
@@ -219,7 +219,7 @@ def _build_identity(gr: Any, tab: str, index: int) -> dict[str, Any]:
     block: dict[str, Any] = {}
     _build_photos(gr, block, "photos", "Photos", name)
     # Chosen on the photos themselves; positional lists of API users have them for all photos of an identity.
-    block["face"] = gr.Dropdown(layout.face_choices(), value=layout.LARGEST_NAME, label="Face", visible=False)
+    block["face"] = gr.Dropdown(inputs.face_choices(), value=inputs.LARGEST_NAME, label="Face", visible=False)
     block["aligned"] = gr.Checkbox(False, label="Already aligned", visible=False)
     if index == 0:
         with gr.Row(elem_classes=["portrait-faces"]):
@@ -241,8 +241,8 @@ def _build_identity(gr: Any, tab: str, index: int) -> dict[str, Any]:
         for end in (START, END):
             block[end.name] = slider(gr, end, Label(end.title, whose), name(end.name))
     block["region"] = gr.Radio(
-        [(title, kind) for kind, title in layout.REGION_NAMES.items()],
-        value=layout.ROUTED,
+        [(title, kind) for kind, title in inputs.REGION_NAMES.items()],
+        value=inputs.ROUTED,
         label="Region",
         elem_id=name("region"),
         tooltip="Where this person goes. Automatic routing decides it from the picture itself.",
@@ -338,7 +338,7 @@ def _connect_spread(blocks: list[dict[str, Any]]) -> None:
 
 def _connect_region(gr: Any, block: dict[str, Any], tab: str) -> None:
     block["region"].change(
-        lambda kind: [gr.update(visible=kind == layout.BOX), gr.update(visible=kind == layout.MASK)],
+        lambda kind: [gr.update(visible=kind == inputs.BOX), gr.update(visible=kind == inputs.MASK)],
         [block["region"]],
         [block["box_row"], block["mask_column"]],
         show_progress=False,
@@ -366,13 +366,13 @@ def add_photos(files: Any, kept: str) -> tuple[str, str, bool]:
     from lib_portrait.faces.images import decode_image
 
     limits = settings.limits()
-    listed = layout.stored_photos(kept, "photos")
+    listed = inputs.stored_photos(kept, "photos")
     known = [_image_of(entry) for entry in listed]
     problems, added = [], False
     for upload in files if isinstance(files, list) else [files]:
         title = re.split(r"[/\\]", str(getattr(upload, "orig_name", "") or "photo"))[-1]
         try:
-            data = layout.uploaded_bytes(upload, title, limits)
+            data = inputs.uploaded_bytes(upload, title, limits)
             decode_image(data, title, limits)
             if len(listed) >= limits.photos:
                 raise PortraitError(
@@ -386,7 +386,7 @@ def add_photos(files: Any, kept: str) -> tuple[str, str, bool]:
             listed.append(entry)
             known.append(entry)
         added = True
-    kept = layout.stored_text(listed)
+    kept = inputs.stored_text(listed)
     return kept, _notice_html(kept, " ".join(problems)) if problems else "", added
 
 
@@ -416,7 +416,7 @@ def _said(error: Exception) -> PortraitError:
 
 def _kept_photo(entry: Any, limits: Limits) -> Photo:
     """A stored photo as a request has it, checked as there: the textbox is in the page, and anyone may write to it."""
-    values = [True, *[None] * len(layout.GLOBAL_FIELDS), layout.stored_text([entry])]
+    values = [True, *[None] * len(layout.GLOBAL_FIELDS), inputs.stored_text([entry])]
     form = layout.request_from_values(values, limits)
     assert form is not None
     return parse_request(form, limits).identities[0].photos[0]
@@ -435,7 +435,7 @@ def found_html(kept: str) -> str:
     chosen (portrait.js).
     """
     try:
-        listed = layout.stored_photos(kept, "photos")
+        listed = inputs.stored_photos(kept, "photos")
     except PortraitError as error:
         return message_html(error.detail)
     limits = settings.limits()
@@ -459,7 +459,7 @@ def found_html(kept: str) -> str:
             continue
         several = "" if aligned or len(found) == 1 else f" of {len(found)} faces"
         # Bystanders are counted after the main faces, wherever they stand.
-        which = "Bystander" if chosen.bystander and photo.face is not None else layout.face_name(photo.face)
+        which = "Bystander" if chosen.bystander and photo.face is not None else inputs.face_name(photo.face)
         caption = "aligned crop" if aligned else f"{which}{several}" if several else "1 face"
         cards.append(_card(index, title, aligned, found, chosen, caption))
     return f'<div class="portrait-cards">{"".join(cards)}</div>' if cards else ""
@@ -499,7 +499,7 @@ def _faces_html(title: str, found: Sequence[Any], chosen: Any) -> str:
     """A button for each face of a photo, from the left."""
     buttons = []
     for number, one in enumerate(found):
-        says = "; ".join(("Bystander" if one.bystander else layout.face_name(number), *one.notices))
+        says = "; ".join(("Bystander" if one.bystander else inputs.face_name(number), *one.notices))
         kind = "portrait-face portrait-bystander" if one.bystander else "portrait-face"
         buttons.append(
             f'<button type="button" class="{kind}" data-face="{number}" aria-pressed="{str(one is chosen).lower()}" '
@@ -529,7 +529,7 @@ def spread_faces(lists: Sequence[str]) -> list[Any]:
     button for it, and of the lists.
     """
     try:
-        listed = [layout.stored_photos(kept, f"Identity {tab}") for tab, kept in enumerate(lists, 1)]
+        listed = [inputs.stored_photos(kept, f"Identity {tab}") for tab, kept in enumerate(lists, 1)]
         place, photo, people, bystanders = _group_photo(listed[0])
         if len(listed[0]) > 1:
             found, shown = services.faces().find(photo, "photo"), services.faces().chosen(photo, "photo")
@@ -544,9 +544,9 @@ def spread_faces(lists: Sequence[str]) -> list[Any]:
     used = 1 + min(len(people) - 1, len(free))
     texts = list(lists)
     listed[0][place] = {"image": image, "face": people[0]}
-    texts[0] = layout.stored_text(listed[0])
+    texts[0] = inputs.stored_text(listed[0])
     for tab, number in zip(free, people[1:], strict=False):
-        texts[tab] = layout.stored_text([{"image": image, "face": number}])
+        texts[tab] = inputs.stored_text([{"image": image, "face": number}])
     said = []
     if used < len(people):
         said.append(
@@ -612,7 +612,7 @@ def box_html(text: str) -> str:
     if not str(text or "").strip():
         return ""
     try:
-        left, top, right, bottom = (100 * edge for edge in layout.box_from_text(text, "Box"))
+        left, top, right, bottom = (100 * edge for edge in inputs.box_from_text(text, "Box"))
     except PortraitError as error:
         return message_html(error.detail)
     return (
@@ -627,7 +627,7 @@ def mask_html(kept: str) -> str:
     if not str(kept or "").strip():
         return ""
     try:
-        listed = layout.stored_photos(kept, "Mask")
+        listed = inputs.stored_photos(kept, "Mask")
         mask = services.faces().mask(_kept_photo(listed[0], settings.limits()), "Mask")
     except Exception as error:
         return message_html(_said(error).detail)

@@ -158,6 +158,13 @@ def test_automatic_is_never_an_adapter_of_another_text_encoder(store: Store, tmp
     assert store.automatic(tmp_path / "world.safetensors") == "zoe"
 
 
+def test_automatic_for_a_strange_text_encoder_is_an_adapter_that_tells_none(store: Store, tmp_path: Path) -> None:
+    put(tmp_path / "Portrait", *PUBLISHED)
+    assert store.automatic(text_encoder=SMALL) == "sd15"
+    put(tmp_path / "Portrait", "uniportrait-faceid_tiny.bin")
+    assert (store.automatic(text_encoder=SMALL), store.automatic()) == ("tiny", "sd15")
+
+
 def test_automatic_is_the_adapter_of_the_very_checkpoint_where_several_fit(store: Store, tmp_path: Path) -> None:
     put(tmp_path / "Portrait", *PUBLISHED, "mine.bin", "other.bin")
     base = stored(tmp_path / "base.safetensors", b"one base")

@@ -91,7 +91,7 @@ def test_the_host_s_random_numbers_are_where_they_were(
         torch.rand(1)
         return read_tensors(*arguments, **options)
 
-    monkeypatch.setattr("lib_portrait.conditioning.read_tensors", reading)
+    monkeypatch.setattr("lib_portrait.checkpoints.store.read_tensors", reading)
     torch.manual_seed(1)
     before = torch.get_rng_state()
     conditioner.prepare(ask(Identity((face(1),))), SIZE)

@@ -20,10 +20,10 @@ from lib_portrait.errors import NoSuchFace, PortraitError
 from lib_portrait.methods.declarations import adapter_files
 from lib_portrait.methods.declarations.uniportrait import FILES
 from lib_portrait.request import Identity, Limits, Mix, Photo, PortraitRequest, Region, parse_request
+from lib_portrait.webui import inputs
 from lib_portrait.webui import values as layout
+from lib_portrait.webui.inputs import box_from_text, box_to_text
 from lib_portrait.webui.values import (
-    box_from_text,
-    box_to_text,
     divided,
     read_form,
     request_from_values,
@@ -125,7 +125,7 @@ def test_of_a_panel_that_is_switched_off_nothing_is_read(first):
 
 
 def test_what_cannot_be_read_from_the_controls_is_said_by_their_names():
-    values = panel(3, photos_3=HASH, region_3=layout.MASK)
+    values = panel(3, photos_3=HASH, region_3=inputs.MASK)
     with pytest.raises(PortraitError, match=r"^Identity 3, region, mask: nothing is painted"):
         read_form(sent(values), Limits())
 
@@ -386,7 +386,7 @@ def test_gradios_folder_without_its_variable(monkeypatch):
     [(None, "Largest"), (0, "1st from left"), (1, "2nd from left"), (2, "3rd from left"), (10, "11th from left")],
 )
 def test_names_of_faces(index, name):
-    assert layout.face_name(index) == name
+    assert inputs.face_name(index) == name
     request = parse_request(request_from_values(panel(photos=HASH, face=name)))
     assert request.identities[0].photos[0].face == index
 
@@ -557,7 +557,7 @@ def test_each_photo_keeps_its_own_face():
         {"image": "sha256:" + 64 * "c", "aligned": True},
         "sha256:" + 64 * "d",
     ]
-    assert (block["face"], block["aligned"]) == (layout.LARGEST_NAME, False)
+    assert (block["face"], block["aligned"]) == (inputs.LARGEST_NAME, False)
 
 
 # ------------------------------------------------------------------------------------------------- nothing is dropped

@@ -269,9 +269,9 @@ def test_the_same_request_gives_the_same_picture_and_leaves_the_random_numbers(h
 def test_what_is_being_prepared_is_shown_and_taken_away(host: Host, monkeypatch: pytest.MonkeyPatch) -> None:
     shown: list[str | None] = []
     host.before_call = lambda step: shown.append(host.state.textinfo)
-    load = sys.modules["lib_portrait.conditioning"].read_tensors
+    load = sys.modules["lib_portrait.checkpoints.store"].read_tensors
     monkeypatch.setattr(
-        "lib_portrait.conditioning.read_tensors", lambda *args: shown.append(host.state.textinfo) or load(*args)
+        "lib_portrait.checkpoints.store.read_tensors", lambda *args: shown.append(host.state.textinfo) or load(*args)
     )
     host.generate(Processing(host, one(), steps=1))
     *preparing, sampling = shown
@@ -351,7 +351,7 @@ def test_a_checkpoint_of_another_family_is_refused(host: Host) -> None:
 def test_what_breaks_while_preparing_is_reported_and_raised_as_a_fault_of_ours(
     host: Host, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("lib_portrait.conditioning.read_tensors", lambda *args: 1 / 0)
+    monkeypatch.setattr("lib_portrait.checkpoints.store.read_tensors", lambda *args: 1 / 0)
     error = refused(host, Processing(host, one(), is_api=True))
     assert (error.status_code, error.field) == (500, "Portrait") and "ZeroDivisionError" in error.problem
     assert host.reported == ["Portrait failed"]
@@ -776,13 +776,13 @@ def test_notices_are_in_the_parameters_and_below_the_gallery(host: Host) -> None
 
 
 def test_notices_name_people_as_the_panel_does(host: Host) -> None:
-    services, layout = (sys.modules[f"lib_portrait.webui.{name}"] for name in ("services", "values"))
+    services, layout, inputs = (sys.modules[f"lib_portrait.webui.{name}"] for name in ("services", "values", "inputs"))
     blank = layout.identity_values(None)
     blocks = [blank]
     for seed, box in ((ADA, "0, 0, 70, 100"), (BEN, "40, 0, 100, 100")):
         sha = services.remember(base64.b64decode(seed["image"]))
         photos = f'[{{"image": "sha256:{sha}", "aligned": true}}]'
-        blocks.append({**blank, "photos": photos, "region": layout.BOX, "box": box})
+        blocks.append({**blank, "photos": photos, "region": inputs.BOX, "box": box})
     own = (True, "UniPortrait", "small", 1.0, 1.0, False, *(block[name] for block in blocks for name in blank))
     values = (*own, layout.NOTHING_BEYOND, *(None for _ in layout.further_controls(3)))
     p = Processing(host, values)

@@ -32,7 +32,7 @@ from lib_portrait.standalone import generation
 from lib_portrait.standalone.model import save_model
 from tests.small_networks import small_model, tiny_backbone, tiny_vision
 from trainer import companions
-from trainer.companions import Companion, beside, encoders, named, stored_file, unnamed
+from trainer.companions import Companion, encoder_files, of_further_file, resolve, stored_file, warn_of_unnamed
 from trainer.shards import FaceRecord, Record, encode_png, writing
 
 POINTS = np.array([[0.35, 0.4], [0.65, 0.4], [0.5, 0.6], [0.38, 0.75], [0.62, 0.75]], np.float32)
@@ -136,9 +136,9 @@ def test_both_stages_work_at_once_where_they_were_exported(somewhere: Path) -> N
             assert file.stat().st_mode & 0o044 == 0o044, f"{file} is for its maker alone"
             metadata = json.dumps(read_header(file)[1])
             assert str(somewhere) not in metadata and "/" not in metadata
-    told = read_header(faceid)[1]
-    assert (told["backbone"], told["vision"]) == ("eyes.safetensors", "clip.safetensors")
-    assert file_sha256(own / "eyes.safetensors") in told["features"]
+    metadata = read_header(faceid)[1]
+    assert (metadata["backbone"], metadata["vision"]) == ("eyes.safetensors", "clip.safetensors")
+    assert file_sha256(own / "eyes.safetensors") in metadata["features"]
 
 
 @pytest.fixture
@@ -162,10 +162,10 @@ def test_only_what_the_model_folders_do_not_have_is_brought_along(tmp_path: Path
     file_of(models, "same.safetensors", 1.0)
     file_of(models, "other.safetensors", 2.0)
     for path in (same, other, lone):
-        named("backbone", str(path), {}, [models]).bring(target, [models])
+        resolve("backbone", str(path), {}, [models]).export_to(target, [models])
     assert sorted(path.name for path in target.iterdir()) == ["lone.safetensors", "other.safetensors"]
     assert (target / "other.safetensors").read_bytes() == other.read_bytes()
-    named("backbone", "same.safetensors", {}, [models]).bring(target, [models])
+    resolve("backbone", "same.safetensors", {}, [models]).export_to(target, [models])
     assert not (target / "same.safetensors").exists()
 
 
@@ -178,7 +178,7 @@ def test_where_the_file_system_has_no_second_names_it_is_a_copy(
     monkeypatch.setattr(companions.os, "link", link)
     lone = file_of(tmp_path / "own", "lone.safetensors", 1.0)
     lone.chmod(0o644)
-    Companion("vision", "lone.safetensors", lone).bring(models, [tmp_path / "none"])
+    Companion("vision", "lone.safetensors", lone).export_to(models, [tmp_path / "none"])
     assert (models / "lone.safetensors").read_bytes() == lone.read_bytes()
 
 
@@ -186,7 +186,7 @@ def test_where_the_file_system_has_no_second_names_it_is_a_copy(
 def test_what_is_brought_along_may_be_read_like_the_rest(tmp_path: Path, models: Path, rights: int) -> None:
     lone = file_of(tmp_path / "own", "lone.safetensors", 1.0)
     lone.chmod(rights)
-    Companion("vision", "lone.safetensors", lone).bring(models, [tmp_path / "none"])
+    Companion("vision", "lone.safetensors", lone).export_to(models, [tmp_path / "none"])
     brought = models / "lone.safetensors"
     assert brought.stat().st_mode & 0o044 == 0o044 and lone.stat().st_mode & 0o777 == rights
     assert brought.read_bytes() == lone.read_bytes() and brought.samefile(lone) == (rights == 0o644)
@@ -195,37 +195,37 @@ def test_what_is_brought_along_may_be_read_like_the_rest(tmp_path: Path, models:
 def test_a_path_that_leads_to_another_network_than_the_features_is_refused(tmp_path: Path, models: Path) -> None:
     lone = file_of(tmp_path / "own", "lone.safetensors", 1.0)
     hashes = {"backbone": file_sha256(lone), "vision": "0" * 64}
-    assert named("backbone", str(lone), hashes, [models]) == Companion("backbone", "lone.safetensors", lone)
+    assert resolve("backbone", str(lone), hashes, [models]) == Companion("backbone", "lone.safetensors", lone)
     with pytest.raises(PortraitError, match="vision: the features .* from another network than lone.safetensors"):
-        named("vision", str(lone), hashes, [models])
+        resolve("vision", str(lone), hashes, [models])
     with pytest.raises(PortraitError, match="there is no file .*gone.safetensors"):
-        named("vision", str(tmp_path / "gone.safetensors"), hashes, [models])
+        resolve("vision", str(tmp_path / "gone.safetensors"), hashes, [models])
 
 
-def test_a_bare_name_that_leads_nowhere_or_elsewhere_is_told(
+def test_a_bare_name_that_leads_nowhere_or_elsewhere_is_warned_of(
     tmp_path: Path, models: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert named("vision", "gone.safetensors", {}, [models]).path is None
+    assert resolve("vision", "gone.safetensors", {}, [models]).path is None
     assert "gone.safetensors is in none of the model folders; --vision PATH" in capsys.readouterr().err
     file_of(models, "there.safetensors", 1.0)
-    assert named("vision", "there.safetensors", {"vision": "0" * 64}, [models]).path is None
+    assert resolve("vision", "there.safetensors", {"vision": "0" * 64}, [models]).path is None
     assert "another file than the features'" in capsys.readouterr().err
-    assert named("vision", "there.safetensors", {}, [models]).path == models / "there.safetensors"
+    assert resolve("vision", "there.safetensors", {}, [models]).path == models / "there.safetensors"
     assert not capsys.readouterr().err
 
 
-def test_features_of_an_unnamed_network_that_is_not_the_published_one_are_told(
+def test_features_of_an_unnamed_network_that_is_not_the_published_one_are_warned_of(
     models: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     published = FILES.known("vision")
     assert published is not None
     there = file_of(models, published.filename, 1.0)
     for hashes in ({}, {"vision": file_sha256(there)}, {"vision": published.sha256 or ""}):
-        unnamed("vision", hashes, [models])
+        warn_of_unnamed("vision", hashes, [models])
     assert not capsys.readouterr().err
-    unnamed("vision", {"vision": "0" * 64}, [models])
+    warn_of_unnamed("vision", {"vision": "0" * 64}, [models])
     there.unlink()
-    unnamed("vision", {"vision": "0" * 64}, [models])
+    warn_of_unnamed("vision", {"vision": "0" * 64}, [models])
     assert capsys.readouterr().err.count("--vision FILE names theirs") == 2
 
 
@@ -235,17 +235,17 @@ def test_a_manifest_tells_of_each_network_what_is_known(tmp_path: Path, models: 
     assert known is not None
     published = file_of(models, known.filename, 2.0)
     hashes = {"backbone": file_sha256(lone), "vision": file_sha256(published), "vae": "0" * 64}
-    assert encoders(FILES, [named("backbone", str(lone), hashes, [models])], hashes, [models]) == {
+    assert encoder_files(FILES, [resolve("backbone", str(lone), hashes, [models])], hashes, [models]) == {
         "backbone": stored_file(lone),
         "vision": stored_file(published),
     }
     lone.unlink()
     published.unlink()
-    assert encoders(FILES, [Companion("backbone", "lone.safetensors", None)], hashes, [models]) == {
+    assert encoder_files(FILES, [Companion("backbone", "lone.safetensors", None)], hashes, [models]) == {
         "backbone": StoredFile("lone.safetensors", hashes["backbone"]),
         "vision": StoredFile(published.name, hashes["vision"]),
     }
-    assert encoders(FILES, [], {}, [models]) == {}
+    assert encoder_files(FILES, [], {}, [models]) == {}
 
 
 def test_a_router_goes_with_the_faceid_of_its_first_stage_under_its_own_name(tmp_path: Path, models: Path) -> None:
@@ -255,8 +255,8 @@ def test_a_router_goes_with_the_faceid_of_its_first_stage_under_its_own_name(tmp
     write_tensors(faceid, {"a": torch.ones(1)}, {"backbone": "eyes.safetensors", "vision": "gone.safetensors"})
     target = tmp_path / "export"
     target.mkdir()
-    for companion in beside(faceid, FILES, "second"):
-        companion.bring(target, [models])
+    for companion in of_further_file(faceid, FILES, "second"):
+        companion.export_to(target, [models])
     assert sorted(path.name for path in target.iterdir()) == [
         "eyes.safetensors",
         "uniportrait-faceid_second.safetensors",

@@ -40,7 +40,7 @@ from trainer.faces import faces_of, region_of
 from trainer.features import features_path, global_feature, uncaptioned
 from trainer.identity_loss import FaceLosses
 from trainer.loop import Settings, train
-from trainer.portraits import FacesOfPictures
+from trainer.portraits import PortraitDataset
 from trainer.recipes import uniportrait
 from trainer.shards import FaceRecord, Record, Shards, encode_png, writing
 
@@ -628,7 +628,7 @@ def test_what_is_drawn_for_the_identity_loss_is_what_inference_draws(
 
 def test_people_have_numbers_by_which_others_are_told_from_them(monkeypatch: pytest.MonkeyPatch, data: Path) -> None:
     """Everybody is among the others once, by a face of theirs; without labels every face is a person of its own."""
-    people = FacesOfPictures(Shards.under(data), 1.0, (1, 4))
+    people = PortraitDataset(Shards.under(data), 1.0, (1, 4))
     name_of: dict[int, str] = {}
     for place, group in enumerate(people.pictures):
         who = people[place, (0, 0, 0)]["who"].tolist()
@@ -636,17 +636,17 @@ def test_people_have_numbers_by_which_others_are_told_from_them(monkeypatch: pyt
         for face, number in zip(group, who, strict=False):
             assert name_of.setdefault(number, str(face.record.id)) == face.record.id
     assert len(name_of) == len(set(name_of.values())) == 3
-    faces, numbers = people.somebody(1000)
+    faces, numbers = people.distinct_faces(1000)
     assert sorted(numbers.tolist()) == sorted(name_of)
     for own, number in zip(faces, numbers.tolist(), strict=True):
         theirs = [place for place in people.features.faces if f"name {sum(place) % 3}" == name_of[number]]
         assert any(torch.equal(own, people.features.face(*place)[0].float()) for place in theirs)
-    assert len(people.somebody(2)[1]) == 2
+    assert len(people.distinct_faces(2)[1]) == 2
 
     found, unreadable = faces_of(Shards.under(data))
     nobody_knows = [replace(face, record=replace(face.record, id=None)) for face in found]
     monkeypatch.setattr(portraits, "faces_of", lambda shards: (nobody_knows, unreadable))
-    _, numbers = FacesOfPictures(Shards.under(data), 1.0, (1, 4)).somebody(1000)
+    _, numbers = PortraitDataset(Shards.under(data), 1.0, (1, 4)).distinct_faces(1000)
     assert len(set(numbers.tolist())) == len(found)
 
 

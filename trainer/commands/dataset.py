@@ -77,9 +77,9 @@ def run(options: argparse.Namespace) -> int:
 
 
 def _photos(options: argparse.Namespace) -> int:
-    from trainer.dataset import Photos, make_photos
+    from trainer.dataset import PhotoSettings, make_photos
 
-    photos = Photos(
+    photos = PhotoSettings(
         size=options.size,
         caption=options.caption,
         kind=options.kind,
@@ -102,9 +102,9 @@ def _photos(options: argparse.Namespace) -> int:
 
 
 def _world(options: argparse.Namespace) -> int:
-    from trainer.dataset import World, make_world
+    from trainer.dataset import WorldSettings, make_world
 
-    world = World(options.first, options.number, options.identities, options.size, options.shard)
+    world = WorldSettings(options.first, options.number, options.identities, options.size, options.shard)
     made = make_world(options.output, world, options.name, options.processes)
     print(f"{made} shards were made, {-(-options.number // options.shard) - made} were there already")
     return 0
@@ -128,9 +128,9 @@ def _features(options: argparse.Namespace) -> int:
 
 def _check(options: argparse.Namespace) -> int:
     """1 when there is something that cannot be used."""
-    from trainer.dataset import check
+    from trainer.dataset import check_shards
 
-    report = check(options.data, options.processes)
+    report = check_shards(options.data, options.processes)
     people = ", ".join(f"{count} with {number}" for number, count in sorted(report.people.items()))
     print(f"{report.samples} samples in {report.shards} shards; by number of faces: {people}")
     print(f"{report.faces} faces, {report.unlabelled} of them of nobody known; {len(report.identities)} people")

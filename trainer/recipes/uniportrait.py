@@ -44,9 +44,9 @@ from trainer.draws import Draws
 from trainer.features import global_feature, uncaptioned
 from trainer.identity_loss import DRAWN_IN, LAST_BELOW, OTHERS, SHARE, FaceLosses, IdentityLoss, Others
 from trainer.loop import Recipe, Settings
-from trainer.portraits import FacesOfPictures
+from trainer.portraits import PortraitDataset
+from trainer.recipes.uniportrait_start import begin_with_faceid, begin_with_router, first_stage, leave_out, second_stage
 from trainer.shards import Shards
-from trainer.uniportrait_start import begin_with_faceid, begin_with_router, first_stage, leave_out, second_stage
 
 MODELS = Path(__file__).resolve().parents[2] / "models"
 MOST_PEOPLE = 4
@@ -121,17 +121,17 @@ class UniPortraitRecipe(Recipe):
         model.text_encoder.requires_grad_(False).eval()
         people = (1, 1) if self.stage == 1 else (2, MOST_PEOPLE)
         self.components = options.components
-        self.data = FacesOfPictures(
+        self.data = PortraitDataset(
             Shards.under(options.data), model.vae.config.scaling_factor, people, _global_feature(options)
         )
         hashes = self.data.features.hashes
         given = {"backbone": options.backbone, "vision": options.vision}
-        self.companions = [companions.named(role, text, hashes) for role, text in given.items() if text]
+        self.companions = [companions.resolve(role, text, hashes) for role, text in given.items() if text]
         if self.stage == 2 and options.faceid is not None:
-            self.companions = companions.beside(options.faceid, FILES, self.adapter_name)
+            self.companions = companions.of_further_file(options.faceid, FILES, self.adapter_name)
         elif self.stage == 1:
             for role in (role for role, text in given.items() if not text):
-                companions.unnamed(role, hashes)
+                companions.warn_of_unnamed(role, hashes)
         known = hashes.get("backbone")
         if options.recognition is not None and file_sha256(options.recognition) != known:
             raise PortraitError(
@@ -166,7 +166,7 @@ class UniPortraitRecipe(Recipe):
         if self.identity_weight:
             backbone = _recognition(options, "the identity loss")
             detector = open_detector(options.detector or "mtcnn", [MODELS])
-            faces, who = self.data.somebody(OTHERS)
+            faces, who = self.data.distinct_faces(OTHERS)
             others = Others(F.normalize(global_feature(backbone, faces)), who)
             self._frozen["identity loss"] = IdentityLoss(model.vae, backbone, detector, self.data.scale, others)
 
@@ -190,7 +190,7 @@ class UniPortraitRecipe(Recipe):
             self.model.unet.train()
         self._injection = Injection(self.model.unet, self.rule).inject()
 
-    def samples(self) -> FacesOfPictures:
+    def samples(self) -> PortraitDataset:
         return self.data
 
     def groups(self, settings: Settings) -> list[dict[str, Any]]:
@@ -279,7 +279,7 @@ class UniPortraitRecipe(Recipe):
     ) -> tuple[Condition, Condition]:
         """The conditional rows of a request, and the unconditional ones: no caption, and no face in the places.
 
-        people: intrinsic, structure and present, as `FacesOfPictures` has them. beta (B): their structure scale.
+        people: intrinsic, structure and present, as `PortraitDataset` has them. beta (B): their structure scale.
         """
         intrinsic, structure, present = (people[name] for name in ("intrinsic", "structure", "present"))
         of_each = beta.repeat_interleave(present.shape[1])[:, None, None]
@@ -381,7 +381,7 @@ class UniPortraitRecipe(Recipe):
         named["components"] = self.components
         write_tensors(path, tensors, {**facts, **named, "features": str(sorted(self.data.features.hashes.items()))})
         for companion in self.companions:
-            companion.bring(folder)
+            companion.export_to(folder)
         self._write_manifest(folder, {role: path.name}, {**facts, "components": self.components})
 
     def _write_manifest(self, folder: Path, adapter: Mapping[str, str], facts: Mapping[str, str]) -> None:
@@ -394,7 +394,7 @@ class UniPortraitRecipe(Recipe):
             name=self.adapter_name,
             method=FILES.method,
             adapter={**first, **adapter},
-            encoders=companions.encoders(FILES, self.companions, self.data.features.hashes),
+            encoders=companions.encoder_files(FILES, self.companions, self.data.features.hashes),
             training=facts,
             **companions.of_base(self.base, self.model, self.licence),
         )

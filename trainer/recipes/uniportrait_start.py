@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import cast
 
-import torch
 from torch import Tensor, nn
 
 from lib_portrait.attention.decoupled import projection_sizes
@@ -15,6 +14,7 @@ from lib_portrait.checkpoints.formats import read_tensors
 from lib_portrait.errors import PortraitError
 from lib_portrait.faces.weights import check_finite
 from lib_portrait.methods.uniportrait import Adapter, IDEmbedding, SiteLayers
+from trainer.low_rank import of_rank
 
 
 def first_stage(embedding: IDEmbedding, sites: Sequence[Site], rank: int) -> Adapter:
@@ -38,21 +38,6 @@ def _with_lora(site: Site, rank: int) -> SiteLayers:
     for name, (inside, outside) in projection_sizes(site).items():
         layers.add_lora(name, inside, outside, rank)
     return layers
-
-
-def of_rank(tensors: Mapping[str, Tensor], rank: int) -> dict[str, Tensor]:
-    """An adapter's tensors with every LoRA of greater rank replaced by the nearest of that rank.
-
-    That is, in up @ down: its largest singular values are kept (Eckart and Young).
-    """
-    reduced = dict(tensors)
-    for name, down in tensors.items():
-        if name.endswith("_lora.down.weight") and len(down) > rank:
-            other = name.replace(".down.", ".up.")
-            left, strength, right = torch.linalg.svd(tensors[other].float() @ down.float(), full_matrices=False)
-            share = strength[:rank].sqrt()
-            reduced |= {other: left[:, :rank] * share, name: share[:, None] * right[:rank]}
-    return reduced
 
 
 def begin_with_faceid(recipe: nn.Module, faceid: Path) -> None:

@@ -1,4 +1,4 @@
-"""Who draws the pictures, and the pool that keeps them: a picture with the same settings is never drawn twice."""
+"""What generates the pictures, and the cache that keeps them: of the same settings a picture is generated once."""
 
 from __future__ import annotations
 
@@ -27,34 +27,38 @@ from lib_portrait.faces.service import FaceService
 from lib_portrait.methods.declarations import declaration
 from lib_portrait.options import Option, Value
 from lib_portrait.request import Identity, Photo, PortraitRequest, Region, to_json
+from lib_portrait.standalone import sampling
 from lib_portrait.standalone.measuring import owners_of
 from lib_portrait.standalone.model import Model
-from lib_portrait.standalone.sampling import Sampling, sample
-from trainer.evaluation.people import Image, Population
-from trainer.evaluation.plans import Row, Shot
+from lib_portrait.standalone.sampling import Sampling
+from trainer.evaluation.plans import Sample, Variant
+from trainer.evaluation.populations import Population
 from trainer.features import global_feature
+from trainer.world.render import Image
 
-# The entry of a picture's file that says whose its parts are.
+# The entry of a picture's file that says to whom its parts were routed.
 OWNERS = "routing"
 
 
-class Artist(Protocol):
-    """Draws with one checkpoint and one adapter. method: the adapter's."""
+class Generator(Protocol):
+    """Generates pictures with one checkpoint and one adapter. method: the adapter's."""
 
     method: str
 
     def weights(self, people: int) -> Mapping[str, str]:
         """Hashes, by role, of all files that decide a picture with so many injected people."""
 
-    def draw(self, samplings: Sequence[Sampling], request: PortraitRequest | None) -> list[tuple[Image, Tensor | None]]:
+    def generate(
+        self, samplings: Sequence[Sampling], request: PortraitRequest | None
+    ) -> list[tuple[Image, Tensor | None]]:
         """The pictures (H, W, 3) uint8 as one batch, with the request's people in each, or nobody.
 
-        Of several people each comes with whose its parts are (`owners_of`).
+        Of several people each comes with the person that each of its parts was routed to (`owners_of`).
         """
 
 
-class GlobalFaces(FaceService):
-    """The faces of an adapter that was trained with the global feature (Table 3), which inference knows nothing of."""
+class GlobalFeatureService(FaceService):
+    """Faces for an adapter that was trained on the global feature (Table 3), which inference does not offer."""
 
     backbone: Backbone
 
@@ -63,13 +67,13 @@ class GlobalFaces(FaceService):
         return dataclasses.replace(local, intrinsic=global_feature(self.backbone, local.intrinsic[None]))
 
     def zero(self, encoder: FaceEncoder) -> FaceFeatures:
-        nobody = super().zero(encoder)
+        unconditional = super().zero(encoder)
         last = cast(nn.Linear, self.backbone.output_layer[3])
-        return dataclasses.replace(nobody, intrinsic=torch.zeros(1, last.out_features))
+        return dataclasses.replace(unconditional, intrinsic=torch.zeros(1, last.out_features))
 
 
-class ModelArtist:
-    """The standalone generator. hashes: of the checkpoint and its description, by role."""
+class StandaloneGenerator:
+    """Generation without the WebUI. hashes: of the checkpoint and its description, by role."""
 
     def __init__(
         self,
@@ -79,7 +83,7 @@ class ModelArtist:
         name: str = "",
         method: str = "",
     ):
-        """conditioner, name, method: who makes requests ready, the name of the adapter, and its method; None where
+        """conditioner, name, method: what makes conditions of requests, the adapter's name and its method; None where
         nobody is injected."""
         self.model, self.hashes, self.conditioner = model, dict(hashes), conditioner
         self.name, self.method = name, method
@@ -95,7 +99,9 @@ class ModelArtist:
         files = {role: path for role, path in kit.files.items() if role not in unread}
         return {**self.hashes, **{role: self.conditioner.store.sha256(path) for role, path in files.items()}}
 
-    def draw(self, samplings: Sequence[Sampling], request: PortraitRequest | None) -> list[tuple[Image, Tensor | None]]:
+    def generate(
+        self, samplings: Sequence[Sampling], request: PortraitRequest | None
+    ) -> list[tuple[Image, Tensor | None]]:
         conditioning, routing = None, None
         if request is not None and self.conditioner is not None:
             size, request = (samplings[0].width, samplings[0].height), replace(request, checkpoint=self.name)
@@ -103,17 +109,19 @@ class ModelArtist:
                 self._prepared = (request, size), self.conditioner.prepare(request, size, self.model.device)
             conditioning = self._prepared[1]
             routing = RoutingMaps() if len(request.identities) > 1 else None
-        images = [np.asarray(image, np.uint8) for image in sample(self.model, samplings, conditioning, routing)]
+        images = [
+            np.asarray(image, np.uint8) for image in sampling.sample(self.model, samplings, conditioning, routing)
+        ]
         mean = routing.mean() if routing is not None else None
         return [(image, None if mean is None else owners_of(mean[row])) for row, image in enumerate(images)]
 
 
-class Pool:
+class PictureCache:
     """Pictures on disk under the hash of all that decides them. A picture appears under its name only when whole."""
 
     def __init__(self, folder: Path):
         self.folder = folder
-        self.drawn = 0
+        self.written = 0
 
     def path(self, facts: Mapping[str, Any]) -> Path:
         """Where the picture with these facts lies, once it is there."""
@@ -121,7 +129,7 @@ class Pool:
         return self.folder / name[:2] / f"{name}.png"
 
     def put(self, image: Image, facts: Mapping[str, Any], owners: Tensor | None = None) -> None:
-        """owners: whose the parts of the picture are (`owners_of`), which goes into its file as rows of digits."""
+        """owners: to whom its parts were routed (`owners_of`), which goes into the file as rows of digits."""
         path = self.path(facts)
         path.parent.mkdir(parents=True, exist_ok=True)
         text = PngInfo()
@@ -132,7 +140,7 @@ class Pool:
         part = path.with_name(f"{path.name}.{os.getpid()}.part")
         PILImage.fromarray(image).save(part, "PNG", pnginfo=text)
         os.replace(part, path)
-        self.drawn += 1
+        self.written += 1
 
     @staticmethod
     def read(path: Path) -> Image:
@@ -140,8 +148,8 @@ class Pool:
             return np.asarray(picture.convert("RGB"), np.uint8)
 
     @staticmethod
-    def owners(path: Path) -> Tensor | None:
-        """Whose the parts of a picture of the pool are; None where that was not noted."""
+    def read_owners(path: Path) -> Tensor | None:
+        """To whom the parts of a cached picture were routed; None where the file does not say."""
         with PILImage.open(path) as picture:
             text = picture.info.get(OWNERS)
         if text is None:
@@ -150,10 +158,10 @@ class Pool:
 
 
 @dataclass(frozen=True)
-class Style:
+class SamplingSettings:
     """What is the same for all pictures: see `Sampling` and `PortraitRequest`. size: side in pixels.
 
-    scale: for methods that declare one. options: of the adapters' methods, beside, by name.
+    scale: for methods that declare one. options: of the adapters' methods, beside it, by name.
     """
 
     size: int
@@ -166,117 +174,123 @@ class Style:
     options: Mapping[str, Value] = field(default_factory=dict)
 
 
-class Studio:
-    """Makes the rows of plans, out of the pool as far as the pictures are there."""
+class SampleProvider:
+    """Provides the samples of a plan's variants: those in the cache as they are, the others generated."""
 
-    def __init__(self, population: Population, artists: Mapping[str | None, Artist], style: Style, pool: Pool):
-        """artists: by the label of their adapter; None draws without people."""
-        self.population, self.artists, self.style, self.pool = population, artists, style, pool
+    def __init__(
+        self,
+        population: Population,
+        generators: Mapping[str | None, Generator],
+        settings: SamplingSettings,
+        cache: PictureCache,
+    ):
+        """generators: by the label of their adapter; None for the one without people."""
+        self.population, self.generators, self.settings, self.cache = population, generators, settings, cache
 
-    def make(self, row: Row, shots: Sequence[Shot], progress: Callable[[int], object]) -> list[Path]:
-        """The pictures of a row, where they lie. progress: told how many pictures have just become ready."""
-        if row.real:
-            return self.real(shots, progress)
-        artist, facts = self.artists[row.adapter], self._facts(row, shots)
+    def provide(self, variant: Variant, samples: Sequence[Sample], progress: Callable[[int], object]) -> list[Path]:
+        """The files of a variant's pictures. progress: called with how many have just become ready."""
+        if variant.real:
+            return self.real(samples, progress)
+        generator, facts = self.generators[variant.adapter], self._facts(variant, samples)
         missing = defaultdict(list)
-        for number, shot in enumerate(shots):
-            if self.pool.path(facts[number]).is_file():
+        for number, sample in enumerate(samples):
+            if self.cache.path(facts[number]).is_file():
                 progress(1)
             else:
-                missing[None if row.adapter is None else shot.people].append(number)
+                missing[None if variant.adapter is None else sample.people].append(number)
         for people, numbers in missing.items():
-            request = self._request(row, people) if people is not None else None
-            for batch in _batches(numbers, self.style.batch):
-                drawn = artist.draw([self._sampling(shots[number]) for number in batch], request)
-                for number, (image, owners) in zip(batch, drawn, strict=True):
-                    self.pool.put(image, facts[number], owners)
+            request = self._request(variant, people) if people is not None else None
+            for batch in _batches(numbers, self.settings.batch):
+                pictures = generator.generate([self._sampling(samples[number]) for number in batch], request)
+                for number, (image, owners) in zip(batch, pictures, strict=True):
+                    self.cache.put(image, facts[number], owners)
                 progress(len(batch))
-        return [self.pool.path(one) for one in facts]
+        return [self.cache.path(one) for one in facts]
 
-    def missing(self, row: Row, shots: Sequence[Shot]) -> int:
-        """How many pictures of a row have yet to be drawn. Real ones take no time and do not count."""
-        if row.real:
+    def missing(self, variant: Variant, samples: Sequence[Sample]) -> int:
+        """How many pictures of a variant have yet to be generated. Real ones take no time and do not count."""
+        if variant.real:
             return 0
-        return sum(not self.pool.path(facts).is_file() for facts in self._facts(row, shots))
+        return sum(not self.cache.path(facts).is_file() for facts in self._facts(variant, samples))
 
-    def real(self, shots: Sequence[Shot], progress: Callable[[int], object], again: int = 0) -> list[Path]:
-        """Real pictures of the shots' people, showing what the prompts say where the population can.
+    def real(self, samples: Sequence[Sample], progress: Callable[[int], object], repeat: int = 0) -> list[Path]:
+        """Real pictures of the samples' people, showing what the prompts say where the population can.
 
-        again: number of the set; another one has other pictures, where the population can.
+        repeat: number of the set; another one has other pictures, where the population can.
         """
         paths = []
-        for shot in shots:
-            names = [self.population.people[person].name for person in shot.people]
-            size = self.style.size
+        for sample in samples:
+            names = [self.population.people[person].name for person in sample.people]
+            size = self.settings.size
             facts = {
                 "real": self.population.source,
                 "people": names,
-                "stamp": self.population.stamp(shot.people),
-                "prompt": shot.text,
-                "seed": shot.seed,
-                "again": again,
+                "stamp": self.population.revision(sample.people),
+                "prompt": sample.text,
+                "seed": sample.seed,
+                "again": repeat,
                 "size": size,
                 "version": __version__,
             }
-            path = self.pool.path(facts)
+            path = self.cache.path(facts)
             if not path.is_file():
-                self.pool.put(self.population.real(shot.people, shot.prompt, shot.seed + again, size), facts)
+                self.cache.put(self.population.real(sample.people, sample.prompt, sample.seed + repeat, size), facts)
             paths.append(path)
             progress(1)
         return paths
 
-    def _facts(self, row: Row, shots: Sequence[Shot]) -> list[dict[str, Any]]:
-        """All that decides each picture of a row."""
-        artist = self.artists[row.adapter]
-        groups = dict.fromkeys(shot.people for shot in shots)
-        requests = {people: self._request(row, people) for people in groups}
+    def _facts(self, variant: Variant, samples: Sequence[Sample]) -> list[dict[str, Any]]:
+        """All that decides each picture of a variant."""
+        generator = self.generators[variant.adapter]
+        groups = dict.fromkeys(sample.people for sample in samples)
+        requests = {people: self._request(variant, people) for people in groups}
         plain = {people: None if request is None else to_json(request) for people, request in requests.items()}
-        injected = {people: 0 if row.adapter is None else len(people) for people in groups}
-        weights = {number: dict(artist.weights(number)) for number in set(injected.values())}
+        injected = {people: 0 if variant.adapter is None else len(people) for people in groups}
+        weights = {number: dict(generator.weights(number)) for number in set(injected.values())}
         return [
             {
-                "weights": weights[injected[shot.people]],
-                "sampling": dataclasses.asdict(self._sampling(shot)),
-                "request": plain[shot.people],
+                "weights": weights[injected[sample.people]],
+                "sampling": dataclasses.asdict(self._sampling(sample)),
+                "request": plain[sample.people],
                 "version": __version__,
             }
-            for shot in shots
+            for sample in samples
         ]
 
-    def _request(self, row: Row, people: Sequence[int]) -> PortraitRequest | None:
-        if row.adapter is None:
+    def _request(self, variant: Variant, people: Sequence[int]) -> PortraitRequest | None:
+        if variant.adapter is None:
             return None
-        method = self.artists[row.adapter].method
-        declared = declaration(method)
+        method = self.generators[variant.adapter].method
+        declared, count = declaration(method), len(people)
         # What reads no network of faces sees the photo itself, and more of it than an aligned face.
         whole = not declared.encoders
-        own = _of(declared.identity_options, {"structure": row.structure, **self.style.options})
+        own = _values(declared.identity_options, {"structure": variant.structure, **self.settings.options})
         identities = tuple(
             Identity(
-                tuple(self.population.photo(person, number).request(whole) for number in range(row.photos)),
-                region=Region((place / len(people), 0.0, (place + 1) / len(people), 1.0)) if row.sides else None,
+                tuple(self.population.photo(person, number).to_request(whole) for number in range(variant.photos)),
+                region=Region((place / count, 0.0, (place + 1) / count, 1.0)) if variant.sides else None,
                 options=own,
             )
             for place, person in enumerate(people)
         )
-        options = _of(declared.options, {"scale": self.style.scale, **self.style.options})
+        options = _values(declared.options, {"scale": self.settings.scale, **self.settings.options})
         return PortraitRequest(identities, method=method, options=options)
 
-    def _sampling(self, shot: Shot) -> Sampling:
-        style = self.style
+    def _sampling(self, sample: Sample) -> Sampling:
+        settings = self.settings
         return Sampling(
-            shot.text,
-            style.negative_prompt,
-            style.size,
-            style.size,
-            style.steps,
-            style.guidance,
-            shot.seed,
-            style.sampler,
+            sample.text,
+            settings.negative_prompt,
+            settings.size,
+            settings.size,
+            settings.steps,
+            settings.guidance,
+            sample.seed,
+            settings.sampler,
         )
 
 
-def _of(declared: Sequence[Option], given: Mapping[str, Value]) -> dict[str, Value]:
+def _values(declared: Sequence[Option], given: Mapping[str, Value]) -> dict[str, Value]:
     """The values of declared options: those that are given, else their defaults."""
     return {option.name: given.get(option.name, option.default) for option in declared}
 
