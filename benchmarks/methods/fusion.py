@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from typing import Any
+from collections.abc import Callable, Hashable, Iterator, Sequence
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -24,8 +24,8 @@ class _Host:
     """Random latents and random texts."""
 
     alphas_cumprod = torch.linspace(0.999, 0.005, 1000)
-    prediction = "epsilon"
-    state = None
+    prediction: Literal["epsilon", "v"] = "epsilon"
+    state: Hashable = None
 
     def __init__(self, unet: nn.Module, sites: Sequence[Site]):
         self.unet = unet

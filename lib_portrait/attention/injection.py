@@ -88,7 +88,7 @@ class Rule(Protocol):
 
 
 @runtime_checkable
-class RewritesContext(Protocol):
+class RewritesContext(Rule, Protocol):
     """What a rule may be beside: one that changes the text's embeddings themselves."""
 
     def context(self, call: Call, context: torch.Tensor) -> torch.Tensor:
@@ -97,7 +97,7 @@ class RewritesContext(Protocol):
 
 
 @runtime_checkable
-class AddsRows(Protocol):
+class AddsRows(Rule, Protocol):
     """What a rule may be beside: one that has rows of its own in a UNet call, which the host does not see."""
 
     def enter(self, call: Call, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Arguments:

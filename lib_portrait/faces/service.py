@@ -82,8 +82,7 @@ class FaceService:
         with self._lock:
             if self._detector is None:
                 chosen = self._chosen
-                given = isinstance(chosen, Detector)
-                self._detector = chosen if given else get_detector(chosen, self._detector_dirs)
+                self._detector = chosen if isinstance(chosen, Detector) else get_detector(chosen, self._detector_dirs)
             return self._detector
 
     def find(self, photo: Photo, field: str) -> list[FoundFace]:

@@ -99,7 +99,8 @@ class WebuiHost:
 
     def _concatenated(self, latent: Tensor) -> list[Tensor]:
         """What stands beside the latent's channels at the UNet's entry."""
-        channels = self.unet.in_channels - latent.shape[1]
+        unet: Any = self.unet
+        channels = unet.in_channels - latent.shape[1]
         if "adm" in str(self.sd_model.model.conditioning_key) or channels not in (0, INPAINTING_CHANNELS):
             raise PortraitError(
                 "model",

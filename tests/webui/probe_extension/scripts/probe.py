@@ -9,6 +9,7 @@ nothing on any instance and sees what whoever wrapped an instance's `forward` ma
     GET  /probe/state     attributes, hooks, classes, weights, callbacks, live tensors, memory
     POST /probe/plant     {"what": "attribute" | "hook" | "weight" | "class" | "callback" | "tensor" | null}: a leak
     POST /probe/controlnet {"channels": n}: the width of the small control network of these tests
+    POST /probe/host      {"prompt": .., "word": .., "instead": ..} -> what `WebuiHost` answers of the loaded model
     POST /probe/first     {"extension": folder's name | null}: whose callbacks come first; null as they were loaded
 """
 
@@ -28,6 +29,7 @@ from typing import Any
 
 import ldm.modules.attention
 import ldm.modules.diffusionmodules.openaimodel
+import numpy as np
 import psutil
 import sgm.modules.attention
 import sgm.modules.diffusionmodules.openaimodel
@@ -35,6 +37,7 @@ import torch
 from fastapi import Body, FastAPI
 from modules import script_callbacks, scripts, shared
 from modules import sd_hijack as host_hijack
+from modules.call_queue import queue_lock
 from safetensors.torch import save_file
 
 UNETS = (
@@ -310,6 +313,43 @@ def plant(what: str | None) -> None:
         raise ValueError(what)
 
 
+@torch.no_grad()
+def host_answers(prompt: str, word: str, instead: str) -> dict[str, Any]:
+    """What `WebuiHost` answers, beside what the model's own modules give. instead: a word put in the word's place."""
+    from lib_portrait.webui.host import WebuiHost
+
+    model, vae = shared.sd_model, shared.sd_model.first_stage_model
+    host = WebuiHost(model, (128, 128))
+    picture = np.random.default_rng(1).integers(0, 256, (64, 96, 3), np.uint8)
+    pixels = torch.from_numpy(picture.astype(np.float32) / 255 * 2 - 1).permute(2, 0, 1)[None]
+    mean = vae.quant_conv(vae.encoder(pixels))[:, :4] * model.scale_factor
+    random = torch.get_rng_state()
+    latent, conditions = host.latent(picture), host.text(prompt)
+    kept = torch.equal(random, torch.get_rng_state())
+    context = conditions["crossattn"] if isinstance(conditions, dict) else conditions
+    vector = {"y": conditions["vector"].expand(2, -1)} if isinstance(conditions, dict) else {}
+    other = host.text(prompt.replace(word, instead))
+    other = other["crossattn"] if isinstance(other, dict) else other
+    two = latent.repeat(2, 1, 1, 1)
+    out = host.call(two, torch.tensor(300), conditions)
+    t = torch.full((2,), 300)
+    expected = model.model.diffusion_model(two, timesteps=t, context=context.expand(2, -1, -1), **vector)
+    return {
+        "latent": float((latent - mean).abs().max()),
+        "largest": float(mean.abs().max()),
+        "random": kept,
+        "call": float((out - expected).abs().max()),
+        "context": list(context.shape),
+        "positions": list(host.positions(prompt, word)),
+        # Text encoders look backwards only: before the word nothing changes.
+        "changed": int((context != other).any(dim=2)[0].nonzero()[0]),
+        "alphas_cumprod": [len(host.alphas_cumprod), float(host.alphas_cumprod[0]), float(host.alphas_cumprod[-1])],
+        "prediction": host.prediction,
+        "same": host.state == WebuiHost(model, (64, 64)).state,
+        "state": repr(host.state),
+    }
+
+
 loaded_order: dict[str, list] = {}
 
 
@@ -364,6 +404,11 @@ def add_routes(demo: Any, app: FastAPI) -> None:
         guess = sys.modules["scripts.controlnet_model_guess"]
         guess.controlnet_default_config["model_channels"] = wishes["channels"]
         return {}
+
+    @app.post("/probe/host")
+    def ask_host(wishes: dict = Body(...)) -> dict:
+        with queue_lock:
+            return host_answers(**wishes)
 
     @app.post("/probe/first")
     def order(wishes: dict = Body(...)) -> dict:
