@@ -13,6 +13,7 @@ from lib_portrait.attention import find_sites
 from lib_portrait.attention.sites import Site
 from lib_portrait.methods.fusion import STEP, FaceFusion, FusedIdentity, FusionRule, Properties
 
+TRAINING: dict[str, tuple[str, ...]] = {}
 CASES: tuple[dict[str, Any], ...] = (
     {"reference_t": 0, "negative": False},
     {"reference_t": 0, "negative": True},
