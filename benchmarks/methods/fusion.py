@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from typing import Any
+from collections.abc import Callable, Hashable, Iterator, Sequence
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -13,6 +13,7 @@ from lib_portrait.attention import find_sites
 from lib_portrait.attention.sites import Site
 from lib_portrait.methods.fusion import STEP, FaceFusion, FusedIdentity, FusionRule, Properties
 
+TRAINING: dict[str, tuple[str, ...]] = {}
 CASES: tuple[dict[str, Any], ...] = (
     {"reference_t": 0, "negative": False},
     {"reference_t": 0, "negative": True},
@@ -24,8 +25,8 @@ class _Host:
     """Random latents and random texts."""
 
     alphas_cumprod = torch.linspace(0.999, 0.005, 1000)
-    prediction = "epsilon"
-    state = None
+    prediction: Literal["epsilon", "v"] = "epsilon"
+    state: Hashable = None
 
     def __init__(self, unet: nn.Module, sites: Sequence[Site]):
         self.unet = unet

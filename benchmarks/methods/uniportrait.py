@@ -14,6 +14,7 @@ from lib_portrait.attention.decoupled import projection_sizes
 from lib_portrait.methods.uniportrait import Adapter, IDEmbedding, Person, SiteLayers, UniPortraitRule
 
 TOKENS, RANK, WIDTH = 16, 128, 768
+TRAINING = {"world": ("--rank", "32", "--width", "192", "--depth", "4")}
 
 
 def rules(

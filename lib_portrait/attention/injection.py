@@ -97,7 +97,7 @@ class RewritesContext(Rule, Protocol):
 
 
 @runtime_checkable
-class AddsRows(Protocol):
+class AddsRows(Rule, Protocol):
     """What a rule may be beside: one that has rows of its own in a UNet call, which the host does not see."""
 
     def enter(self, call: Call, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Arguments:

@@ -53,7 +53,7 @@ class FaceService:
     """Everything a host asks about faces. One per process; calls from several threads wait for each other.
 
     detector_dirs: folders in which insightface's weights may lie. cache_dir: where photos and features are kept.
-    detector: name of the one to use, or None for the best available (see `detection`). cache_bytes: how much photos
+    detector: the one to use or its name, or None for the best available (see `detection`). cache_bytes: how much photos
     (two thirds) and features (one third) may take on disk. filter_crops: see `align_face`.
     """
 
@@ -62,7 +62,7 @@ class FaceService:
         detector_dirs: Sequence[Path],
         cache_dir: Path,
         limits: Limits | None = None,
-        detector: str | None = None,
+        detector: str | Detector | None = None,
         cache_bytes: int = 2**30,
         filter_crops: bool = False,
     ):
@@ -71,7 +71,7 @@ class FaceService:
         self._features = FeatureCache(Path(cache_dir) / "features", cache_bytes // 3)
         self._found: Recent[list[FoundFace]] = Recent(32)
         self._detector_dirs = detector_dirs
-        self._detector_name = detector
+        self._chosen = detector
         self.filter_crops = filter_crops
         self._detector: Detector | None = None
         self._lock = threading.RLock()
@@ -81,7 +81,8 @@ class FaceService:
         """The detector in use. Raises PortraitError when there is none."""
         with self._lock:
             if self._detector is None:
-                self._detector = get_detector(self._detector_name, self._detector_dirs)
+                chosen = self._chosen
+                self._detector = chosen if isinstance(chosen, Detector) else get_detector(chosen, self._detector_dirs)
             return self._detector
 
     def find(self, photo: Photo, field: str) -> list[FoundFace]:

@@ -28,6 +28,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from lib_portrait.attention.arguments import TIMESTEPS, Arguments
 from lib_portrait.attention.injection import Around, Call, Injection
 from lib_portrait.attention.maps import RoutingMaps
 from lib_portrait.attention.regions import Box, Region, coverage
@@ -240,13 +241,13 @@ def seen_by(regions: Sequence[Region | None], shape: tuple[int, int], place: Box
     if all(region is None for region in regions):
         return None
     claims = torch.zeros(len(regions), shape[0] * shape[1], dtype=torch.bool)
-    for number, region in enumerate(regions):
+    for own, region in zip(claims, regions, strict=True):
         if region is not None:
             share = coverage(region, shape, place).flatten()
-            claims[number] = (share > 0) & (share >= min(INSIDE, share.max().item()))
-    number = claims.sum(dim=0)
-    seen = torch.where(number == 1, claims.int().argmax(dim=0), EVERYBODY)
-    return torch.where(number > 1, NOBODY, seen)
+            own[:] = (share > 0) & (share >= min(INSIDE, share.max().item()))
+    count = claims.sum(dim=0)
+    seen = torch.where(count == 1, claims.int().argmax(dim=0), EVERYBODY)
+    return torch.where(count > 1, NOBODY, seen)
 
 
 # --------------------------------------------------------------------------------------------- reference pass, sec. 3.1
@@ -262,8 +263,9 @@ def noised(latent: Tensor, t: float, alphas_cumprod: Tensor) -> Tensor:
     noise = torch.randn(latent.shape, generator=torch.Generator().manual_seed(0)).to(latent)
     low = min(int(t), len(alphas_cumprod) - 1)
     high, share = min(low + 1, len(alphas_cumprod) - 1), t - low
-    # Of the logit of abar, which is -2 log sigma.
-    logit = torch.lerp(*alphas_cumprod[[low, high]].double().cpu().logit(), share)
+    # The logit of abar is -2 log sigma.
+    before, after = alphas_cumprod[[low, high]].double().cpu().logit()
+    logit = torch.lerp(before, after, share)
     return latent * logit.sigmoid().sqrt().item() + noise * (-logit).sigmoid().sqrt().item()
 
 
@@ -310,6 +312,7 @@ class _Riding:
     """References that go along in the picture's UNet calls.
 
     latents: of each reference, without noise. text: what they are seen with, (1, n, D), and SDXL's vector beside it.
+    rows: which ones of the call that is under way they are.
     """
 
     latents: list[Tensor]
@@ -317,6 +320,7 @@ class _Riding:
     text: Tensor
     vector: Tensor | None
     by_shape: dict[tuple[int, int], list[Tensor]] = field(default_factory=dict)
+    rows: range = range(0)
 
     def at(self, shape: tuple[int, int], t: float) -> Tensor:
         if shape not in self.by_shape:
@@ -341,8 +345,6 @@ class FusionRule(Rule[FusedIdentity]):
         # Filled while a look is taken.
         self._recorded: dict[int, Tensor] | None = None
         self._riding: _Riding | None = None
-        # How many rows of the call that is under way are the host's, where others ride with them.
-        self._rows: int | None = None
 
     def active(self, progress: float) -> bool:
         return self._recorded is not None or super().active(progress)
@@ -412,20 +414,22 @@ class FusionRule(Rule[FusedIdentity]):
 
     # ---- references that go along (`attention.injection.AddsRows`)
 
-    def enter(
-        self, call: Call, args: tuple[Any, ...], kwargs: dict[str, Any]
-    ) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    def enter(self, call: Call, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Arguments:
         """Adds the references behind the call's rows, as noisy as the first row that sees them."""
-        self._rows, riding = None, self._riding
+        riding = self._riding
         first = next((row for row, kind in enumerate(call.kinds) if kind in self.seeing), None)
-        if riding is None or self._recorded is not None or first is None or not self.people:
+        if riding is None:
+            return args, kwargs
+        riding.rows = range(0)
+        if self._recorded is not None or first is None:
             return args, kwargs
         numbers, count = cast("list[int]", call.numbers), len(riding.latents)
-        self._rows = rows = len(numbers)
+        rows = len(numbers)
+        riding.rows = range(rows, rows + count)
         own = max(call.table) + 1
         call.table, call.numbers = {**call.table, own: Row(REFERENCE)}, [*numbers, *[own] * count]
-        times = args[1] if len(args) > 1 else kwargs["timestep" if "timestep" in kwargs else "timesteps"]
-        t = float(times) if not isinstance(times, Tensor) or times.numel() == 1 else float(times[first])
+        times = torch.as_tensor(TIMESTEPS.of(args, kwargs)).flatten()
+        t = float(times[first if len(times) > 1 else 0])
         latents = riding.at(call.latent, t)
 
         def grown(name: str, value: Any) -> Any:
@@ -454,13 +458,13 @@ class FusionRule(Rule[FusedIdentity]):
 
     def leave(self, output: Any) -> Any:
         """The rows that were there before."""
-        if self._rows is None:
+        if self._riding is None or not self._riding.rows:
             return output
         if isinstance(output, Tensor):
-            return output[: self._rows]
+            return output[: self._riding.rows.start]
         if isinstance(output, tuple):
             return tuple(map(self.leave, output))
-        return replace(output, sample=output.sample[: self._rows])
+        return replace(output, sample=output.sample[: self._riding.rows.start])
 
     # ---- at a site
 
@@ -482,7 +486,7 @@ class FusionRule(Rule[FusedIdentity]):
                 self._recorded[site.index] = x[call.rows_of(REFERENCE)]
                 return host(*args, **kwargs)
             seeing = [row for row, kind in enumerate(kinds) if kind in self.seeing]
-            looked_at = [] if self._rows is None else [*range(self._rows, self._rows + len(self._riding.latents))]
+            looked_at = [] if self._riding is None else list(self._riding.rows)
             rest = [row for row in range(len(x)) if row not in seeing and row not in looked_at]
             parts = []
             if seeing:

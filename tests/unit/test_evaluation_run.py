@@ -19,6 +19,7 @@ from safetensors.torch import load_file, save_file
 pytest.importorskip("skia", reason="the world is drawn with skia", exc_type=ImportError)
 
 import portrait as command_line
+from lib_portrait.attention import find_sites
 from lib_portrait.checkpoints.formats import read_tensors
 from lib_portrait.checkpoints.store import Folders, Store
 from lib_portrait.conditioning import Conditioner
@@ -28,9 +29,11 @@ from lib_portrait.faces.features import pixels_of, recognition_view
 from lib_portrait.faces.heatmap_detector import DetectorNetwork, faces_in, heatmap_detector
 from lib_portrait.faces.service import FaceService
 from lib_portrait.methods.declarations import adapter_files
+from lib_portrait.methods.fusion import FaceFusion, Properties
 from lib_portrait.request import Identity, Photo, PortraitRequest
 from lib_portrait.standalone import sampling
 from lib_portrait.standalone.model import save_model
+from tests.parity.unets import diffusers_unet
 from tests.small_networks import small_kit, small_manifest, small_model, tiny_backbone, tiny_vision
 from trainer.attribute_network import AttributeNetwork
 from trainer.evaluation import generators, run
@@ -98,6 +101,43 @@ def generated(monkeypatch: pytest.MonkeyPatch) -> list[int]:
 
     monkeypatch.setattr(sampling, "sample", counted)
     return batches
+
+
+def test_an_adapter_of_any_method_is_evaluated_by_its_own_options(
+    world: Path, tmp_path: Path, generated: list[int]
+) -> None:
+    """Two adapters of one name and of two methods; pairs with and without a region for each person."""
+    unet = diffusers_unet()
+    fusion = FaceFusion.for_sites(find_sites(unet), Properties(reference_size=64))
+    folder = tmp_path / "fusion"
+    folder.mkdir()
+    tensors = {name: tensor.contiguous() for name, tensor in fusion.state_dict().items()}
+    save_file(tensors, folder / "fusion_world.safetensors", fusion.properties.to_metadata())
+    asked = settings(world, tmp_path / "out", "single", "multi", adapters=("world", f"fused={folder}"))
+    asked = replace(asked, protocol_settings=replace(asked.protocol_settings, sides=True), options=("face_only",))
+    single, multi = evaluate(asked, lambda text: None)
+    names = ["text only", "world", "fused"]
+    assert [row.variant.name for row in single.rows] == [*names, "real pictures"]
+    sides = ["world, side by side", "fused, side by side"]
+    assert [row.variant.name for row in multi.rows] == [*names, *sides, "real pictures"]
+    told = json.loads((tmp_path / "out" / "single.json").read_text("utf-8"))
+    assert set(told["weights"]["fused"]) == {"checkpoint", "yaml", "fusion"}
+    lines = [json.loads(line) for line in (tmp_path / "out" / "multi.jsonl").read_text("utf-8").splitlines()]
+    pictures = {line["row"]: Image.open(tmp_path / "out" / line["picture"]) for line in lines}
+    requests = {
+        row: json.loads(picture.info["portrait"])["request"]
+        for row, picture in pictures.items()
+        if row in names + sides
+    }
+    assert requests["fused"]["method"] == "fusion" and requests["fused"]["face_only"] is True
+    assert "region" not in requests["fused"]["identities"][0]
+    regions = [one["region"]["box"] for one in requests["fused, side by side"]["identities"]]
+    assert regions == [[0.0, 0.0, 0.5, 1.0], [0.5, 0.0, 1.0, 1.0]]
+    made = {row: np.asarray(picture) for row, picture in pictures.items()}
+    assert (made["fused"] != made["text only"]).any() and (made["fused"] != made["fused, side by side"]).any()
+    for wrong in ("nonsense", "face_only=perhaps"):
+        with pytest.raises(PortraitError, match="option"):
+            evaluate(replace(asked, output=tmp_path / "wrong", options=(wrong,)))
 
 
 def test_tables_lines_and_sheets_are_written_and_nothing_is_generated_twice(
@@ -311,7 +351,7 @@ def test_an_adapter_trained_on_the_global_feature_is_given_that(world: Path, tmp
     save_file(load_file(faceid), faceid, names)
     store, name = Store(Folders([folder]), adapter_files()), "global"
     photo = Photo.of(encode_png(np.full((224, 224, 3), 90, np.uint8)), aligned=True)
-    conditioner = Conditioner(run._face_service(store, name, tmp_path / "cache", None), store)
+    conditioner = Conditioner(run._face_service(store.kit(name), tmp_path / "cache", "mtcnn"), store)
     encoder = conditioner._encoder(store.kit(name), "cpu", torch.float32, print)
     features = conditioner.faces.features(photo, "photo", encoder)
     with torch.no_grad():
@@ -320,5 +360,5 @@ def test_an_adapter_trained_on_the_global_feature_is_given_that(world: Path, tmp
     assert conditioner.faces.zero(encoder).intrinsic.shape == embedding.shape
     request = PortraitRequest((Identity((photo,)),), checkpoint=name)
     assert conditioner.prepare(request, (64, 64)).people[0].tokens
-    store = Store(Folders([world]), adapter_files())
-    assert type(run._face_service(store, "world", tmp_path / "cache", None)) is FaceService
+    local = Store(Folders([world]), adapter_files()).kit("world")
+    assert type(run._face_service(local, tmp_path / "cache", "mtcnn")) is FaceService

@@ -132,9 +132,9 @@ def entering(unet: nn.Module, x: Tensor, context: Tensor, t: float) -> dict[int,
 
 
 def halves(people: int) -> list[Tensor | None]:
-    """Masks side by side that overlap, at a size that is no multiple of anything; the last of several has none."""
+    """Masks side by side that overlap, at a size that is no multiple of anything; the last of many has none."""
     masks: list[Tensor | None] = [None] * people
-    for i in range(max(1, people - 1)):
+    for i in range(people if people < 3 else people - 1):
         mask = torch.zeros(37, 53)
         mask[4:, 53 * i // people : 53 * i // people + 53 // people + 6] = 1
         masks[i] = mask
@@ -373,6 +373,14 @@ def test_training_reaches_the_new_layers_alone_and_twice(unet: nn.Module) -> Non
             (out if isinstance(out, Tensor) else out.sample).square().mean().backward()
     assert all(p.grad is not None and p.grad.abs().max() > 0 for p in rule.adapter.parameters())
     assert all(parameter.grad is None for parameter in unet.parameters())
+    with Injection(unet, rule):
+        unet(latents(1), torch.tensor([T]), mark(text(1), POSITIVE), **others(unet, 1))
+        for parameter in rule.adapter.parameters():
+            parameter.data.mul_(1.5)
+        after = run(unet, latents(1), mark(text(1), POSITIVE))
+    rule.prepare(SmallHost(unet))  # type: ignore[arg-type]
+    with Injection(unet, rule):
+        assert torch.equal(run(unet, latents(1), mark(text(1), POSITIVE)), after), "no key of older weights is kept"
 
 
 def test_every_row_may_have_its_own_reference(unet: nn.Module) -> None:

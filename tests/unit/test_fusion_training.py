@@ -210,6 +210,9 @@ def test_only_the_face_layers_are_trained_and_the_export_says_how(
     assert (manifest.method, manifest.adapter, manifest.picture) == ("fusion", {"fusion": path.name}, (SIDE, SIDE))
     assert manifest.training["reference_t"] == "7"
     again = recipe(monkeypatch, data, "--initial", str(path))
+    again.export(tmp_path, {})
+    assert Properties.from_metadata(read_header(tmp_path / path.name)[1]) == Properties(0, "", SIDE, False)
+    assert "reference_text" not in read_manifest(tmp_path / "tiny.kit.json").training
     assert torch.equal(next(again.parameters()), next(made.parameters()).half().float())
     assert next(again.parameters()).requires_grad
 

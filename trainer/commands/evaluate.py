@@ -35,6 +35,9 @@ def configure(parser: argparse.ArgumentParser) -> None:
     made.add_argument("--negative-prompt", metavar="TEXT")
     made.add_argument("--scale", type=float, help="ID scale, default 0.7")
     made.add_argument("--structure", type=float, help="face structure scale β, default 0.1")
+    made.add_argument(
+        "--option", action="append", metavar="NAME=VALUE", help="of the adapter's method; repeated for several"
+    )
     made.add_argument("--batch", type=int, help="pictures at once, default 8")
     made.add_argument("--device", help="default: cuda where there is one, else cpu")
     made.add_argument("--processes", type=int, help="that generate at once; default: a core each for the world, else 1")
@@ -45,6 +48,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
     whom.add_argument("--pictures", type=int, help="for each prompt")
     whom.add_argument("--gallery", type=int, help="people of the world in the gallery, at least; default 100")
     whom.add_argument("--references", type=int, nargs="+", metavar="N", help="numbers of photos, default 1 2 4")
+    whom.add_argument("--sides", action="store_true", help="multi: also with a region for each person, side by side")
     whom.add_argument("--betas", type=float, nargs="+", metavar="β", help="default 0 0.1 0.3 0.6 1")
     parser.epilog = (
         "People x prompts x pictures: for photos 15 x 40 x 4 and 15 x 21 x 4 (pairs) as in the paper; for the world "
@@ -66,7 +70,8 @@ def run(options: argparse.Namespace) -> int:
     from trainer.frozen import default_device
 
     given = {name: value for name, value in vars(options).items() if value is not None}
-    given |= {"adapters": given.pop("adapter", None), "device": options.device or default_device()}
+    given |= {"adapters": given.pop("adapter", None), "options": given.pop("option", None)}
+    given |= {"device": options.device or default_device()}
     values = {name: tuple(value) if isinstance(value, list) else value for name, value in given.items()}
 
     def part(form: type) -> dict[str, object]:

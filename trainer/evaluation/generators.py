@@ -8,7 +8,7 @@ import json
 import os
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Protocol, cast
 
@@ -24,7 +24,9 @@ from lib_portrait.conditioning import Conditioner
 from lib_portrait.faces.features import FaceEncoder, FaceFeatures
 from lib_portrait.faces.recognition import Backbone
 from lib_portrait.faces.service import FaceService
-from lib_portrait.request import Identity, Photo, PortraitRequest, to_json
+from lib_portrait.methods.declarations import declaration
+from lib_portrait.options import Option, Value
+from lib_portrait.request import Identity, Photo, PortraitRequest, Region, to_json
 from lib_portrait.standalone import sampling
 from lib_portrait.standalone.measuring import owners_of
 from lib_portrait.standalone.model import Model
@@ -39,7 +41,9 @@ OWNERS = "routing"
 
 
 class Generator(Protocol):
-    """Generates pictures with one checkpoint and one adapter."""
+    """Generates pictures with one checkpoint and one adapter. method: the adapter's."""
+
+    method: str
 
     def weights(self, people: int) -> Mapping[str, str]:
         """Hashes, by role, of all files that decide a picture with so many injected people."""
@@ -71,15 +75,24 @@ class GlobalFeatureService(FaceService):
 class StandaloneGenerator:
     """Generation without the WebUI. hashes: of the checkpoint and its description, by role."""
 
-    def __init__(self, model: Model, hashes: Mapping[str, str], conditioner: Conditioner | None, name: str = ""):
-        """conditioner, name: what makes conditions of requests, the adapter's name; None where nobody is injected."""
-        self.model, self.hashes, self.conditioner, self.name = model, dict(hashes), conditioner, name
+    def __init__(
+        self,
+        model: Model,
+        hashes: Mapping[str, str],
+        conditioner: Conditioner | None,
+        name: str = "",
+        method: str = "",
+    ):
+        """conditioner, name, method: what makes conditions of requests, the adapter's name and its method; None where
+        nobody is injected."""
+        self.model, self.hashes, self.conditioner = model, dict(hashes), conditioner
+        self.name, self.method = name, method
         self._prepared: tuple[object, Any] = (None, None)
 
     def weights(self, people: int) -> dict[str, str]:
         if self.conditioner is None or not people:
             return self.hashes
-        kit = self.conditioner.store.kit(self.name)
+        kit = self.conditioner.store.kit(self.name, self.method)
         kit.check_people(people)
         # What several people need is not read for one.
         unread = {part.role for files in self.conditioner.store.methods for part in files.parts if part.people > people}
@@ -146,7 +159,10 @@ class PictureCache:
 
 @dataclass(frozen=True)
 class SamplingSettings:
-    """What is the same for all pictures: see `Sampling` and `PortraitRequest`. size: side in pixels."""
+    """What is the same for all pictures: see `Sampling` and `PortraitRequest`. size: side in pixels.
+
+    scale: for methods that declare one. options: of the adapters' methods, beside it, by name.
+    """
 
     size: int
     steps: int
@@ -155,6 +171,7 @@ class SamplingSettings:
     negative_prompt: str = ""
     scale: float = 0.7
     batch: int = 8
+    options: Mapping[str, Value] = field(default_factory=dict)
 
 
 class SampleProvider:
@@ -243,14 +260,21 @@ class SampleProvider:
     def _request(self, variant: Variant, people: Sequence[int]) -> PortraitRequest | None:
         if variant.adapter is None:
             return None
+        method = self.generators[variant.adapter].method
+        declared, count = declaration(method), len(people)
+        # What reads no network of faces sees the photo itself, and more of it than an aligned face.
+        whole = not declared.encoders
+        own = _values(declared.identity_options, {"structure": variant.structure, **self.settings.options})
         identities = tuple(
             Identity(
-                tuple(self.population.photo(person, number).to_request() for number in range(variant.photos)),
-                options={"structure": variant.structure},
+                tuple(self.population.photo(person, number).to_request(whole) for number in range(variant.photos)),
+                region=Region((place / count, 0.0, (place + 1) / count, 1.0)) if variant.sides else None,
+                options=own,
             )
-            for person in people
+            for place, person in enumerate(people)
         )
-        return PortraitRequest(identities, options={"scale": self.settings.scale})
+        options = _values(declared.options, {"scale": self.settings.scale, **self.settings.options})
+        return PortraitRequest(identities, method=method, options=options)
 
     def _sampling(self, sample: Sample) -> Sampling:
         settings = self.settings
@@ -264,6 +288,11 @@ class SampleProvider:
             sample.seed,
             settings.sampler,
         )
+
+
+def _values(declared: Sequence[Option], given: Mapping[str, Value]) -> dict[str, Value]:
+    """The values of declared options: those that are given, else their defaults."""
+    return {option.name: given.get(option.name, option.default) for option in declared}
 
 
 def _batches(numbers: Sequence[int], size: int) -> Iterator[Sequence[int]]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -33,7 +34,8 @@ class Variant:
     """How the samples are made: a row of the table.
 
     adapter: label of the adapter, or None where nobody is injected; real: not generated at all, but the population's
-    own pictures. photos: references of each person. structure: β.
+    own pictures. photos: references of each person. structure: β. sides: whether each person has a region, side by
+    side.
     """
 
     name: str
@@ -41,6 +43,7 @@ class Variant:
     real: bool = False
     photos: int = 1
     structure: float = 0.1
+    sides: bool = False
 
 
 @dataclass(frozen=True)
@@ -79,7 +82,7 @@ BRIEF = {
 @dataclass(frozen=True)
 class ProtocolSettings:
     """The size of protocols, and what they vary. number, prompts, pictures: see `Counts`; 0: the protocol's `defaults`.
-    structure: β where it is not what varies."""
+    structure: β where it is not what varies. sides: whether pairs are also made with a region for each person."""
 
     number: int = 0
     prompts: int = 0
@@ -87,6 +90,7 @@ class ProtocolSettings:
     references: tuple[int, ...] = (1, 2, 4)
     betas: tuple[float, ...] = (0.0, 0.1, 0.3, 0.6, 1.0)
     structure: float = 0.1
+    sides: bool = False
     defaults: Mapping[str, Counts] = field(default_factory=lambda: PAPER)
 
     def __post_init__(self) -> None:
@@ -131,6 +135,8 @@ def make_plan(
         pairs = list(itertools.combinations(numbers, 2))
         if not pairs:
             raise PortraitError("number", "one person makes no pair", "Give at least two people.")
+        if settings.sides:
+            adapted += [dataclasses.replace(one, name=f"{one.name}, side by side", sides=True) for one in adapted]
         return EvaluationPlan(protocol, "Two people", _samples(pairs, MULTI, people, counts), [base, *adapted, real])
     samples = _samples([(number,) for number in numbers], SINGLE, people, counts)
     if protocol == "references":

@@ -45,9 +45,9 @@ class SubjectPhoto:
     image: Image
     landmarks: NDArray[np.float32] | None = None
 
-    def to_request(self) -> Photo:
-        """The photo as a request has it: aligned already where its landmarks are known."""
-        if self.landmarks is None:
+    def to_request(self, whole: bool = False) -> Photo:
+        """The photo as a request has it: aligned already where its landmarks are known, or whole."""
+        if self.landmarks is None or whole:
             return Photo.of(encode_png(self.image))
         return Photo.of(encode_png(np.asarray(align_face(self.image, self.landmarks), np.uint8)), aligned=True)
 

@@ -6,7 +6,7 @@ import dataclasses
 import multiprocessing
 import os
 import platform
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -19,14 +19,15 @@ from lib_portrait import __version__
 from lib_portrait.checkpoints.formats import read_header, read_tensors
 from lib_portrait.checkpoints.hashes import file_sha256
 from lib_portrait.checkpoints.kit import ALONE, StoredFile, read_manifest
-from lib_portrait.checkpoints.store import Folders, Store
+from lib_portrait.checkpoints.store import Folders, Kit, Store
 from lib_portrait.conditioning import Conditioner
 from lib_portrait.errors import PortraitError
-from lib_portrait.faces.detection import DETECTORS
+from lib_portrait.faces.detection import DETECTORS, Detector
 from lib_portrait.faces.heatmap_detector import open_detector
 from lib_portrait.faces.recognition import backbone_from_state_dict
 from lib_portrait.faces.service import FaceService
-from lib_portrait.methods.declarations import adapter_files
+from lib_portrait.methods.declarations import Declaration, adapter_files, declaration
+from lib_portrait.options import Value
 from lib_portrait.standalone.model import Model, load_model
 from trainer.attribute_network import AttributeNetwork
 from trainer.evaluation.generators import (
@@ -57,11 +58,12 @@ SMALL = 100e6
 class EvaluationSettings:
     """All that decides an evaluation.
 
-    protocols: of PROTOCOLS. checkpoint: a single-file SD1 model. adapters: "NAME", "FOLDER" or "LABEL=FOLDER", a
-    folder holding one adapter. people: HELD_OUT or TRAINED people of the world, or a folder of photos. gallery: at
-    least how many people of the world. size: 0 for the checkpoint's own. detector, recogniser, clip, attributes: see
-    `instruments`; for people of the world the world's own by default; attributes "" for none. fid: whose features, CLIP
-    or FACE. processes: how many generate at once, 0 for as many as suit the machine and the model.
+    protocols: of PROTOCOLS. checkpoint: a single-file SD1 model. adapters: "NAME", "FOLDER" or "LABEL=FOLDER", a folder
+    holding one adapter. options: of their methods, NAME=VALUE each. people: HELD_OUT or TRAINED people of the world, or
+    a folder of photos. gallery: at least how many people of the world. size: 0 for the checkpoint's own. detector,
+    recogniser, clip, attributes: see `instruments`; for people of the world the world's own by default; attributes ""
+    for none. fid: whose features, CLIP or FACE. processes: how many generate at once, 0 for as many as suit the machine
+    and the model.
     """
 
     output: Path
@@ -77,6 +79,7 @@ class EvaluationSettings:
     sampler: str = "ddim"
     negative_prompt: str = ""
     scale: float = 0.7
+    options: tuple[str, ...] = ()
     batch: int = 8
     detector: str = ""
     recogniser: str = ""
@@ -94,8 +97,9 @@ def evaluate(settings: EvaluationSettings, say: Callable[[str], object] = print)
     """
     prepared = _prepare(settings)
     instruments = open_instruments(settings, prepared.model)
-    for store, name in prepared.stores.values():
-        refuse_conditioning_network(instruments.recogniser, store.kit(name).files["backbone"])
+    for kit in prepared.kits.values():
+        for role in kit.files.keys() & {"backbone"}:
+            refuse_conditioning_network(instruments.recogniser, kit.files[role])
     missing = sum(prepared.provider.missing(row, one.samples) for one in prepared.plans for row in one.variants)
     processes = settings.processes or _default_processes(prepared.model)
     # To start a process takes as long as to generate a few pictures.
@@ -113,12 +117,12 @@ def evaluate(settings: EvaluationSettings, say: Callable[[str], object] = print)
 
 @dataclass(frozen=True)
 class _Prepared:
-    """What generates. stores: by the adapter's label, with its name there. weights: hashes, by the adapter's label."""
+    """What generates. kits: by the adapter's label. weights: hashes, by the adapter's label."""
 
     model: Model
     provider: SampleProvider
     plans: list[EvaluationPlan]
-    stores: dict[str, tuple[Store, str]]
+    kits: dict[str, Kit]
     weights: dict[str, dict[str, str]]
 
 
@@ -136,9 +140,10 @@ def _prepare(settings: EvaluationSettings) -> _Prepared:
     if len(stores) < len(settings.adapters):
         raise PortraitError("adapter", "two have the same label", "Give them labels: --adapter LABEL=FOLDER.")
     generators: dict[str | None, Generator] = {None: StandaloneGenerator(model, hashes, None)}
-    for label, (store, name) in stores.items():
-        faces = _face_service(store, name, cache, _reference_detector(settings))
-        generators[label] = StandaloneGenerator(model, hashes, Conditioner(faces, store), name)
+    kits = {label: store.kit(name, method) for label, (store, name, method) in stores.items()}
+    for label, (store, name, method) in stores.items():
+        faces = _face_service(kits[label], cache, _reference_detector(settings))
+        generators[label] = StandaloneGenerator(model, hashes, Conditioner(faces, store), name, method)
     sampling = SamplingSettings(
         settings.size or model.size,
         settings.steps,
@@ -147,6 +152,7 @@ def _prepare(settings: EvaluationSettings) -> _Prepared:
         settings.negative_prompt,
         settings.scale,
         settings.batch,
+        _options(settings.options, [declaration(kit.method) for kit in kits.values()]),
     )
     population = open_population(settings, sampling.size)
     provider = SampleProvider(population, generators, sampling, PictureCache(settings.output / "pictures"))
@@ -157,14 +163,28 @@ def _prepare(settings: EvaluationSettings) -> _Prepared:
     ]
     people = 2 if "multi" in settings.protocols else 1
     weights = {"text only": hashes, **{label: dict(generators[label].weights(people)) for label in stores}}
-    return _Prepared(model, provider, plans, stores, weights)
+    return _Prepared(model, provider, plans, kits, weights)
 
 
-def _face_service(store: Store, name: str, cache: Path, detector: str | None) -> FaceService:
+def _options(texts: Sequence[str], methods: Sequence[Declaration]) -> dict[str, Value]:
+    """The options that are given as NAME=VALUE. Raises PortraitError for one that none of the methods has."""
+    declared = {one.name: one for method in methods for one in (*method.options, *method.identity_options)}
+    chosen = {}
+    for text in texts:
+        name, _, value = text.partition("=")
+        if name not in declared:
+            raise PortraitError("option", f"{name!r} is not known", f"Use one of: {', '.join(declared) or 'none'}.")
+        try:
+            chosen[name] = declared[name].check(declared[name].from_text(value), f"option {name}")
+        except ValueError:
+            raise PortraitError(f"option {name}", f"{value!r} is no value of it", declared[name].help) from None
+    return chosen
+
+
+def _face_service(kit: Kit, cache: Path, detector: str | Detector) -> FaceService:
     """The face service that gives the features the adapter was trained on."""
-    kit = store.kit(name)
-    faceid = kit.files["faceid"]
-    if faceid.suffix != ".safetensors" or read_header(faceid)[1].get("components") != "global":
+    first = next(iter(kit.files.values()))
+    if first.suffix != ".safetensors" or read_header(first)[1].get("components") != "global":
         return FaceService([MODELS], cache, detector=detector)
     faces = GlobalFeatureService([MODELS], cache, detector=detector)
     faces.backbone = backbone_from_state_dict(read_tensors(kit.files["backbone"], "backbone").tensors).float()
@@ -357,23 +377,26 @@ def _world_file(settings: EvaluationSettings, name: str, role: str, real: str) -
     return str(_named_file(role))
 
 
-def _reference_detector(settings: EvaluationSettings) -> str | None:
-    """The detector for reference photos; those of the world come aligned already."""
+def _reference_detector(settings: EvaluationSettings) -> str | Detector:
+    """The detector for reference photos that do not come aligned already."""
     chosen = _detector(settings)
-    return chosen if chosen in DETECTORS else None
+    return chosen if chosen in DETECTORS else open_detector(chosen, [MODELS])
 
 
-def _adapter(text: str, cache: Path) -> tuple[str, tuple[Store, str]]:
-    """The label of an adapter, the store that finds its files, and its name there. cache: for hashes."""
+def _adapter(text: str, cache: Path) -> tuple[str, tuple[Store, str, str]]:
+    """The label of an adapter, the store that finds its files, its name there and its method. cache: for hashes."""
     label, _, place = text.rpartition("=")
     folder = Path(place)
     if not folder.is_dir():
-        return label or place, (Store(Folders([WORLD, MODELS]), adapter_files(), cache), place)
-    names = set(Store(Folders([folder]), adapter_files()).names())
-    if len(names) != 1:
-        what = f"holds {', '.join(sorted(names))}" if names else "holds no adapter"
+        store = Store(Folders([WORLD, MODELS]), adapter_files(), cache)
+        return label or place, (store, place, store.kit(place).method)
+    alone = Store(Folders([folder]), adapter_files())
+    found = {(name, files.method) for files in adapter_files() for name in alone.names(files.method)}
+    if len(found) != 1:
+        what = f"holds {', '.join(sorted(name for name, _ in found))}" if found else "holds no adapter"
         raise PortraitError("adapter", f"{folder} {what}", "Give a folder with one adapter's files.")
-    return label or folder.name, (Store(Folders([folder, WORLD, MODELS]), adapter_files(), cache), names.pop())
+    store = Store(Folders([folder, WORLD, MODELS]), adapter_files(), cache)
+    return label or folder.name, (store, *found.pop())
 
 
 def _instrument_hashes(settings: EvaluationSettings) -> dict[str, str]:
@@ -398,7 +421,7 @@ def _facts(settings: EvaluationSettings, prepared: _Prepared, plan: EvaluationPl
     }
     chosen = {
         "people": settings.people if _of_world(settings) else Path(settings.people).name,
-        "adapters": list(prepared.stores),
+        "adapters": list(prepared.kits),
         "fid": settings.fid,
         **files,
         "counts": dataclasses.asdict(_protocol_settings(settings).counts(plan.protocol)),

@@ -169,7 +169,7 @@ class FusionRecipe(Recipe):
             name=self.adapter_name,
             method="fusion",
             adapter={"fusion": path.name},
-            training={**facts, **properties},
+            training={**facts, **{name: value for name, value in properties.items() if value}},
             **companions.of_base(self.base, self.model, self.licence),
         )
         write_manifest(folder / f"{self.adapter_name}{SUFFIX}", manifest)
