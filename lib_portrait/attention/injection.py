@@ -151,6 +151,7 @@ class _Part:
     call: Call
     arounds: list[tuple[nn.Module, Around]]
     rule: Rule | None = None
+    rewrites: RewritesContext | None = None
 
 
 class Injection:
@@ -208,7 +209,7 @@ class Injection:
             for site in self.sites
             for path, around in rule.overrides(site, call).items()
         ]
-        return _Part(rule.active, call, arounds, rule)
+        return _Part(rule.active, call, arounds, rule, rule if isinstance(rule, RewritesContext) else None)
 
     @property
     def injected(self) -> bool:
@@ -280,8 +281,8 @@ class Injection:
         call.table, call.numbers = table, numbers
         for part in self._parts:
             part.call.follow(call, part.active(call.progress))
-            if part.call.numbers is not None and isinstance(part.rule, RewritesContext):
-                context = part.rule.context(part.call, context)
+            if part.call.numbers is not None and part.rewrites is not None:
+                context = part.rewrites.context(part.call, context)
         return self._context.put(args, kwargs, context)
 
     def _leave_call(self, unet: nn.Module, args: tuple[Any, ...], output: Any) -> None:
