@@ -1,14 +1,17 @@
-"""`portrait.py bench step`: what a UniPortrait step costs beside a bare one.
+"""`portrait.py bench step`: what a step with people costs beside a bare one, by any of the methods.
 
 An SD1.5-size ldm `UNetModel` (random weights, 64x64 latents, batch of one negative and one positive row) runs bare and
 with 1, 2, 4 and 8 people. Bare and injected runs are taken in turns in one process, so that whatever else the machine
 does falls on both; the ratio is the median over the pairs. Attention runs as in the WebUI's default optimisation
-(PyTorch's scaled dot product), which makes the bare step as fast as it gets.
+(PyTorch's scaled dot product), which makes the bare step as fast as it gets. "kept" is what the rule holds from step to
+step, in MiB.
 """
 
 from __future__ import annotations
 
 import argparse
+import gc
+import importlib
 import json
 import statistics
 import sys
@@ -20,11 +23,10 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from lib_portrait.attention import NEGATIVE, POSITIVE, Injection, Site, find_sites, mark
-from lib_portrait.attention.lora import LowRank
-from lib_portrait.methods.uniportrait import Adapter, IDEmbedding, Person, Router, SiteWeights, UniPortraitRule
+from lib_portrait.attention import NEGATIVE, POSITIVE, Injection, mark
+from lib_portrait.methods.declarations import declarations
 
-TOKENS, RANK, WIDTH = 16, 128, 768
+WIDTH = 768
 
 
 def sd15_unet() -> nn.Module:
@@ -61,40 +63,15 @@ def sd15_unet() -> nn.Module:
     return unet.eval().requires_grad_(False)
 
 
-def random_adapter(sites: list[Site]) -> Adapter:
-    """An adapter of the released sizes (16 tokens, rank 128) with random weights."""
-
-    def weight(*shape: int) -> torch.Tensor:
-        return torch.randn(*shape) / shape[-1] ** 0.5
-
-    def lora(site: Site) -> dict[str, LowRank]:
-        inside = {"to_q": site.channels, "to_k": site.context, "to_v": site.context, "to_out": site.inner}
-        outside = {"to_q": site.inner, "to_k": site.inner, "to_v": site.inner, "to_out": site.channels}
-        return {name: LowRank(weight(outside[name], RANK) * 0.1, weight(RANK, inside[name])) for name in inside}
-
-    def router(site: Site) -> Router:
-        c, d = site.channels, site.context
-        return Router(
-            theta=(weight(2 * c, c), torch.zeros(2 * c), weight(c, 2 * c)),
-            phi=(weight(2 * d, d), torch.zeros(2 * d), weight(c, 2 * d)),
-            aggregate=(weight(1, TOKENS), torch.zeros(1)),
-        )
-
-    weights = {}
-    for site in sites:
-        single, multi = lora(site), lora(site)
-        if site.cross:
-            key, value = weight(site.inner, site.context), weight(site.inner, site.context)
-            weights[site.index] = SiteWeights(single, multi, key, value, router(site))
-        else:
-            weights[site.index] = SiteWeights(single, multi)
-    return Adapter(IDEmbedding(64, 64, TOKENS, 64, WIDTH, 1), weights)
+def held() -> int:
+    """Bytes of all tensors that there are."""
+    gc.collect()
+    storages = {one.untyped_storage().data_ptr(): one.untyped_storage().nbytes() for one in _tensors()}
+    return sum(storages.values())
 
 
-def people(count: int) -> list[Person]:
-    """Random people with one set of unconditional tokens, as in a real request."""
-    unconditional = torch.randn(TOKENS, WIDTH)
-    return [Person({POSITIVE: torch.randn(TOKENS, WIDTH), NEGATIVE: unconditional}, scale=0.7) for _ in range(count)]
+def _tensors() -> list[torch.Tensor]:
+    return [one for one in gc.get_objects() if issubclass(type(one), torch.Tensor) and not one.is_meta]
 
 
 def seconds(run: Callable[[], object]) -> float:
@@ -105,6 +82,8 @@ def seconds(run: Callable[[], object]) -> float:
 
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="portrait.py bench step", description=__doc__)
+    methods = [one.name for one in declarations()]
+    parser.add_argument("--method", choices=methods, default=methods[0], help=f"default {methods[0]}")
     parser.add_argument("--pairs", type=int, default=7, help="pairs of runs for each number of people (at least 5)")
     parser.add_argument("--ids", type=int, nargs="+", default=[1, 2, 4, 8], help="numbers of people")
     parser.add_argument("--latent", type=int, default=64, help="height and width of the latent")
@@ -118,24 +97,27 @@ def main(argv: list[str] | None = None) -> int:
     with torch.device("meta"):
         twin = sd15_unet()
     twin.load_state_dict(bare.state_dict(), assign=True)
-    adapter = random_adapter(find_sites(twin))
-
     x = torch.randn(2, 4, options.latent, options.latent)
     t = torch.tensor([500, 500])
     text = torch.randn(2, 77, WIDTH)
     marked = torch.cat([mark(text[:1], NEGATIVE), mark(text[1:], POSITIVE)])
     with torch.no_grad():
         bare(x, t, text)
-        for count in options.ids:
-            with Injection(twin, UniPortraitRule(adapter, people(count))):
+        method = importlib.import_module(f"benchmarks.methods.{options.method}")
+        for facts, make in method.rules(twin, options.ids, options.latent):
+            before = held()
+            with Injection(twin, make()):
                 twin(x, t, marked)
+                kept = held() - before
                 pairs = []
                 for _ in range(options.pairs):
                     pairs.append((seconds(lambda: bare(x, t, text)), seconds(lambda: twin(x, t, marked))))
             line = {
                 "name": "step",
-                "ids": count,
+                "method": options.method,
+                **facts,
                 "ratio": round(statistics.median(injected / alone for alone, injected in pairs), 4),
+                "kept": round(kept / 2**20, 1),
                 "pairs": [[round(alone, 4), round(injected, 4)] for alone, injected in pairs],
             }
             print(json.dumps(line), flush=True)

@@ -1,6 +1,6 @@
 """`portrait.py bench train`: samples a second of the training loop beside those of its frozen UNet alone.
 
-The loop is the real one (`trainer.loop.train`) with the recipe uniportrait, stage 1, on made-up features; the bare UNet
+The loop is the real one (`trainer.loop.train`) with a method's recipe on made-up features; the bare UNet
 runs forward and, down to its input, backward on the same shapes. Both are timed in turns in one process: every few
 steps the loop waits while the bare UNet does as many, so that whatever else the machine does falls on both. The ratio
 is the median over these pairs. Peak memory is that of a process (on a GPU: of the device) that does only one of both.
@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import importlib
 import json
 import statistics
 import subprocess
@@ -28,14 +29,14 @@ from safetensors.torch import save_file
 from torch import Tensor
 from transformers import CLIPTextConfig, CLIPTextModel
 
+from lib_portrait.methods.declarations import NAMES
 from lib_portrait.standalone import layout
 from lib_portrait.standalone.model import load_model, make_model, save_model
 from trainer.architectures import world_text_encoder, world_unet, world_vae
 from trainer.draws import Draws
 from trainer.features import features_path
 from trainer.loop import PRECISIONS, Recipe, Samples, Settings, train
-from trainer.recipes import uniportrait
-from trainer.recipes.uniportrait import UniPortraitRecipe
+from trainer.recipes import recipe_module
 from trainer.shards import FaceRecord, Record, encode_png, writing
 
 SAMPLES = 64
@@ -43,18 +44,14 @@ SAMPLES = 64
 
 @dataclass(frozen=True)
 class Shapes:
-    """What a model is trained on. latent: its side; intrinsic, structure: a face's features; options: of the recipe."""
+    """What a model is trained on. latent: its side; intrinsic, structure: a face's features."""
 
     latent: int
     intrinsic: tuple[int, int]
     structure: tuple[int, int]
-    options: tuple[str, ...] = ()
 
 
-SHAPES = {
-    "world": Shapes(16, (25, 128), (64, 288), ("--rank", "32", "--width", "192", "--depth", "4")),
-    "sd15": Shapes(64, (49, 512), (256, 1728)),
-}
+SHAPES = {"world": Shapes(16, (25, 128), (64, 288)), "sd15": Shapes(64, (49, 512), (256, 1728))}
 
 
 def random_model(kind: str, path: Path) -> None:
@@ -71,16 +68,16 @@ def random_model(kind: str, path: Path) -> None:
 
 
 def random_data(shapes: Shapes, folder: Path) -> None:
-    """A shard of pictures with one person each, and features beside it; what they show is never looked at."""
+    """A shard of pictures with one person each, who is in two, and features beside it; what they show is never looked
+    at."""
     side = shapes.latent * 8
     landmarks = ((0.4, 0.4), (0.6, 0.4), (0.5, 0.5), (0.4, 0.6), (0.6, 0.6))
-    face = FaceRecord(
-        None, None, (0.3 * side, 0.3 * side, 0.7 * side, 0.7 * side), tuple((x * side, y * side) for x, y in landmarks)
-    )
+    box, points = (0.3 * side, 0.3 * side, 0.7 * side, 0.7 * side), tuple((x * side, y * side) for x, y in landmarks)
     picture = encode_png(np.zeros((8, 8, 3), np.uint8))
     shard = folder / "bench-00000.tar"
     with writing(shard) as made:
         for number in range(SAMPLES):
+            face = FaceRecord(str(number // 2), None, box, points)
             made.add(f"{number:04d}", picture, "png", Record("a photo of a person", (face,), {}), None)
     tensors = {
         "latents": torch.randn(SAMPLES, 4, shapes.latent, shapes.latent).half(),
@@ -91,8 +88,11 @@ def random_data(shapes: Shapes, folder: Path) -> None:
         "zero_structure": torch.randn(shapes.structure).half(),
         "sample": torch.arange(SAMPLES, dtype=torch.int32),
         "face": torch.zeros(SAMPLES, dtype=torch.int32),
+        "references": torch.randn(SAMPLES, 4, shapes.latent, shapes.latent).half(),
+        "reference_sample": torch.arange(SAMPLES, dtype=torch.int32),
+        "reference_face": torch.zeros(SAMPLES, dtype=torch.int32),
     }
-    save_file(tensors, features_path(shard), metadata={"vae": "bench"})
+    save_file(tensors, features_path(shard), metadata={"vae": "bench", "references": str(side)})
 
 
 class Bare:
@@ -128,9 +128,7 @@ class Paired(Recipe):
     pairs: seconds of the bare UNet and of the loop, each pair next to one another.
     """
 
-    recipe: UniPortraitRecipe
-
-    def __init__(self, recipe: UniPortraitRecipe, steps: int, batch: int, latent: int):
+    def __init__(self, recipe: Any, steps: int, batch: int, latent: int):
         super().__init__()
         self.name, self.recipe, self.steps, self.batch, self.latent = recipe.name, recipe, steps, batch, latent
         self.pairs: list[tuple[float, float]] = []
@@ -167,12 +165,14 @@ class Paired(Recipe):
         """Nothing: these weights are of no use."""
 
 
-def recipe_of(folder: Path, options: argparse.Namespace) -> UniPortraitRecipe:
+def recipe_of(folder: Path, options: argparse.Namespace) -> Any:
     parser = argparse.ArgumentParser()
     parser.add_argument("--data", type=Path)
-    uniportrait.configure(parser)
+    module = recipe_module(options.method)
+    module.configure(parser)
     words = ["--data", str(folder), "--checkpoint", str(folder / "model.safetensors"), "--name", "bench"]
-    return UniPortraitRecipe(parser.parse_args([*words, *SHAPES[options.model].options]))
+    chosen = importlib.import_module(f"benchmarks.methods.{options.method}").TRAINING.get(options.model, ())
+    return module.build(parser.parse_args([*words, *chosen]))
 
 
 def settings_of(folder: Path, options: argparse.Namespace, steps: int) -> Settings:
@@ -209,6 +209,7 @@ def alone(which: str, folder: Path, options: argparse.Namespace) -> int:
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="portrait.py bench train", description=__doc__)
     parser.add_argument("--model", choices=sorted(SHAPES), default="world", help="whose sizes; default world")
+    parser.add_argument("--method", choices=NAMES, default=NAMES[0], help=f"whose recipe; default {NAMES[0]}")
     parser.add_argument("--batch", type=int, default=16)
     parser.add_argument("--steps", type=int, default=5, help="steps of each of a pair")
     parser.add_argument("--pairs", type=int, default=7, help="pairs of runs (at least 5)")
@@ -226,7 +227,7 @@ def main(argv: list[str] | None = None) -> int:
         random_model(options.model, folder / "model.safetensors")
         random_data(SHAPES[options.model], folder)
         words = [sys.executable, "-m", "benchmarks.train", "--model", options.model, "--batch", str(options.batch)]
-        words += ["--precision", options.precision]
+        words += ["--precision", options.precision, "--method", options.method]
         memory = {}
         for which in ("bare", "loop"):
             command = [*words, "--alone", which, str(folder)]
@@ -242,6 +243,7 @@ def main(argv: list[str] | None = None) -> int:
     samples = options.steps * options.batch
     line = {
         "name": "train",
+        "method": options.method,
         "model": options.model,
         "batch": options.batch,
         "precision": options.precision,

@@ -1,48 +1,63 @@
-"""From a checked request to what a UNet is conditioned on: photos and weight files in, `Person`s and a rule out.
+"""From a checked request to what a UNet is conditioned on: photos and weight files in, people and a rule out.
 
 Both hosts come through here, so that a request means the same in the WebUI and outside it.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
-from torch import Tensor
 
-from lib_portrait.attention import NEGATIVE, POSITIVE, RoutingMaps, regions
-from lib_portrait.checkpoints.formats import read_tensors
+from lib_portrait.attention import RoutingMaps, Site, regions
 from lib_portrait.checkpoints.store import Kit, Store
 from lib_portrait.errors import Notice, PortraitError
-from lib_portrait.faces.features import FaceEncoder, FaceFeatures
+from lib_portrait.faces.features import FaceEncoder
 from lib_portrait.faces.recognition import Backbone, backbone_from_state_dict
+from lib_portrait.faces.references import IdentityFaces, Mixed, Reference
 from lib_portrait.faces.service import FaceService
 from lib_portrait.faces.vision import VisionTower, vision_from_state_dict
-from lib_portrait.methods.uniportrait import Adapter, Person, UniPortraitRule, interpolate
+from lib_portrait.methods.base import Method, Person, Placement, Rule, method
 from lib_portrait.request import Identity, Photo, PortraitRequest, Region
 
 # How far a mask's aspect ratio may be from the picture's: pictures are rounded to multiples of 8.
 ASPECT_TOLERANCE = 0.04
 
 
+# Which network gives which features of a face.
+NETWORK_OF = {"intrinsic": "backbone", "structure": "vision"}
+
+
 @dataclass(frozen=True)
 class Conditioning:
-    """A request made ready: the adapter, and one `Person` for each identity in the request's order.
+    """A request made ready: the method's adapter, and what its rule needs of each identity, in the request's order.
 
     kit: the files it is made with. notices: what the user should know of it.
     """
 
     request: PortraitRequest
     kit: Kit
-    adapter: Adapter
+    method: Method
+    adapter: Any
     people: tuple[Person, ...]
     notices: tuple[Notice, ...] = ()
 
-    def rule(self, routing: RoutingMaps | None = None) -> UniPortraitRule:
+    def check_fits(self, sites: Sequence[Site]) -> None:
+        """Raises PortraitError unless the adapter was made for a UNet with these attention sites."""
+        self.method.check_fits(self.adapter, sites)
+
+    def text_attentions(self) -> Mapping[str, Sequence[tuple[int, int]]]:
+        """See `Method.text_attentions`."""
+        return self.method.text_attentions(self.adapter)
+
+    def rule(self, routing: RoutingMaps | None = None) -> Rule[Any]:
         """The request's rule for one UNet (`attention.Injection`)."""
-        return UniPortraitRule(self.adapter, self.people, self.request.lora_scale, routing)
+        rule = self.method.rule(self.adapter, self.people, self.request.options)
+        rule.routing = routing
+        return rule
 
 
 class Conditioner:
@@ -51,7 +66,7 @@ class Conditioner:
     def __init__(self, faces: FaceService, store: Store):
         self.faces = faces
         self.store = store
-        self._adapter: tuple[object, Adapter] | None = None
+        self._adapter: tuple[object, Any] | None = None
         self._networks: tuple[object, tuple[Backbone, VisionTower]] | None = None
 
     def drop(self) -> None:
@@ -63,9 +78,8 @@ class Conditioner:
 
         Raises PortraitError, and loads nothing but the face detector.
         """
-        kit = self.store.kit(request.checkpoint)
-        if len(request.identities) > 1:
-            kit.routed()
+        kit = self.store.kit(request.checkpoint, request.method)
+        kit.check_people(len(request.identities))
         for i, identity in enumerate(request.identities):
             for field, photo in _photos(identity, f"identities[{i}]"):
                 self.faces.crop(photo, field)
@@ -95,40 +109,37 @@ class Conditioner:
             self._region(identity.region, f"identities[{i}].region", size)
             for i, identity in enumerate(request.identities)
         ]
-        notices = [*_left_out(request), *regions.overlaps(places)]
+        used = method(request.method)
+        notices = used.notices(request.options, [identity.options for identity in request.identities])
+        notices += regions.overlaps(places)
         for i, identity in enumerate(request.identities):
             for field, photo in _photos(identity, f"identities[{i}]"):
                 notices += self.faces.notices(photo, field)
-        adapter = self._load_adapter(kit, report)
-        encoder = self._encoder(kit, device, dtype, report)
+        adapter = self._load_adapter(used, kit, report)
+        encoder = self._encoder(kit, device, dtype, report) if used.declaration.files.encoders else None
         try:
-            zero = self.faces.zero(encoder)
-            self._check_widths(kit, adapter, zero)
             people = []
             for i, identity in enumerate(request.identities):
-                tokens = {
-                    POSITIVE: self._identity_tokens(adapter, encoder, identity, f"identities[{i}]"),
-                    NEGATIVE: _embed(adapter, [zero], identity.structure),
-                }
-                scale = request.scale * identity.scale
-                people.append(Person(tokens, scale, identity.start, identity.end, places[i]))
+                faces = self._faces(identity, f"identities[{i}]", encoder)
+                if i == 0:
+                    _check_widths(kit, faces, used.feature_widths(adapter))
+                placement = Placement(places[i], identity.start, identity.end)
+                people.append(used.encode(adapter, faces, request.options, identity.options, placement))
         finally:
             # Between requests the accelerator's memory belongs to the host, also after one that failed.
             if self._networks is not None:
                 for network in self._networks[1]:
                     network.to("cpu")
-        return Conditioning(request, kit, adapter, tuple(people), tuple(notices))
+        return Conditioning(request, kit, used, adapter, tuple(people), tuple(notices))
 
-    def _identity_tokens(self, adapter: Adapter, encoder: FaceEncoder, identity: Identity, path: str) -> Tensor:
-        """F_id of one identity, people mixed into it included: (T, D)."""
+    def _faces(self, identity: Identity, path: str, encoder: FaceEncoder | None) -> IdentityFaces:
+        def references(photos: Sequence[Photo], field: str) -> tuple[Reference, ...]:
+            return tuple(Reference(self.faces, one, f"{field}[{j}]", encoder) for j, one in enumerate(photos))
 
-        def tokens(photos: Sequence[Photo], field: str) -> Tensor:
-            features = [self.faces.features(photo, f"{field}[{j}]", encoder) for j, photo in enumerate(photos)]
-            return _embed(adapter, features, identity.structure)
-
-        master = tokens(identity.photos, f"{path}.photos")
-        others = [tokens(mix.photos, f"{path}.mix[{j}].photos") for j, mix in enumerate(identity.mix)]
-        return interpolate(master, others, [mix.weight for mix in identity.mix])
+        mixed = (
+            Mixed(references(mix.photos, f"{path}.mix[{m}].photos"), mix.weight) for m, mix in enumerate(identity.mix)
+        )
+        return IdentityFaces(references(identity.photos, f"{path}.photos"), tuple(mixed))
 
     def _region(self, region: Region | None, field: str, size: tuple[int, int]) -> regions.Region | None:
         """A region as the rule needs it. Raises PortraitError: a mask of another shape, or nobody would fit in."""
@@ -151,65 +162,47 @@ class Conditioner:
         regions.check_takes_part(mask, field, torch.ones(latent))
         return mask
 
-    def _load_adapter(self, kit: Kit, report: Callable[[str], None]) -> Adapter:
-        key = _stamp(kit.faceid, kit.router)
+    def _load_adapter(self, used: Method, kit: Kit, report: Callable[[str], None]) -> Any:
+        roles = [part.role for part in used.declaration.files.parts if part.role in kit.files]
+        files = {role: kit.files[role] for role in roles}
+        key = (used.name, *_stamp(*files.values()))
         if self._adapter is None or self._adapter[0] != key:
-            report(_loading("the adapter", kit.faceid, kit.router))
-            faceid = read_tensors(kit.faceid, "faceid").tensors
-            router = read_tensors(kit.router, "router").tensors if kit.router is not None else None
-            names = kit.faceid.name, kit.router.name if kit.router is not None else "router"
-            self._adapter = (key, Adapter.from_tensors(faceid, router, names))
+            report(_loading("the adapter", *files.values()))
+            read = {role: self.store.read(path, role) for role, path in files.items()}
+            self._adapter = (key, used.load(read, {role: path.name for role, path in files.items()}))
         return self._adapter[1]
 
     def _encoder(
         self, kit: Kit, device: torch.device | str, dtype: torch.dtype, report: Callable[[str], None]
     ) -> FaceEncoder:
+        files = kit.files["backbone"], kit.files["vision"]
+
         def networks() -> tuple[Backbone, VisionTower]:
-            key = _stamp(kit.backbone, kit.vision)
+            key = _stamp(*files)
             if self._networks is None or self._networks[0] != key:
-                report(_loading("the face networks", kit.backbone, kit.vision))
-                backbone = backbone_from_state_dict(read_tensors(kit.backbone, "backbone").tensors, kit.backbone.name)
-                checkpoint = read_tensors(kit.vision, "vision")
-                vision = vision_from_state_dict(checkpoint.tensors, checkpoint.metadata, kit.vision.name)
+                report(_loading("the face networks", *files))
+                recognition, clip = files
+                backbone = backbone_from_state_dict(self.store.read(recognition, "backbone").tensors, recognition.name)
+                checkpoint = self.store.read(clip, "vision")
+                vision = vision_from_state_dict(checkpoint.tensors, checkpoint.metadata, clip.name)
                 self._networks = (key, (backbone, vision))
             return self._networks[1]
 
-        weights_hash = "-".join(self.store.sha256(path) for path in (kit.backbone, kit.vision))
+        weights_hash = "-".join(self.store.sha256(path) for path in files)
         return FaceEncoder(networks, weights_hash, device, dtype)
 
-    def _check_widths(self, kit: Kit, adapter: Adapter, features: FaceFeatures) -> None:
-        for name, found, wanted, file in (
-            ("intrinsic", features.intrinsic.shape[-1], adapter.embedding.intrinsic_width, kit.backbone),
-            ("structure", features.structure.shape[-1], adapter.embedding.structure_width, kit.vision),
-        ):
-            if found != wanted:
-                raise PortraitError(
-                    "checkpoint",
-                    f"{kit.faceid.name} wants {name} features of width {wanted}, {file.name} gives {found}",
-                    "Use the recognition backbone and image encoder that the adapter was trained with.",
-                )
 
-
-def _embed(adapter: Adapter, features: Sequence[FaceFeatures], beta: float) -> Tensor:
-    """F_id from the features of one person's photos, concatenated along the tokens (sec. 3.2): (T, D) float32."""
-    intrinsic = torch.cat([one.intrinsic for one in features]).float()
-    structure = torch.cat([one.structure for one in features]).float()
-    return adapter.embedding(intrinsic[None], structure[None], beta)[0]
-
-
-def _left_out(request: PortraitRequest) -> list[Notice]:
-    """What of the adapter a scale of 0 leaves out."""
-    if request.scale == 0:
-        left_out = [Notice("scale", "it is 0: nobody is drawn")]
-    else:
-        left_out = [
-            Notice(f"identities[{i}].scale", "it is 0: this person is not drawn")
-            for i, identity in enumerate(request.identities)
-            if identity.scale == 0
-        ]
-    if request.lora_scale == 0:
-        left_out.append(Notice("lora_scale", "it is 0: the adapter's LoRA is left out"))
-    return left_out
+def _check_widths(kit: Kit, faces: IdentityFaces, wanted: Mapping[str, int]) -> None:
+    """Raises PortraitError unless the features of faces have the widths that the adapter reads."""
+    for name, width in wanted.items():
+        found = getattr(faces.no_face, name).shape[-1]
+        if found != width:
+            adapter, network = next(iter(kit.files.values())), kit.files[NETWORK_OF[name]]
+            raise PortraitError(
+                "checkpoint",
+                f"{adapter.name} wants {name} features of width {width}, {network.name} gives {found}",
+                "Use the recognition backbone and image encoder that the adapter was trained with.",
+            )
 
 
 def _photos(identity: Identity, path: str) -> list[tuple[str, Photo]]:
@@ -219,11 +212,11 @@ def _photos(identity: Identity, path: str) -> list[tuple[str, Photo]]:
     return named
 
 
-def _stamp(*paths: Path | None) -> tuple[object, ...]:
+def _stamp(*paths: Path) -> tuple[object, ...]:
     """Changes when one of the files does."""
-    return tuple((path, (stat := path.stat()).st_size, stat.st_mtime_ns) if path else None for path in paths)
+    return tuple((path, (stat := path.stat()).st_size, stat.st_mtime_ns) for path in paths)
 
 
-def _loading(what: str, *paths: Path | None) -> str:
-    size = sum(path.stat().st_size for path in paths if path is not None)
+def _loading(what: str, *paths: Path) -> str:
+    size = sum(path.stat().st_size for path in paths)
     return f"loading {what} ({size / 2**30:.1f} GiB)" if size >= 2**29 else f"loading {what}"

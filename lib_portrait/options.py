@@ -55,6 +55,10 @@ class Number(_Declared):
         limits = {"type": "number", "minimum": self.low, "maximum": self.high, "default": self.default}
         return {**limits, "description": f"{self.help}, in {self.unit}" if self.unit else self.help}
 
+    def said(self, value: Value) -> str:
+        """The value in words for people, "" for nothing to say."""
+        return f"{self.title} {value:g}"
+
     def to_text(self, value: Value) -> str:
         """The clause that says the value in an infotext."""
         return f"{self.name} {number_as_text(float(value))}"
@@ -86,6 +90,9 @@ class Choice(_Declared):
     def schema(self) -> dict[str, Any]:
         return {"enum": list(self.choices), "default": self.default, "description": self.help}
 
+    def said(self, value: Value) -> str:
+        return f"{self.title} {self.choices[str(value)]}"
+
     def to_text(self, value: Value) -> str:
         return f"{self.name} {value}"
 
@@ -107,6 +114,9 @@ class Switch(_Declared):
     def schema(self) -> dict[str, Any]:
         return {"type": "boolean", "default": self.default, "description": self.help}
 
+    def said(self, value: Value) -> str:
+        return self.title if value else ""
+
     def to_text(self, value: Value) -> str:
         """Its name alone where it is on."""
         return self.name if value else f"{self.name} off"
@@ -123,6 +133,11 @@ Option = Number | Choice | Switch
 def defaults(options: Sequence[Option]) -> dict[str, Value]:
     """The value of each option that is not given, by name."""
     return {option.name: option.default for option in options}
+
+
+def changed(options: Sequence[Option], values: Mapping[str, Value]) -> list[Option]:
+    """The options whose values are not the default ones."""
+    return [option for option in options if values[option.name] != option.default]
 
 
 def by_name(options: Sequence[Option], name: str) -> Option | None:

@@ -2,20 +2,22 @@
 
 from __future__ import annotations
 
-import json
-import shutil
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
 from safetensors.torch import save_file
 
+from lib_portrait.checkpoints.text_encoder import SD1_TEXT
 from lib_portrait.faces.recognition import Backbone
 from lib_portrait.methods.uniportrait import IDEmbedding
 from tests.parity.unets import diffusers_unet, flatten, load_bin
 
 if TYPE_CHECKING:
     from lib_portrait.standalone.model import Model
+
+
+TEXT_SIZES = {"hidden_size": 48, "intermediate_size": 96, "num_hidden_layers": 2, "num_attention_heads": 3}
 
 
 def tiny_backbone(width: int = 16) -> Backbone:
@@ -36,10 +38,10 @@ def tiny_vision(width: int = 64) -> dict[str, torch.Tensor]:
     return {key if key.startswith("vision_model.") else f"vision_model.{key}": value for key, value in tensors.items()}
 
 
-def small_kit(folder: Path, name: str, router: bool = True) -> None:
+def small_kit(folder: Path, name: str, router: bool = True, width: int = 16) -> None:
     """The files of an adapter `name` for the parity UNet: the parity adapter, an ID embedding for small networks, and
-    these networks, `small_backbone` and `small_vision`."""
-    backbone, vision = tiny_backbone(), tiny_vision()
+    these networks, `small_backbone` and `small_vision`. width: see `tiny_backbone`."""
+    backbone, vision = tiny_backbone(width), tiny_vision()
     *_, last = backbone.widths
     structure = sum(backbone.widths[1:-1]) + vision["vision_model.embeddings.class_embedding"].shape[0]
     torch.manual_seed(0)
@@ -56,47 +58,35 @@ def small_kit(folder: Path, name: str, router: bool = True) -> None:
 
 
 def small_manifest(folder: Path, name: str) -> None:
-    """The manifest of the kit in `folder`, with all that a world's has."""
+    """The manifest of the kit in `folder`, with all that a manifest can have."""
     from lib_portrait.checkpoints.hashes import file_sha256
     from lib_portrait.checkpoints.kit import Manifest, Sampling, StoredFile, TextEncoder, write_manifest
 
     def stored(name: str) -> StoredFile:
         return StoredFile(name, file_sha256(folder / name), (folder / name).stat().st_size)
 
-    text = json.loads((folder / "text" / "config.json").read_text("utf-8"))
     manifest = Manifest(
         name=name,
         method="uniportrait",
         adapter={role: f"uniportrait-{role}_{name}.safetensors" for role in ("faceid", "router")},
         encoders={role: stored(f"small_{role}.safetensors") for role in ("backbone", "vision")},
         detector=StoredFile("world-detector.safetensors"),
+        attributes=StoredFile("world-attributes.safetensors"),
         measuring=stored("world-measuring.safetensors"),
         base=stored("world.safetensors"),
-        text_encoder=TextEncoder(**{size: text[size] for size in TextEncoder.__dataclass_fields__}),
+        text_encoder=TextEncoder(48, 2, 3, 77),
         picture=(64, 64),
         sampling=Sampling("DDIM", 20, 5),
     )
     write_manifest(folder / "kit.json", manifest)
 
 
-def small_text_folder(folder: Path) -> None:
-    """Fills `folder` as models/world/text, for a text encoder of the parity UNet's context width."""
-    from lib_portrait.standalone.layout import SD1_TEXT
-    from lib_portrait.standalone.model import TEXT_FOLDER
-
-    folder.mkdir(parents=True)
-    for name in ("vocab.json", "merges.txt", "tokenizer_config.json", "special_tokens_map.json"):
-        shutil.copy(TEXT_FOLDER / name, folder)
-    sizes = {"hidden_size": 48, "intermediate_size": 96, "num_hidden_layers": 2, "num_attention_heads": 3}
-    (folder / "config.json").write_text(json.dumps({**SD1_TEXT, **sizes}))
-
-
 def small_model() -> Model:
-    """The parity UNet with a small VAE and text encoder, as `small_text_folder` describes it where that is in place."""
+    """The parity UNet with a small VAE and a text encoder of that one's context width."""
     from diffusers import AutoencoderKL
     from transformers import CLIPTextConfig, CLIPTextModel
 
-    from lib_portrait.standalone import model
+    from lib_portrait.standalone.model import make_model
 
     torch.manual_seed(3)
     vae = AutoencoderKL(
@@ -107,9 +97,8 @@ def small_model() -> Model:
         latent_channels=4,
         scaling_factor=0.5,
     )
-    sizes = json.loads((model.TEXT_FOLDER / "config.json").read_text())
-    text_encoder = CLIPTextModel(CLIPTextConfig(**sizes))
+    text_encoder = CLIPTextModel(CLIPTextConfig(**{**SD1_TEXT, **TEXT_SIZES}))
     for parameter in (*vae.parameters(), *text_encoder.parameters()):
         # What a new network starts with (ones, zeros, little noise) would hide weights that are in the wrong place.
         parameter.data.add_(torch.randn_like(parameter) * 0.05)
-    return model.make_model(diffusers_unet(), vae.eval(), text_encoder.eval())
+    return make_model(diffusers_unet(), vae.eval(), text_encoder.eval())

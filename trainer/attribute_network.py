@@ -1,4 +1,4 @@
-"""Which of a caption's attributes a picture shows, told by a small network that learned them from the world's truth."""
+"""Which of a caption's attributes a picture shows: a small classifier, trained on the world's ground truth."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from lib_portrait.faces.world_networks import Trunk, filled, read_network, save_network, view
+from lib_portrait.faces.trunk import Trunk, filled, read_network, save_network, view
 from trainer.world.attributes import Attributes
 from trainer.world.backgrounds import BACKGROUNDS
 from trainer.world.scenes import MOST_PEOPLE, STYLES
@@ -18,7 +18,7 @@ from trainer.world.situations import CLOTHES_COLOURS, EXPRESSIONS, GARMENTS, HAT
 
 KIND = "attributes"
 
-# What is told of every picture, and what of pictures of one person only. Every value is a word of `attributes_of`.
+# Attributes of every picture, then those of pictures of one person only. Every value is a word of `attributes_of`.
 HEADS: dict[str, tuple[str, ...]] = {
     "people": tuple(str(number) for number in range(1, MOST_PEOPLE + 1)),
     "women": tuple(str(number) for number in range(MOST_PEOPLE + 1)),
@@ -36,8 +36,8 @@ OF_THE_FACE = ("expression", "glasses")
 
 
 class AttributeNetwork(nn.Module):
-    """Tells of pictures (B, 3, 128, 128) in [-1, 1]. Each head looks where it has learned to (a softmax over the places
-    of the map) and at the average of the whole."""
+    """Classifies pictures (B, 3, 128, 128) in [-1, 1]. Each head reads the features where it has learned to look (a
+    softmax over the places of the map) and the average of all."""
 
     def __init__(self, heads: Mapping[str, Sequence[str]] = HEADS):
         super().__init__()
@@ -53,11 +53,11 @@ class AttributeNetwork(nn.Module):
         maps = self.trunk(pictures)
         attention = self.attention(maps).flatten(2).softmax(dim=-1)
         places = maps.flatten(2)
-        seen = torch.einsum("bhn,bcn->bhc", attention, places)
+        attended = torch.einsum("bhn,bcn->bhc", attention, places)
         whole = places.mean(dim=-1)
         logits, looks = {}, {}
         for number, (name, linear) in enumerate(self.classify.items()):
-            logits[name] = linear(torch.cat([seen[:, number], whole], dim=-1))
+            logits[name] = linear(torch.cat([attended[:, number], whole], dim=-1))
             looks[name] = attention[:, number].unflatten(-1, maps.shape[2:])
         return logits, looks
 
@@ -71,7 +71,7 @@ class AttributeNetwork(nn.Module):
         return filled(AttributeNetwork(settings["heads"]), tensors, path, KIND)
 
     @torch.no_grad()
-    def tell(self, pictures: Sequence[NDArray[Any]]) -> list[Attributes]:
+    def predict(self, pictures: Sequence[NDArray[Any]]) -> list[Attributes]:
         """The likeliest word of every head for pictures (H, W, 3) uint8."""
         if not pictures:
             return []

@@ -13,30 +13,32 @@ import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
-from lib_portrait.checkpoints import registry
+from lib_portrait.checkpoints.files import AdapterFiles
 from lib_portrait.checkpoints.formats import SAFETENSORS_SUFFIX, read_header
 from lib_portrait.checkpoints.hashes import file_sha256
 from lib_portrait.checkpoints.kit import StoredFile, bare_name
 from lib_portrait.checkpoints.store import Folders, Store
 from lib_portrait.errors import PortraitError
+from lib_portrait.methods.declarations import adapter_files
+from lib_portrait.standalone.model import Model, text_encoder_of
 
 MODELS = Path(__file__).resolve().parents[1] / "models"
-# Where the commands look without being told.
-FOLDERS = (MODELS, MODELS / "world")
-ROLES = ("backbone", "vision")
+# Where the commands look without being told; kits in folders of their own are found in it.
+FOLDERS = (MODELS,)
 
 
 @dataclass(frozen=True)
 class Companion:
-    """A file that an adapter goes with. name: as it is looked for. path: where it lies now, None where nobody knows."""
+    """A file that an adapter goes with. name: as it is looked for. path: where it lies, None where that is unknown."""
 
     role: str
     name: str
     path: Path | None
 
-    def bring(self, folder: Path, folders: Sequence[Path] = FOLDERS) -> None:
-        """Puts the file into `folder` under its name, unless the model folders have the same one."""
+    def export_to(self, folder: Path, folders: Sequence[Path] = FOLDERS) -> None:
+        """Puts the file into the folder of an export under its name, unless the model folders have the same one."""
         if self.path is None:
             return
         there = _found(self.role, self.name, folders)
@@ -44,11 +46,11 @@ class Companion:
             _put(self.path.resolve(), folder / (Path(self.name).stem + self.path.suffix))
 
 
-def named(role: str, text: str, hashes: Mapping[str, str], folders: Sequence[Path] = FOLDERS) -> Companion:
+def resolve(role: str, text: str, hashes: Mapping[str, str], folders: Sequence[Path] = FOLDERS) -> Companion:
     """What `--backbone` or `--vision` names: the path of a file, or the bare name of one in the model folders.
 
     hashes: SHA-256 by role of the networks that the features were made with. Raises PortraitError for a path that leads
-    nowhere, or to another network than theirs. Of a bare name the same is only told: the file may lie elsewhere.
+    nowhere, or to another network than theirs. Of a bare name there is only a warning: the file may lie elsewhere.
     """
     given = Path(text)
     name = bare_name(given.name, role)
@@ -65,30 +67,33 @@ def named(role: str, text: str, hashes: Mapping[str, str], folders: Sequence[Pat
     there = _found(role, name, folders)
     if there is None or hashes.get(role, "") not in ("", file_sha256(there)):
         problem = "is in none of the model folders" if there is None else "there is another file than the features'"
-        _say(f"{role}: {name} {problem}; --{role} PATH puts the right one into the export, else put it into {MODELS}")
+        _warn(f"{role}: {name} {problem}; --{role} PATH puts the right one into the export, else put it into {MODELS}")
         return Companion(role, name, None)
     return Companion(role, name, there)
 
 
-def unnamed(role: str, hashes: Mapping[str, str], folders: Sequence[Path] = FOLDERS) -> None:
-    """Tells when an adapter that names no network, and so gets the published one, learns from features of another."""
-    wanted = hashes.get(role)
-    if not wanted or wanted == registry.by_role(role).sha256:
+def warn_of_unnamed(role: str, hashes: Mapping[str, str], folders: Sequence[Path] = FOLDERS) -> None:
+    """Warns when an adapter that names no network, and so gets the published one, is trained on features of another."""
+    wanted, store = hashes.get(role), _store(folders)
+    known = store.registry.by_role(role)
+    if not wanted or (known is not None and wanted == known.sha256):
         return
-    published = Store(Folders(folders)).published(role)
+    published = store.published(role)
     if published is None or file_sha256(published) != wanted:
-        _say(
+        _warn(
             f"{role}: the features come from another file than the published network, which an adapter gets that names "
             f"none; --{role} FILE names theirs"
         )
 
 
-def beside(faceid: Path, adapter: str) -> list[Companion]:
-    """What a router goes with: the faceid file of its first stage, under the router's name, and what that one names."""
-    told = read_header(faceid)[1] if faceid.suffix == SAFETENSORS_SUFFIX else {}
-    first = Companion("faceid", f"uniportrait-faceid_{adapter}{faceid.suffix}", faceid)
-    names = {role: told[role] for role in ROLES if role in told}
-    return [first, *(Companion(role, name, _found(role, name, [faceid.parent])) for role, name in names.items())]
+def of_further_file(first: Path, files: AdapterFiles, adapter: str) -> list[Companion]:
+    """What a further file of an adapter goes with: the first one, under the adapter's name, and what that one names."""
+    metadata = read_header(first)[1] if first.suffix == SAFETENSORS_SUFFIX else {}
+    part = files.parts[0]
+    name = next(name for name in part.filenames(adapter) if Path(name).suffix == first.suffix)
+    names = {role: metadata[role] for role in files.encoders if role in metadata}
+    named = [Companion(role, name, _found(role, name, [first.parent])) for role, name in names.items()]
+    return [Companion(part.role, name, first), *named]
 
 
 def stored_file(path: Path) -> StoredFile:
@@ -96,38 +101,68 @@ def stored_file(path: Path) -> StoredFile:
     return StoredFile(path.name, file_sha256(path), path.stat().st_size)
 
 
-def encoders(
-    companions: Sequence[Companion], hashes: Mapping[str, str], folders: Sequence[Path] = FOLDERS
+def of_base(checkpoint: Path, model: Model, licence: str | None, folders: Sequence[Path] = FOLDERS) -> dict[str, Any]:
+    """Entries of a manifest that the checkpoint decides which is trained on: what it is, and of a kit that was made on
+    it what goes with its pictures whatever the adapter, the networks that look at them and the sampler settings.
+
+    licence: of the adapter, None for that kit's.
+    """
+    entries: dict[str, Any] = {
+        "base": stored_file(checkpoint),
+        "text_encoder": text_encoder_of(model.text_encoder),
+        "picture": (model.size, model.size),
+        "licence": licence,
+    }
+    kit = _store([checkpoint.parent, *folders]).trained_on(checkpoint)
+    if kit is not None:
+        entries |= {name: getattr(kit, name) for name in ("detector", "measuring", "attributes", "sampling")}
+        entries["licence"] = licence or kit.licence
+    return entries
+
+
+def encoder_files(
+    files: AdapterFiles,
+    companions: Sequence[Companion],
+    hashes: Mapping[str, str],
+    folders: Sequence[Path] = FOLDERS,
 ) -> dict[str, StoredFile]:
     """What a manifest says of the networks that the features were made with, by role.
 
-    companions: those of them that have been named. hashes: their SHA-256 by role. Of a network that nobody has named
-    the published one's name is told; of a file that is not there, its content's hash alone.
+    companions: those of them that have been named. hashes: their SHA-256 by role. A network that has not been named
+    has the published one's name; of a file that is not there, only its content's hash is known.
     """
-    named = {one.role: one for one in companions}
+    given = {one.role: one for one in companions}
     found = {}
-    for role in ROLES:
+    store = _store(folders)
+    for role in files.encoders:
         sha256 = hashes.get(role)
         if sha256 is None:
             continue
-        one = named.get(role)
-        path = one.path if one is not None else Store(Folders(folders)).published(role)
+        one = given.get(role)
+        path = one.path if one is not None else store.published(role)
         if path is not None and file_sha256(path) == sha256:
-            # As it is called where `Companion.bring` puts it.
+            # As it is called where `Companion.export_to` puts it.
             name = Path(one.name).stem + path.suffix if one is not None else path.name
             found[role] = StoredFile(name, sha256, path.stat().st_size)
         else:
-            found[role] = StoredFile(one.name if one is not None else registry.by_role(role).filename, sha256)
+            known = files.known(role)
+            # Where nothing is published, nobody knows what the network is called: its content is found.
+            published = known.filename if known is not None else f"{role}{SAFETENSORS_SUFFIX}"
+            found[role] = StoredFile(one.name if one is not None else published, sha256)
     return found
 
 
-def _say(text: str) -> None:
+def _store(folders: Sequence[Path]) -> Store:
+    return Store(Folders(folders), adapter_files())
+
+
+def _warn(text: str) -> None:
     print(text, file=sys.stderr, flush=True)
 
 
 def _found(role: str, name: str, folders: Sequence[Path]) -> Path | None:
     try:
-        return Store(Folders(folders)).find(role, name)
+        return _store(folders).find(role, name)
     except PortraitError:
         return None
 

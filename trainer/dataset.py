@@ -32,7 +32,7 @@ from lib_portrait.faces.order import TURNS
 from lib_portrait.picture_files import SUFFIXES, is_picture
 from lib_portrait.request import Limits
 from trainer.shards import FaceRecord, Record, Shards, ShardWriter, encode_png, writing
-from trainer.world import identity, render, sample_scene
+from trainer.world import render, sample_scene, world_person
 from trainer.world.people import HELD_OUT_EVERY
 from trainer.world.scenes import COUNT_ODDS
 from trainer.world.situations import pick
@@ -40,13 +40,13 @@ from trainer.world.situations import pick
 MODELS = Path(__file__).resolve().parents[1] / "models"
 Job = TypeVar("Job")
 Result = TypeVar("Result")
-# How many jobs a process may be ahead of the writer.
-AHEAD = 8
+# How many results of a process may wait for the writer.
+PENDING_PER_PROCESS = 8
 
 
 @dataclass(frozen=True)
-class Made:
-    """A finished sample, as `ShardWriter.add` takes it."""
+class EncodedSample:
+    """A sample with its picture encoded, as `ShardWriter.add` takes it."""
 
     key: str
     picture: bytes
@@ -58,7 +58,7 @@ class Made:
         shard.add(self.key, self.picture, self.suffix, self.record, self.labels)
 
 
-def in_order(function: Callable[[Job], Result], jobs: Iterable[Job], processes: int) -> Iterator[Result]:
+def ordered_map(function: Callable[[Job], Result], jobs: Iterable[Job], processes: int) -> Iterator[Result]:
     """The function's results in the order of the jobs, computed by that many processes."""
     if processes == 1:
         yield from map(function, jobs)
@@ -68,7 +68,7 @@ def in_order(function: Callable[[Job], Result], jobs: Iterable[Job], processes: 
         try:
             for job in jobs:
                 pending.append(pool.submit(function, job))
-                if len(pending) == AHEAD * processes:
+                if len(pending) == PENDING_PER_PROCESS * processes:
                     yield pending.popleft().result()
             while pending:
                 yield pending.popleft().result()
@@ -86,7 +86,7 @@ def _one_thread() -> None:
 
 
 @dataclass(frozen=True)
-class World:
+class WorldSettings:
     """Scenes `first` to `first + number - 1` of the world, `size` pixels a side, `shard` of them to a shard.
 
     identities: how many people of the population's training part appear.
@@ -108,17 +108,17 @@ class World:
             )
 
 
-def person(k: int) -> int:
+def training_person(k: int) -> int:
     """The number in the population of the k-th person of its training part (see `trainer.world.held_out`)."""
     return k + k // (HELD_OUT_EVERY - 1)
 
 
-def world_sample(seed: int, identities: int, size: int) -> Made:
+def world_sample(seed: int, identities: int, size: int) -> EncodedSample:
     """Scene `seed` with people drawn from the first `identities` of the training part. A pure function."""
     rng = np.random.default_rng([seed, 0xDA7A])
     count = pick(rng, range(1, len(COUNT_ODDS) + 1), COUNT_ODDS)
     chosen = rng.choice(identities, count, replace=False)
-    scene = sample_scene(seed, [identity(person(int(k))) for k in chosen])
+    scene = sample_scene(seed, [world_person(training_person(int(k))) for k in chosen])
     picture = render(scene, size)
     labels = np.zeros(picture.image.shape[:2], np.uint8)
     faces = []
@@ -126,46 +126,46 @@ def world_sample(seed: int, identities: int, size: int) -> Made:
         labels[face.mask] = number + 1
         box = tuple(round(float(value), 2) for value in face.box)
         landmarks = tuple((round(float(x), 2), round(float(y), 2)) for x, y in face.landmarks)
-        faces.append(FaceRecord(str(face.id), placement.identity.word, box, landmarks))
-    told = picture.attributes
+        faces.append(FaceRecord(str(face.id), placement.person.word, box, landmarks))
+    stated = picture.attributes
     attributes = {
-        "style": told.style,
-        "background": told.background,
-        "people": told.people,
-        "faces": {str(number): words for number, words in told.faces.items()},
+        "style": stated.style,
+        "background": stated.background,
+        "people": stated.people,
+        "faces": {str(number): words for number, words in stated.faces.items()},
     }
     record = Record(picture.caption, tuple(faces), {"attributes": attributes, "world": {"seed": seed}})
-    return Made(f"{seed:08d}", encode_png(picture.image), "png", record, labels)
+    return EncodedSample(f"{seed:08d}", encode_png(picture.image), "png", record, labels)
 
 
-def make_world(output: Path, world: World, name: str = "world", processes: int = 1) -> int:
+def make_world(output: Path, settings: WorldSettings, name: str = "world", processes: int = 1) -> int:
     """Writes the shards NAME-NNNNN.tar that are not there yet, NNNNN being first seed / shard. Returns how many.
 
     Raises PortraitError for a shard that is there and holds something else.
     """
     output.mkdir(parents=True, exist_ok=True)
     missing = []
-    for start in range(world.first, world.first + world.number, world.shard):
-        seeds = range(start, min(start + world.shard, world.first + world.number))
-        path = output / f"{name}-{start // world.shard:05d}.tar"
+    for start in range(settings.first, settings.first + settings.number, settings.shard):
+        seeds = range(start, min(start + settings.shard, settings.first + settings.number))
+        path = output / f"{name}-{start // settings.shard:05d}.tar"
         if path.exists():
-            _same_world(path, seeds, world)
+            _same_world(path, seeds, settings)
         else:
             missing.append((path, seeds))
-    sample = functools.partial(world_sample, identities=world.identities, size=world.size)
-    made = in_order(sample, (seed for _, seeds in missing for seed in seeds), processes)
+    sample = functools.partial(world_sample, identities=settings.identities, size=settings.size)
+    samples = ordered_map(sample, (seed for _, seeds in missing for seed in seeds), processes)
     with tqdm(total=sum(len(seeds) for _, seeds in missing), unit="picture", mininterval=1) as bar:
         for path, seeds in missing:
             with writing(path) as shard:
                 for _ in seeds:
-                    next(made).add_to(shard)
+                    next(samples).add_to(shard)
                     bar.update()
     return len(missing)
 
 
-def _same_world(path: Path, seeds: range, world: World) -> None:
+def _same_world(path: Path, seeds: range, settings: WorldSettings) -> None:
     there = Shards([path])
-    expected = world_sample(seeds[0], world.identities, world.size)
+    expected = world_sample(seeds[0], settings.identities, settings.size)
     same = [there.key(index) for index in range(len(there))] == [f"{seed:08d}" for seed in seeds]
     if same:
         sample = there[0]
@@ -182,7 +182,7 @@ def _same_world(path: Path, seeds: range, world: World) -> None:
 
 
 @dataclass(frozen=True)
-class Photos:
+class PhotoSettings:
     """How photographs become samples.
 
     size: side of the written pictures in pixels: the short side is brought to it, then a square is cut out that keeps
@@ -223,10 +223,10 @@ class Skipped:
 QUALITY: dict[str, int | None] = {"jpg": cv2.IMWRITE_JPEG_QUALITY, "webp": cv2.IMWRITE_WEBP_QUALITY, "png": None}
 WORDS = {"woman": "woman", "women": "woman", "man": "man", "men": "man"}
 # A face counts when at least this share of its box, and all its landmarks, lie in the picture.
-WHOLE = 0.75
-# Of two faces of much the same size nobody knows which one the folder is named after: the largest gets the name only
+LEAST_VISIBLE = 0.75
+# Of two faces of much the same size it is not known which one the folder is named after: the largest gets the name only
 # where every other has at most this share of its area.
-BESIDE = 0.25
+MOST_BESIDE = 0.25
 # Room for hair and chin that a cut leaves on both sides of a face where it can, over the width of its box.
 MARGIN = 0.3
 
@@ -249,7 +249,7 @@ def label_of(photo: str) -> tuple[str | None, str | None]:
     return next((folder for folder in folders if folder.lower() not in WORDS), None), word
 
 
-def photo_sample(job: tuple[int, str], folder: Path, photos: Photos) -> Made | Skipped:
+def photo_sample(job: tuple[int, str], folder: Path, settings: PhotoSettings) -> EncodedSample | Skipped:
     """The sample of a photo, or why there is none. job: the photo's number, which becomes the key, and its name."""
     number, name = job
     limits = Limits()
@@ -259,18 +259,18 @@ def photo_sample(job: tuple[int, str], folder: Path, photos: Photos) -> Made | S
     except (OSError, PortraitError) as error:
         return Skipped(name, "unreadable picture", error.problem if isinstance(error, PortraitError) else str(error))
     height, width = image.shape[:2]
-    if min(height, width) < photos.size:
-        return Skipped(name, f"picture smaller than {photos.size} pixels", f"{width}x{height}")
+    if min(height, width) < settings.size:
+        return Skipped(name, f"picture smaller than {settings.size} pixels", f"{width}x{height}")
     try:
-        turn, found = detect_in_photo(image, _detector(photos.detector))
+        turn, found = detect_in_photo(image, _detector(settings.detector))
     except PortraitError:
         raise  # there is no detector
     except Exception as error:  # detectors answer odd pictures with exceptions of many packages
         return Skipped(name, "face detector failed", f"{type(error).__name__}: {str(error)[:200]}")
     if not found:
         return Skipped(name, "no face")
-    if len(found) > photos.most_faces:
-        return Skipped(name, f"more than {photos.most_faces} faces", str(len(found)))
+    if len(found) > settings.most_faces:
+        return Skipped(name, f"more than {settings.most_faces} faces", str(len(found)))
     try:
         caption = _caption_beside(folder / name)
     except (OSError, ValueError) as error:
@@ -278,25 +278,25 @@ def photo_sample(job: tuple[int, str], folder: Path, photos: Photos) -> Made | S
     if turn:
         image, notices = turned(image, turn), (*notices, f"it was turned {TURNS[turn]}")
     found.sort(key=lambda face: -face.area)
-    picture, moved = square(image, found, photos.size)
-    who, word = label_of(name) if photos.identities else (None, None)
-    if len(found) > 1 and found[1].area > BESIDE * found[0].area:
+    picture, shown = square_crop(image, found, settings.size)
+    who, word = label_of(name) if settings.identities else (None, None)
+    if len(found) > 1 and found[1].area > MOST_BESIDE * found[0].area:
         who = word = None
     faces = [
         FaceRecord(who if place == 0 else None, word if place == 0 else None, _rounded(face.box), _points(face))
-        for place, face in enumerate(moved)
-        if face is not None and face.box[2] - face.box[0] >= photos.smallest_face
+        for place, face in enumerate(shown)
+        if face is not None and face.box[2] - face.box[0] >= settings.smallest_face
     ]
     if not faces:
-        return Skipped(name, f"all faces smaller than {photos.smallest_face} pixels or cut off")
+        return Skipped(name, f"all faces smaller than {settings.smallest_face} pixels or cut off")
     if caption is None:
-        shown = "group of people" if len(faces) > 1 else word or "person"
-        caption = photos.caption.replace("{word}", shown)
-    quality = QUALITY[photos.kind]
-    options = [] if quality is None else [quality, photos.quality]
-    encoded = cv2.imencode(f".{photos.kind}", picture[:, :, ::-1], options)[1].tobytes()
-    told = {"notices": list(notices)} if notices else {}
-    return Made(f"{number:08d}", encoded, photos.kind, Record(caption, tuple(faces), {"photo": name, **told}))
+        subject = "group of people" if len(faces) > 1 else word or "person"
+        caption = settings.caption.replace("{word}", subject)
+    quality = QUALITY[settings.kind]
+    options = [] if quality is None else [quality, settings.quality]
+    encoded = cv2.imencode(f".{settings.kind}", picture[:, :, ::-1], options)[1].tobytes()
+    extra = {"photo": name, **({"notices": list(notices)} if notices else {})}
+    return EncodedSample(f"{number:08d}", encoded, settings.kind, Record(caption, tuple(faces), extra))
 
 
 @functools.cache
@@ -329,7 +329,9 @@ def _caption_file(photo: Path) -> Path:
     return photo.with_suffix(".txt")
 
 
-def square(image: NDArray[np.uint8], faces: Sequence[Face], size: int) -> tuple[NDArray[np.uint8], list[Face | None]]:
+def square_crop(
+    image: NDArray[np.uint8], faces: Sequence[Face], size: int
+) -> tuple[NDArray[np.uint8], list[Face | None]]:
     """The picture with its short side brought to `size` and cut square, and the faces in its pixels.
 
     The cut is the middle one of those that keep all faces; where none does, later faces give way to earlier ones. A
@@ -340,14 +342,16 @@ def square(image: NDArray[np.uint8], faces: Sequence[Face], size: int) -> tuple[
     wide, high = max(size, round(width * factor)), max(size, round(height * factor))
     scale = np.array([wide / width, high / height])
     boxes = [_scaled(face.box.reshape(2, 2), scale).clip(0, [wide, high]) for face in faces]
-    corner = np.array([_cut(extent, size, [box[:, axis] for box in boxes]) for axis, extent in enumerate((wide, high))])
+    corner = np.array(
+        [_crop_start(extent, size, [box[:, axis] for box in boxes]) for axis, extent in enumerate((wide, high))]
+    )
     left, top = corner.tolist()
     resized = cv2.resize(image, (wide, high), interpolation=cv2.INTER_AREA if factor < 1 else cv2.INTER_LINEAR)
     moved: list[Face | None] = []
     for face, box in zip(faces, boxes):
         inside = (box - corner).clip(0, size)
         landmarks = _scaled(face.landmarks, scale) - corner
-        whole = np.prod(np.ptp(inside, axis=0)) >= WHOLE * np.prod(np.ptp(box, axis=0)) > 0
+        whole = np.prod(np.ptp(inside, axis=0)) >= LEAST_VISIBLE * np.prod(np.ptp(box, axis=0)) > 0
         if whole and (landmarks >= 0).all() and (landmarks < size).all():
             moved.append(Face(inside.reshape(4).astype(np.float32), landmarks.astype(np.float32), face.score))
         else:
@@ -360,7 +364,7 @@ def _scaled(points: NDArray[Any], scale: NDArray[Any]) -> NDArray[np.float64]:
     return (points.astype(np.float64) + 0.5) * scale - 0.5
 
 
-def _cut(extent: int, size: int, spans: Sequence[NDArray[np.float64]]) -> int:
+def _crop_start(extent: int, size: int, spans: Sequence[NDArray[np.float64]]) -> int:
     """Where along an axis of `extent` pixels to cut out `size` of them so that the spans (2) lie inside."""
     low, high = 0, extent - size
     for start, end in spans:
@@ -441,7 +445,7 @@ def _whole_lines(path: Path) -> list[dict[str, Any]]:
 
 
 def make_photos(
-    folder: Path, output: Path, photos: Photos, name: str = "photos", processes: int = 1
+    folder: Path, output: Path, settings: PhotoSettings, name: str = "photos", processes: int = 1
 ) -> tuple[int, list[Skipped], list[str]]:
     """Writes NAME-NNNNN.tar of the photos below a folder.
 
@@ -453,35 +457,35 @@ def make_photos(
     names = find_photos(folder)
     if not names:
         raise PortraitError("folder", f"{folder} holds no pictures", f"Known are {', '.join(sorted(SUFFIXES))}.")
-    detector = f"{_detector(photos.detector).key} {RULES}"
+    detector = f"{_detector(settings.detector).key} {RULES}"
     output.mkdir(parents=True, exist_ok=True)
-    settings = {**asdict(photos), "detector": detector, "photos": len(names), "list": _digest(folder, names)}
-    journal = Journal(output / f"{name}.jsonl", settings)
+    facts = {**asdict(settings), "detector": detector, "photos": len(names), "list": _digest(folder, names)}
+    journal = Journal(output / f"{name}.jsonl", facts)
     jobs = enumerate(names[journal.end :], journal.end)
-    results = in_order(functools.partial(photo_sample, folder=folder, photos=photos), jobs, processes)
+    results = ordered_map(functools.partial(photo_sample, folder=folder, settings=settings), jobs, processes)
     with tqdm(initial=journal.end, total=len(names), unit="photo", mininterval=1) as bar:
         while journal.end < len(names):
             end, samples, skipped, notices = journal.end, 0, [], []
             path = output / f"{name}-{len(journal.lines):05d}.tar"
             with writing(path) as shard:
-                while end < len(names) and samples < photos.shard:
-                    made = next(results)
+                while end < len(names) and samples < settings.shard:
+                    result = next(results)
                     end += 1
                     bar.update()
-                    if isinstance(made, Skipped):
-                        skipped.append(made)
+                    if isinstance(result, Skipped):
+                        skipped.append(result)
                     else:
-                        made.add_to(shard)
+                        result.add_to(shard)
                         samples += 1
-                        extra = made.record.extra
+                        extra = result.record.extra
                         notices += [f"{extra['photo']!r}: {clause}" for clause in extra.get("notices", ())]
             if not samples:  # all that was left was skipped
                 path.unlink()
             journal.add(end, samples, skipped, notices)
     listed = "".join(f"{one.reason}: {one.photo!r} {one.detail}".rstrip() + "\n" for one in journal.skipped)
     (output / f"{name}-skipped.txt").write_text(listed, encoding="utf-8", errors="backslashreplace")
-    told = "".join(f"{line}\n" for line in journal.notices)
-    (output / f"{name}-notices.txt").write_text(told, encoding="utf-8", errors="backslashreplace")
+    noted = "".join(f"{line}\n" for line in journal.notices)
+    (output / f"{name}-notices.txt").write_text(noted, encoding="utf-8", errors="backslashreplace")
     return journal.samples, journal.skipped, journal.notices
 
 
@@ -595,7 +599,7 @@ def _faulty_part(shards: Shards, index: int) -> str:
     return "mask"
 
 
-def check(data: Path, processes: int = 1) -> Report:
+def check_shards(data: Path, processes: int = 1) -> Report:
     """What a shard or the shards of a folder hold, and which of their samples cannot be used.
 
     Raises PortraitError when there are none.
@@ -604,7 +608,7 @@ def check(data: Path, processes: int = 1) -> Report:
     if not paths:
         raise PortraitError("data", f"{data} holds no shards", "Make some with: python portrait.py dataset --help")
     report = Report()
-    for one in tqdm(in_order(check_shard, paths, processes), total=len(paths), unit="shard"):
+    for one in tqdm(ordered_map(check_shard, paths, processes), total=len(paths), unit="shard"):
         report.add(one)
     for name, faces in sorted(report.identities.items()):
         if faces == 1:

@@ -83,7 +83,7 @@ class NoiseSchedule:
         return abar.sqrt(), (1 - abar).sqrt()
 
 
-def emphasised(squared: Tensor, faces: Tensor, weight: float) -> Tensor:
+def face_weighted(squared: Tensor, faces: Tensor, weight: float) -> Tensor:
     """The squared error (B, 4, h, w) averaged over each sample, where faces count 1 + weight times: (B).
 
     faces: the part of each position that faces cover, (B, h, w) in [0, 1]. A face is a quarter of a portrait or less,

@@ -1,7 +1,7 @@
-"""Pictures drawn by a network while it is trained, as a request has them: DDIM with classifier-free guidance.
+"""Pictures sampled from a network while it is trained, as a request has them: DDIM with classifier-free guidance.
 
-`lib_portrait.standalone.sampling` draws with what is finished; here every row has its own last t, and what is asked of
-the network belongs to a recipe.
+`lib_portrait.standalone.sampling` samples from what is finished; here every row has its own last t, and what is asked
+of the network belongs to a recipe.
 """
 
 from __future__ import annotations
@@ -19,16 +19,16 @@ from trainer.diffusion import NoiseSchedule
 GUIDANCE, STEPS = Sampling("").guidance, Sampling("").steps
 
 
-def guided(without: Tensor, told: Tensor, *, guidance: float = GUIDANCE) -> Tensor:
-    """Classifier-free guidance (arXiv 2207.12598): the prediction, from that without caption and that with it."""
-    return without + guidance * (told - without)
+def guided(uncond: Tensor, cond: Tensor, *, guidance: float = GUIDANCE) -> Tensor:
+    """Classifier-free guidance (arXiv 2207.12598): the prediction, from the unconditional and the conditional one."""
+    return uncond + guidance * (cond - uncond)
 
 
 @torch.no_grad()
-def draw(
+def ddim_sample(
     noise: Tensor, last: Tensor, steps: int, schedule: NoiseSchedule, predict: Callable[[Tensor, Tensor], Tensor]
 ) -> Tensor:
-    """x_t (B, 4, h, w) at t = `last` (B), drawn from pure noise (B, 4, h, w) in so many steps of DDIM.
+    """x_t (B, 4, h, w) at t = `last` (B), from pure noise (B, 4, h, w) in so many steps of DDIM (arXiv 2010.02502).
 
     At t = 0 that is a picture. predict: what the UNet predicts (B, 4, h, w), given x_t and t (B).
     """

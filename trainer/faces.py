@@ -20,7 +20,7 @@ JITTER = 0.04
 
 
 @dataclass(frozen=True)
-class FaceAt:
+class ShardFace:
     """Face number `face` of sample number `sample`."""
 
     sample: int
@@ -28,7 +28,7 @@ class FaceAt:
     record: FaceRecord
 
 
-def faces_of(shards: Shards, smallest: float = 0.0) -> tuple[list[FaceAt], int]:
+def faces_of(shards: Shards, smallest: float = 0.0) -> tuple[list[ShardFace], int]:
     """All faces whose box is at least `smallest` pixels wide, and how many records could not be read."""
     found, unreadable = [], 0
     for sample in range(len(shards)):
@@ -38,16 +38,16 @@ def faces_of(shards: Shards, smallest: float = 0.0) -> tuple[list[FaceAt], int]:
             unreadable += 1
             continue
         found += [
-            FaceAt(sample, number, face)
+            ShardFace(sample, number, face)
             for number, face in enumerate(record.faces)
             if face.box[2] - face.box[0] >= smallest
         ]
     return found, unreadable
 
 
-def by_identity(faces: list[FaceAt], least: int = 1) -> dict[str, list[FaceAt]]:
+def by_identity(faces: list[ShardFace], least: int = 1) -> dict[str, list[ShardFace]]:
     """Labelled faces by who it is, sorted by name; identities with fewer than `least` pictures are left out."""
-    groups: dict[str, list[FaceAt]] = defaultdict(list)
+    groups: dict[str, list[ShardFace]] = defaultdict(list)
     for face in faces:
         if face.record.id is not None:
             groups[face.record.id].append(face)

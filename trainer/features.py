@@ -1,10 +1,13 @@
-"""What frozen networks make of a shard, computed once: latents, tokens of the captions, features of the faces.
+"""Features that frozen networks compute of a shard, once: latents, token ids of the captions, features of faces.
 
 Beside NAME.tar stands NAME.features.safetensors:
 latents (n, 4, h, w) fp16, the posterior's means, not scaled; tokens (n, 77) int32; size (n, 2) int32, the pictures'
 width and height; and with face networks, for all F faces of the shard in order, intrinsic (F, m, d) and structure
 (F, g^2, d') fp16, sample (F) int32 the picture in the shard, face (F) int32 its number in the picture; zero_structure
-(g^2, d'), the structure features of no face. The metadata names the networks by their hashes.
+(g^2, d'), the structure features of no face. Where references are asked for, of all R faces that are not much smaller:
+references (R, 4, s, s) fp16, the latents of the square about each, in which by chance only the face is seen, and as
+above reference_sample and reference_face (R) int32. The metadata names the networks by their hashes, and the
+references' side in pixels.
 """
 
 from __future__ import annotations
@@ -25,29 +28,36 @@ from transformers import CLIPTokenizer
 
 from lib_portrait.checkpoints.formats import write_tensors
 from lib_portrait.errors import PortraitError
+from lib_portrait.faces.alignment import portrait
 from lib_portrait.faces.features import FaceEncoder
 from lib_portrait.faces.recognition import Backbone
 from trainer.faces import aligned
 from trainer.shards import Shards
 
 SUFFIX = ".features.safetensors"
+# References' faces are at least this share of the square's side wide: smaller ones would be little but enlarged.
+SMALLEST_REFERENCE = 0.2
+# The share of references in which only the face is seen.
+FACE_ONLY = 0.5
 START, END = 49406, 49407  # CLIP's first and last token; the last one also fills up
 
 
 @dataclass(frozen=True)
-class Frozen:
-    """The networks that features come from. encode: pictures (b, 3, H, W) in [-1, 1] to latents (b, 4, h, w).
+class FrozenNetworks:
+    """The networks that compute features. encode: pictures (b, 3, H, W) in [-1, 1] to latents (b, 4, h, w).
 
-    faces: the face encoder, or None for latents and tokens alone. hashes: what tells these networks from others.
+    faces: the face encoder, or None for latents and tokens alone. hashes: SHA-256 of the networks by role.
+    references: side in pixels of the squares about faces that latents are wanted of, or 0.
     """
 
-    encode: Encode
+    encode: LatentEncoder
     tokenizer: CLIPTokenizer
     faces: FaceEncoder | None
     hashes: dict[str, str]
+    references: int = 0
 
 
-class Encode:
+class LatentEncoder:
     """A VAE's encoder as a function of pictures."""
 
     def __init__(self, vae: AutoencoderKL, device: torch.device | str = "cpu"):
@@ -63,7 +73,7 @@ def features_path(shard: Path) -> Path:
     return shard.with_suffix("").with_name(shard.stem + SUFFIX)
 
 
-def precompute(paths: Sequence[Path], frozen: Frozen, batch: int = 32, seed: int = 0) -> dict[str, int]:
+def precompute(paths: Sequence[Path], frozen: FrozenNetworks, batch: int = 32, seed: int = 0) -> dict[str, int]:
     """Writes the features of each shard that does not have those of these networks yet; counts what was done.
 
     Where only the networks of faces are new, latents and tokens stay; where none are given, so do faces. Pictures that
@@ -73,22 +83,25 @@ def precompute(paths: Sequence[Path], frozen: Frozen, batch: int = 32, seed: int
     for path in tqdm(sorted(paths), unit="shard"):
         target = features_path(path)
         before = _hashes(target) if target.exists() else {}
-        if frozen.hashes.items() <= before.items():
+        wanted = frozen.hashes | ({"references": str(frozen.references)} if frozen.references else {})
+        if wanted.items() <= before.items():
             continue
         shards = Shards([path])
-        if before.get("vae") == frozen.hashes["vae"]:
+        if before.get("vae") == wanted["vae"]:
             with safe_open(target, "pt") as file:
-                tensors = {name: file.get_tensor(name) for name in ("latents", "tokens", "size")}
+                tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - it is no dictionary
         else:
-            tensors = _of_pictures(shards, frozen, batch)
-        usable = tensors["latents"].flatten(1).isfinite().all(dim=1)
+            before, tensors = {}, _picture_features(shards, frozen, batch)
+        usable = tensors["latents"].flatten(1).isfinite().all(dim=1).nonzero().flatten().tolist()
         if frozen.faces is not None:
-            tensors |= _of_faces(shards, usable.nonzero().flatten().tolist(), frozen.faces, batch, seed)
-        write_tensors(target, tensors, frozen.hashes)
+            tensors |= _face_features(shards, usable, frozen.faces, batch, seed)
+        if frozen.references:
+            tensors |= _reference_features(shards, usable, frozen, batch, seed)
+        write_tensors(target, tensors, before | wanted)
         counts["shards"] += 1
         counts["pictures"] += len(shards)
         counts["faces"] += len(tensors.get("face", ()))
-        counts["unusable"] += int((~usable).sum())
+        counts["unusable"] += len(shards) - len(usable)
     return counts
 
 
@@ -98,7 +111,7 @@ def _hashes(path: Path) -> dict[str, str]:
         return {name: text for name, text in (file.metadata() or {}).items() if name != "format"}
 
 
-def _of_pictures(shards: Shards, frozen: Frozen, batch: int) -> dict[str, Tensor]:
+def _picture_features(shards: Shards, frozen: FrozenNetworks, batch: int) -> dict[str, Tensor]:
     """ "latents", "tokens" and "size" of a shard's pictures."""
     latents: list[Tensor | None] = [None] * len(shards)
     tokens, sizes = [], []
@@ -116,7 +129,7 @@ def _of_pictures(shards: Shards, frozen: Frozen, batch: int) -> dict[str, Tensor
                 sizes.append((0, 0))
                 continue
             pictures[number] = torch.from_numpy(np.ascontiguousarray(sample.image)).permute(2, 0, 1).float() / 127.5 - 1
-            tokens.append(_tokens(frozen.tokenizer, sample.record.caption))
+            tokens.append(_caption_ids(frozen.tokenizer, sample.record.caption))
             sizes.append((sample.image.shape[1], sample.image.shape[0]))
         if pictures:
             for number, latent in zip(pictures, frozen.encode(torch.stack(list(pictures.values()))).half()):
@@ -132,8 +145,10 @@ def _of_pictures(shards: Shards, frozen: Frozen, batch: int) -> dict[str, Tensor
     }
 
 
-def _of_faces(shards: Shards, usable: Sequence[int], faces: FaceEncoder, batch: int, seed: int) -> dict[str, Tensor]:
-    """What the networks of faces make of the faces of usable pictures; nothing where there are none."""
+def _face_features(
+    shards: Shards, usable: Sequence[int], faces: FaceEncoder, batch: int, seed: int
+) -> dict[str, Tensor]:
+    """The features of the faces of usable pictures; nothing where there are none."""
     intrinsic, structure, where = [], [], []
     for numbers in _batches(len(usable), batch):
         crops = []
@@ -157,18 +172,45 @@ def _of_faces(shards: Shards, usable: Sequence[int], faces: FaceEncoder, batch: 
     }
 
 
+def _reference_features(
+    shards: Shards, usable: Sequence[int], frozen: FrozenNetworks, batch: int, seed: int
+) -> dict[str, Tensor]:
+    """The latents of the squares about the faces of usable pictures; nothing where there are no faces."""
+    side, where = frozen.references, []
+    for number in usable:
+        for face, record in enumerate(shards.record(number).faces):
+            if record.box[2] - record.box[0] >= SMALLEST_REFERENCE * side:
+                where.append((number, face, record))
+    latents = []
+    for rows in _batches(len(where), batch):
+        squares = []
+        for number, face, record in (where[row] for row in rows):
+            face_only = np.random.default_rng([seed, number, face]).random() < FACE_ONLY
+            landmarks = np.array(record.landmarks, np.float32)
+            squares.append(portrait(shards.picture(number), landmarks, side, face_only))
+        pictures = torch.from_numpy(np.stack(squares)).permute(0, 3, 1, 2).float() / 127.5 - 1
+        latents.append(frozen.encode(pictures).half())
+    if not where:
+        return {}
+    return {
+        "references": torch.cat(latents),
+        "reference_sample": torch.tensor([number for number, _, _ in where], dtype=torch.int32),
+        "reference_face": torch.tensor([face for _, face, _ in where], dtype=torch.int32),
+    }
+
+
 def _batches(number: int, batch: int) -> Iterator[range]:
     return (range(start, min(start + batch, number)) for start in range(0, number, batch))
 
 
-def _tokens(tokenizer: CLIPTokenizer, text: str) -> Tensor:
+def _caption_ids(tokenizer: CLIPTokenizer, text: str) -> Tensor:
     ids = tokenizer(text, padding="max_length", truncation=True, max_length=77).input_ids
     return torch.tensor(ids, dtype=torch.int32)
 
 
-def uncaptioned(tokens: Tensor) -> Tensor:
-    """Tokens of the empty caption in place of these (B, 77)."""
-    empty = torch.full_like(tokens, END)
+def uncaptioned(caption_ids: Tensor) -> Tensor:
+    """Token ids (B, 77) of the empty caption, the unconditional one, in place of these."""
+    empty = torch.full_like(caption_ids, END)
     empty[:, 0] = START
     return empty
 
@@ -212,6 +254,25 @@ class Features:
             if "sample" in file.keys():  # noqa: SIM118 - it is no dictionary
                 pairs = zip(file.get_tensor("sample").tolist(), file.get_tensor("face").tolist())
                 self.faces |= {(start + sample, face): (number, row) for row, (sample, face) in enumerate(pairs)}
+
+    @functools.cached_property
+    def references(self) -> dict[tuple[int, int], Tensor]:
+        """By sample and face: the latent (4, s, s) fp16, not scaled, of the square about it.
+
+        Raises PortraitError where the features hold none.
+        """
+        found: dict[tuple[int, int], Tensor] = {}
+        for file, start in zip(self.files, self.starts):
+            if "references" in file.keys():  # noqa: SIM118 - it is no dictionary
+                samples, faces = (file.get_tensor(f"reference_{name}") for name in ("sample", "face"))
+                found |= zip(zip((samples + start).tolist(), faces.tolist()), file.get_tensor("references"))
+        if not found:
+            raise PortraitError(
+                "data",
+                "its features hold no references",
+                "Make them: portrait.py dataset features --references SIZE, SIZE the side of the model's pictures.",
+            )
+        return found
 
     def face(self, sample: int, face: int) -> tuple[Tensor, Tensor]:
         """intrinsic (m, d) and structure (g^2, d') of a face, fp16. Raises ValueError for one that has none."""

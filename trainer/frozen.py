@@ -15,7 +15,7 @@ from lib_portrait.faces.vision import VisionTower, vision_from_state_dict
 from lib_portrait.faces.weights import check_finite
 from lib_portrait.standalone.model import load_model, load_tokenizer
 from trainer.architectures import world_vae
-from trainer.features import Encode, Frozen
+from trainer.features import FrozenNetworks, LatentEncoder
 
 
 def default_device() -> str:
@@ -23,8 +23,13 @@ def default_device() -> str:
 
 
 def frozen_networks(
-    checkpoint: Path | None, vae: Path | None, backbone: Path | None, vision: Path | None, device: str
-) -> Frozen:
+    checkpoint: Path | None,
+    vae: Path | None,
+    backbone: Path | None,
+    vision: Path | None,
+    device: str,
+    references: int = 0,
+) -> FrozenNetworks:
     """The VAE of a single-file model, or the recipe vae's own export; and, given both, the two networks of faces.
 
     Raises PortraitError unless exactly one of checkpoint and vae, and both or none of backbone and vision are given.
@@ -53,7 +58,7 @@ def frozen_networks(
         networks = _backbone(backbone), _vision(vision)
         hashes |= {"backbone": file_sha256(backbone), "vision": file_sha256(vision)}
         faces = FaceEncoder(lambda: networks, f"{hashes['backbone']}-{hashes['vision']}", torch.device(device))
-    return Frozen(Encode(network, device), load_tokenizer(), faces, hashes)
+    return FrozenNetworks(LatentEncoder(network, device), load_tokenizer(), faces, hashes, references)
 
 
 def _backbone(path: Path) -> Backbone:

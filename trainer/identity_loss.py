@@ -22,7 +22,7 @@ from lib_portrait.faces.recognition import Backbone
 from lib_portrait.standalone.measuring import greedy_pairs
 from trainer.faces import crop_to
 from trainer.features import global_feature
-from trainer.losses import mistaken_for_others
+from trainer.losses import infonce
 
 # Steps of drawing before the last one, which begins below `LAST_BELOW`, where x_0 is a face and not a blur of many.
 DRAWN_IN, LAST_BELOW = 6, 400
@@ -41,16 +41,16 @@ class Others:
 
 
 @dataclass(frozen=True)
-class Likeness:
+class FaceLosses:
     """Means over the faces that are found, 0 where there are none.
 
-    unlike: 1 - cosine to the person given. mistaken: InfoNCE in cosines, by how much others are as like, or more.
-    known: the share of faces that are most like their own person. found: the share of faces asked for that are found.
+    id_loss: 1 - cosine to the person given. infonce: InfoNCE in cosines, by how much others are as like, or more.
+    top1: the share of faces that are most like their own person. found: the share of faces asked for that are found.
     """
 
-    unlike: Tensor
-    mistaken: Tensor
-    known: Tensor
+    id_loss: Tensor
+    infonce: Tensor
+    top1: Tensor
     found: Tensor
 
 
@@ -73,8 +73,8 @@ class IdentityLoss:
         self.backbone.to(device)
         self.others = Others(self.others.embeddings.to(device), self.others.who.to(device))
 
-    def __call__(self, latent: Tensor, intrinsic: Tensor, present: Tensor, who: Tensor) -> Likeness:
-        """The likeness of the faces in drawn pictures; gradients lead to `latent`.
+    def __call__(self, latent: Tensor, intrinsic: Tensor, present: Tensor, who: Tensor) -> FaceLosses:
+        """The losses of the faces in drawn pictures; gradients lead to `latent`.
 
         latent: x_0 (B, 4, h, w), scaled. intrinsic (B, N, m, d): the recognition network's local features of the faces
         given, present (B, N) bool: which of them there are, who (B, N): their numbers. Faces of a picture and people
@@ -87,10 +87,10 @@ class IdentityLoss:
             rows = torch.tensor([row for row, found in enumerate(crops) for _ in found], device=latent.device)
             if not len(rows):
                 none = latent.new_zeros(())
-                return Likeness(latent.sum() * 0, none, none, none)
+                return FaceLosses(latent.sum() * 0, none, none, none)
             places = torch.stack([crop for found in crops for crop in found]).to(latent.device)
             made = F.normalize(self.backbone(self.faces(latent[rows], places))[0])
-            unlike, mistaken, known = [], [], []
+            id_losses, infonces, top1 = [], [], []
             for row in rows.unique():
                 people = who[row, present[row]]
                 given = F.normalize(global_feature(self.backbone, intrinsic[row, present[row]]))
@@ -98,11 +98,12 @@ class IdentityLoss:
                 others = ~torch.isin(self.others.who, people)
                 for person, face in greedy_pairs(similar.detach()).items():
                     own, all_of_them = similar[face, person], torch.cat([similar[face], to_others[face, others]])
-                    unlike.append(1 - own)
-                    mistaken.append(mistaken_for_others(own, all_of_them, TEMPERATURE))
-                    known.append((own >= all_of_them.max()).float())
-            share = len(unlike) / present.sum()
-            return Likeness(torch.stack(unlike).mean(), torch.stack(mistaken).mean(), torch.stack(known).mean(), share)
+                    id_losses.append(1 - own)
+                    infonces.append(infonce(own, all_of_them, TEMPERATURE))
+                    top1.append((own >= all_of_them.max()).float())
+            found = len(id_losses) / present.sum()
+            id_loss, nce, first = (torch.stack(each).mean() for each in (id_losses, infonces, top1))
+            return FaceLosses(id_loss, nce, first, found)
 
     @torch.no_grad()
     def find(self, latent: Tensor, most: Sequence[int]) -> list[list[Tensor]]:

@@ -49,7 +49,7 @@ def contrastive(pictures: Tensor, texts: Tensor, scale: Tensor) -> tuple[Tensor,
     return loss, (logits.argmax(dim=1) == target).float().mean()
 
 
-def mistaken_for_others(own: Tensor, cosines: Tensor, temperature: float) -> Tensor:
+def infonce(own: Tensor, cosines: Tensor, temperature: float) -> Tensor:
     """InfoNCE (arXiv 1807.03748) in cosines: -tau log softmax at `own` of all `cosines` (K), which it is one of.
 
     0 where nobody else comes near, tau log 2 where one other is as like, and with many of them more.

@@ -1,4 +1,4 @@
-"""Pictures of people with the features of their faces, as adapters are trained on them."""
+"""The dataset that adapters are trained on: pictures of people with the features of their faces."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from lib_portrait.errors import PortraitError
-from trainer.faces import FaceAt, by_identity, faces_of, region_of
+from trainer.faces import ShardFace, by_identity, faces_of, region_of
 from trainer.features import Features
 from trainer.shards import Shards
 
@@ -18,12 +18,12 @@ from trainer.shards import Shards
 OTHER_PHOTO = 0.1
 
 
-class FacesOfPictures:
+class PortraitDataset:
     """Pictures with their people.
 
-    "latent" (4, h, w), "tokens" (77); for up to N people intrinsic (N, m, d), structure (N, g, d'), present (N) bool,
-    who (N) a number for each person, and "regions" (N, h, w), the part of each latent position that the face's box
-    covers. A face without a label is a person of its own.
+    "latent" (4, h, w), "caption_ids" (77); for up to N people intrinsic (N, m, d), structure (N, g, d'), present (N)
+    bool, who (N) a number for each person, and "regions" (N, h, w), the part of each latent position that the face's
+    box covers. A face without a label is a person of its own.
     """
 
     def __init__(
@@ -37,7 +37,7 @@ class FacesOfPictures:
         self.features, self.scale, self.most = Features(shards), scale, people[1]
         self.shards = shards
         found, self.unreadable = faces_of(shards)
-        pictures: dict[int, list[FaceAt]] = {}
+        pictures: dict[int, list[ShardFace]] = {}
         for face in found:
             pictures.setdefault(face.sample, []).append(face)
         self.pictures = [group for group in pictures.values() if people[0] <= len(group) <= people[1]]
@@ -64,7 +64,7 @@ class FacesOfPictures:
         intrinsic, structure, regions = [], [], []
         for face in group:
             own = self.features.face(face.sample, face.face)
-            other = self._other(face, rng)
+            other = self._other_photo(face, rng)
             local = (own if other is None else self.features.face(other.sample, other.face))[0]
             intrinsic.append(local if self.pooled is None else self.pooled(local[None]))
             structure.append(own[1])
@@ -77,7 +77,7 @@ class FacesOfPictures:
 
         return {
             "latent": latent,
-            "tokens": self.features.tokens[sample].long(),
+            "caption_ids": self.features.tokens[sample].long(),
             "intrinsic": filled(intrinsic),
             "structure": filled(structure),
             "regions": filled(regions),
@@ -85,7 +85,7 @@ class FacesOfPictures:
             "who": torch.tensor([*who, *[-1] * missing]),
         }
 
-    def somebody(self, most: int) -> tuple[Tensor, Tensor]:
+    def distinct_faces(self, most: int) -> tuple[Tensor, Tensor]:
         """Faces of up to `most` different people, taken evenly from all: intrinsic (K, m, d), and their numbers (K)."""
         first: dict[int, tuple[int, int]] = {}
         for place, number in self.numbers.items():
@@ -95,7 +95,7 @@ class FacesOfPictures:
         faces = torch.stack([self.features.face(*place)[0] for _, place in taken]).float()
         return faces, torch.tensor([number for number, _ in taken])
 
-    def _other(self, face: FaceAt, rng: np.random.Generator) -> FaceAt | None:
+    def _other_photo(self, face: ShardFace, rng: np.random.Generator) -> ShardFace | None:
         """Another photo of the same person for the intrinsic branch, with probability OTHER_PHOTO (sec. 3.4)."""
         photos = self.photos.get(face.record.id or "", [])
         if rng.random() >= OTHER_PHOTO or len(photos) < 2:

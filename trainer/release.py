@@ -21,10 +21,10 @@ from lib_portrait.faces.weights import check_finite, fitting
 from lib_portrait.standalone.model import load_model, make_model, save_model, text_encoder_of
 from trainer.architectures import world_text_encoder, world_unet, world_vae
 from trainer.companions import stored_file
+from trainer.low_rank import of_rank
 from trainer.recipes.base import latent_scale
 from trainer.shards import encode_png
-from trainer.uniportrait_start import of_rank
-from trainer.world import Scene, identity, render, sample_scene
+from trainer.world import Scene, render, sample_scene, world_person
 from trainer.world.people import HELD_OUT_EVERY
 
 # Photos of one person: the first is the reference of examples, the others are for several references.
@@ -32,7 +32,7 @@ PHOTOS = 4
 PHOTO_SIZE = 256
 
 
-def checkpoint(vae: Path, base: Path, target: Path) -> None:
+def write_checkpoint(vae: Path, base: Path, target: Path) -> None:
     """The exports of the recipes `vae` and `base` as one file with ldm's names, and its .yaml."""
     networks = {"unet": world_unet(), "text_encoder": world_text_encoder(), "vae": world_vae()}
     tensors = read_tensors(base).tensors
@@ -45,10 +45,10 @@ def checkpoint(vae: Path, base: Path, target: Path) -> None:
     save_model(make_model(**networks), target)
 
 
-def between(first: Path, second: Path, share: float, target: Path) -> None:
+def interpolate_adapters(first: Path, second: Path, share: float, target: Path) -> None:
     """The weights of an adapter file on the way from one to another that was trained on from it, at `share` of it.
 
-    WiSE-FT (arXiv 2109.01903): what such a run has given up comes back sooner than what it has learned is lost. The
+    WiSE-FT (arXiv 2109.01903): what such a run has forgotten comes back sooner than what it has learned is lost. The
     metadata are the second's. Raises PortraitError for files of other layers, and a share that is not in [0, 1].
     """
     if not 0 <= share <= 1:
@@ -65,7 +65,7 @@ def between(first: Path, second: Path, share: float, target: Path) -> None:
     write_tensors(target, tensors, {**end.metadata, "between": f"{share:g} of the way from another run"})
 
 
-def reduced(file: Path, rank: int, target: Path) -> None:
+def reduce_rank(file: Path, rank: int, target: Path) -> None:
     """An adapter file with LoRAs of that rank, the nearest to its own, in the precision that it has.
 
     Raises PortraitError for a file that has none of a greater rank, and for a rank below 1.
@@ -84,7 +84,7 @@ def reduced(file: Path, rank: int, target: Path) -> None:
 def renew_manifest(folder: Path) -> None:
     """Brings the kit.json in `folder` up to date with the files it names there: their content, the checkpoint's sizes.
 
-    Files that are not there stay as they were told. Raises PortraitError for a manifest or checkpoint that is refused.
+    What it says of files that are not there stays. Raises PortraitError for a manifest or checkpoint that is refused.
     """
     kit = read_manifest(folder / ALONE)
 
@@ -97,6 +97,7 @@ def renew_manifest(folder: Path) -> None:
         encoders={role: renewed(file) for role, file in kit.encoders.items()},
         detector=kit.detector and renewed(kit.detector),
         measuring=kit.measuring and renewed(kit.measuring),
+        attributes=kit.attributes and renewed(kit.attributes),
         base=kit.base and renewed(kit.base),
     )
     if kit.base is not None and (folder / kit.base.name).is_file():
@@ -106,21 +107,21 @@ def renew_manifest(folder: Path) -> None:
     write_manifest(folder / ALONE, kit)
 
 
-def photos(folder: Path, people: int) -> None:
+def write_photos(folder: Path, people: int) -> None:
     """WORD-NUMBER-K.png: photo K of held-out person NUMBER, a plain photograph of one person."""
     folder.mkdir(parents=True, exist_ok=True)
     for place in range(people):
         number = place * HELD_OUT_EVERY + HELD_OUT_EVERY - 1
         for k in range(PHOTOS):
-            picture = render(_portrait(number, k), PHOTO_SIZE)
-            (folder / f"{identity(number).word}-{number:04d}-{k}.png").write_bytes(encode_png(picture.image, 9))
+            picture = render(_plain_scene(number, k), PHOTO_SIZE)
+            (folder / f"{world_person(number).word}-{number:04d}-{k}.png").write_bytes(encode_png(picture.image, 9))
 
 
-def _portrait(number: int, k: int) -> Scene:
+def _plain_scene(number: int, k: int) -> Scene:
     """The k-th scene of a person, in seed order, that is a clear photograph: no art style, age, hat or large turn."""
     found = -1
     for seed in range(number * 1000, number * 1000 + 1000):
-        scene = sample_scene(seed, [identity(number)])
+        scene = sample_scene(seed, [world_person(number)])
         situation = scene.people[0].situation
         plain = scene.style == "photo" and scene.blur == scene.noise == scene.fade == 0 and situation.hat is None
         if plain and abs(situation.yaw) < 25:
@@ -147,17 +148,17 @@ def main() -> None:
     options = parser.parse_args()
     options.output.mkdir(parents=True, exist_ok=True)
     if options.vae and options.base:
-        checkpoint(options.vae, options.base, options.output / "world.safetensors")
+        write_checkpoint(options.vae, options.base, options.output / "world.safetensors")
     if options.photos:
-        photos(options.output / "faces", options.photos)
+        write_photos(options.output / "faces", options.photos)
     if options.between:
         first, second = map(Path, options.between[:2])
-        between(first, second, float(options.between[2]), options.output / second.name)
+        interpolate_adapters(first, second, float(options.between[2]), options.output / second.name)
     for file in options.files:
         if options.rank is None:
             shutil.copyfile(file, options.output / file.name)
         else:
-            reduced(file, options.rank, options.output / file.name)
+            reduce_rank(file, options.rank, options.output / file.name)
     if (options.output / ALONE).is_file():
         renew_manifest(options.output)
 

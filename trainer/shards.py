@@ -32,7 +32,7 @@ RECORD = "json"
 class FaceRecord:
     """One face of a picture: box (4) x0, y0, x1, y1 and landmarks (5, 2) in pixels.
 
-    id: who it is, or None where nobody knows. word: "woman", "man" or None.
+    id: who it is, or None where that is not known. word: "woman", "man" or None.
     """
 
     id: str | None
@@ -92,7 +92,7 @@ def _number(value: object) -> float:
 
 
 @dataclass(frozen=True)
-class Sample:
+class ShardSample:
     """A picture (H, W, 3) uint8 RGB, its labels (H, W) uint8 (0 nobody, i + 1 face i) or None, and its record."""
 
     key: str
@@ -184,14 +184,14 @@ class Shards:
         entry = self._entries[index]
         return _decode(self._read(entry, MASK), cv2.IMREAD_GRAYSCALE) if MASK in entry.members else None
 
-    def __getitem__(self, index: int) -> Sample:
+    def __getitem__(self, index: int) -> ShardSample:
         """Raises ValueError for a sample that cannot be used."""
         picture, labels, record = self.picture(index), self.labels(index), self.record(index)
         if labels is not None and labels.shape != picture.shape[:2]:
             raise ValueError(f"the mask is {labels.shape[1]}x{labels.shape[0]} pixels, unlike the picture")
         if labels is not None and labels.max(initial=0) > len(record.faces):
             raise ValueError(f"the mask shows face {labels.max()} of {len(record.faces)}")
-        return Sample(self.key(index), picture, labels, record)
+        return ShardSample(self.key(index), picture, labels, record)
 
     def _read(self, entry: _Entry, suffix: str) -> bytes:
         if suffix not in entry.members:

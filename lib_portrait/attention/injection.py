@@ -96,6 +96,17 @@ class RewritesContext(Rule, Protocol):
         rule is active, in the order of the rules. What is given is not written to."""
 
 
+@runtime_checkable
+class AddsRows(Rule, Protocol):
+    """What a rule may be beside: one that has rows of its own in a UNet call, which the host does not see."""
+
+    def enter(self, call: Call, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Arguments:
+        """What the UNet is called with instead, marks taken off; `call` is told of rows that are added at the end."""
+
+    def leave(self, output: Any) -> Any:
+        """What is left of the UNet's output without them."""
+
+
 class Guidance(Protocol):
     """What is done to the UNet's call as a whole, such as `guidance.FeatureGuidance`."""
 
@@ -152,6 +163,7 @@ class _Part:
     arounds: list[tuple[nn.Module, Around]]
     rule: Rule | None = None
     rewrites: RewritesContext | None = None
+    adds: AddsRows | None = None
 
 
 class Injection:
@@ -199,6 +211,7 @@ class Injection:
             call = Call()
             arounds = [(unet.get_submodule(path), one) for path, one in guidance.overrides(unet, call).items()]
             self._parts.append(_Part(guidance.active, call, arounds))
+        self._left: list[list[int] | None] = []
         self._overrides: list[_Override] = []
         self._handles: list[Any] = []
 
@@ -209,7 +222,8 @@ class Injection:
             for site in self.sites
             for path, around in rule.overrides(site, call).items()
         ]
-        return _Part(rule.active, call, arounds, rule, rule if isinstance(rule, RewritesContext) else None)
+        rewrites = rule if isinstance(rule, RewritesContext) else None
+        return _Part(rule.active, call, arounds, rule, rewrites, rule if isinstance(rule, AddsRows) else None)
 
     @property
     def injected(self) -> bool:
@@ -250,6 +264,11 @@ class Injection:
     ) -> None:
         self.eject()
 
+    def resume(self) -> None:
+        """Lets the rules act on the rows of the last call again, for gradient checkpointing runs its layers anew."""
+        for part, numbers in zip(self._parts, self._left, strict=True):
+            part.call.numbers = numbers
+
     def _stand_aside(self) -> None:
         self.call.numbers = None
         for part in self._parts:
@@ -283,9 +302,19 @@ class Injection:
             part.call.follow(call, part.active(call.progress))
             if part.call.numbers is not None and part.rewrites is not None:
                 context = part.rewrites.context(part.call, context)
-        return self._context.put(args, kwargs, context)
+        args, kwargs = self._context.put(args, kwargs, context)
+        for part in self._parts:
+            if part.call.numbers is not None and part.adds is not None:
+                args, kwargs = part.adds.enter(part.call, args, kwargs)
+                for other in self._parts:
+                    if other.call.numbers is not None:
+                        other.call.table, other.call.numbers = part.call.table, part.call.numbers
+        return args, kwargs
 
-    def _leave_call(self, unet: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+    def _leave_call(self, unet: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
+        for part in reversed(self._parts):
+            if part.call.numbers is not None and part.adds is not None:
+                output = part.adds.leave(output)
         passed_by = [
             site.path
             for part in self._parts
@@ -293,6 +322,7 @@ class Injection:
             for site in self.sites
             if part.rule.must_visit(site) and site.index not in part.call.visited
         ]
+        self._left = [part.call.numbers for part in self._parts]
         self._stand_aside()
         if passed_by:
             raise PortraitError(
@@ -301,3 +331,4 @@ class Injection:
                 "Switch off what replaces the UNet (TensorRT, compiled or exported UNets) and generate again.",
                 500,
             )
+        return output

@@ -7,9 +7,11 @@ A `Box` says which, and may reach beyond 0 and 1.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Hashable, Sequence
+from dataclasses import dataclass
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from lib_portrait.errors import Notice, PortraitError
@@ -26,6 +28,8 @@ FAINTEST = 0.02
 SMALLEST_OVERLAP = 0.005
 # Positions along either side that overlaps are measured with.
 MEASURED = 256
+# By how much of a position regions must overlap for more than one person to claim it.
+OVERLAP = 0.01
 
 
 def coverage(region: Region, shape: tuple[int, int], place: Box = WHOLE) -> Tensor:
@@ -100,3 +104,54 @@ def overlaps(regions: Sequence[Region | None]) -> list[Notice]:
                     )
                 )
     return notices
+
+
+@dataclass(frozen=True)
+class Claims:
+    """What people's regions say of the n positions of a site, for A people.
+
+    shares (1, n, A): how much of a position lies in each person's region, 0 for those without one, who are `free`
+    (A) bool, or None where everybody has one. overlap: whether more than one person claims a position.
+    """
+
+    shares: Tensor
+    free: Tensor | None
+    overlap: bool
+
+
+class RegionsAtSites:
+    """People's regions, resized to the sites of a UNet; what was resized once is kept."""
+
+    def __init__(self, regions: Sequence[Region | None]):
+        self.regions = list(regions)
+        self._covered: dict[Hashable, Tensor] = {}
+        self._claims: dict[Hashable, Claims] = {}
+
+    def at(
+        self, people: tuple[int, ...], place: Box, latent: tuple[int, int], shape: tuple[int, int], like: Tensor
+    ) -> Claims | None:
+        """The claims of some people (by number) at a site of `shape` (h, w), or None where none of them has a region.
+
+        place: the part of the picture that the UNet's latent, of (height, width), is of. like: whose device and dtype
+        they have.
+        """
+        free = [self.regions[person] is None for person in people]
+        if all(free):
+            return None
+        key = (people, place, latent, shape, like.device, like.dtype)
+        if key not in self._claims:
+            maps = torch.stack([self._coverage(person, place, latent) for person in people])
+            resized = F.interpolate(maps[None], size=shape, mode="bilinear", align_corners=False)
+            shares = resized.flatten(2).transpose(1, 2)
+            overlap = bool((shares.sum(dim=-1) > 1 + OVERLAP).any())
+            freed = torch.tensor(free, device=like.device) if any(free) else None
+            self._claims[key] = Claims(shares.to(like), freed, overlap)
+        return self._claims[key]
+
+    def _coverage(self, person: int, place: Box, latent: tuple[int, int]) -> Tensor:
+        """The person's region on the latent, (h, w); zero without one."""
+        key = (person, place, latent)
+        if key not in self._covered:
+            region = self.regions[person]
+            self._covered[key] = torch.zeros(latent) if region is None else coverage(region, latent, place)
+        return self._covered[key]

@@ -17,6 +17,8 @@ import torch
 
 POSITIVE = 1
 NEGATIVE = 2
+# A rule's own row: a picture of somebody that the UNet looks at, no row of the host's batch.
+REFERENCE = 3
 
 # Whole numbers up to 256 are exact in bf16 (and fp16), and no text encoder emits a token of two large whole numbers.
 _BASE = 192
@@ -28,7 +30,7 @@ MOST_ROWS = _DIGITS**2
 class Row:
     """What one row of a UNet call is.
 
-    kind: POSITIVE, NEGATIVE or a method's own. picture: its number in the batch; a picture has several positive rows
+    kind: POSITIVE, NEGATIVE or REFERENCE. picture: its number in the batch; a picture has several positive rows
     where its prompt is composed of several. words: positions of the identity words in the row's context.
     """
 

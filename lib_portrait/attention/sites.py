@@ -79,6 +79,11 @@ class Site:
         x, context = given["x"], given.get("context")
         return x, x if context is None else context
 
+    @staticmethod
+    def others(kwargs: Mapping[str, Any]) -> dict[str, Any]:
+        """What the layer's forward was called with beside `arguments`."""
+        return {name: value for name, value in kwargs.items() if name not in _ARGUMENTS}
+
     def qkv(self, x: torch.Tensor, context: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """Queries of x (B, n, channels), keys and values of context (B, m, context): (B, heads, n or m, d) each.
 

@@ -1,23 +1,28 @@
-"""Weights: their files (`formats`), where they are published (`registry`), where they lie (`store`), how they get there
-(`download`).
+"""Weights: their files (`formats`), what methods call them (`files`), what is published (`registry`), where they lie
+(`store`, `found`), how they get there (`download`).
 
 Importing this package imports no torch; the functions that read tensors import it when they are called.
 """
 
+from lib_portrait.checkpoints.files import AdapterFile, AdapterFiles, KnownWeight, Member
 from lib_portrait.checkpoints.formats import Checkpoint, Description, convert, describe, read_tensors, write_tensors
+from lib_portrait.checkpoints.found import Folders, Kit, KitStatus, Missing
 from lib_portrait.checkpoints.hashes import file_sha256
-from lib_portrait.checkpoints.registry import KNOWN, KnownWeight
-from lib_portrait.checkpoints.store import Folders, Kit, KitStatus, Missing, Store
+from lib_portrait.checkpoints.registry import Registry
+from lib_portrait.checkpoints.store import Store
 
 __all__ = [
-    "KNOWN",
+    "AdapterFile",
+    "AdapterFiles",
     "Checkpoint",
     "Description",
     "Folders",
     "Kit",
     "KitStatus",
     "KnownWeight",
+    "Member",
     "Missing",
+    "Registry",
     "Store",
     "convert",
     "describe",

@@ -26,9 +26,9 @@ from typing import Any
 from urllib.parse import urljoin, urlsplit
 
 from lib_portrait import __version__
-from lib_portrait.checkpoints import registry
+from lib_portrait.checkpoints.files import KnownWeight
 from lib_portrait.checkpoints.hashes import BLOCK, file_sha256
-from lib_portrait.checkpoints.registry import KnownWeight
+from lib_portrait.checkpoints.registry import Registry
 from lib_portrait.checkpoints.store import Store
 from lib_portrait.errors import PortraitError
 
@@ -68,11 +68,12 @@ class _Answer:
 def fetch_known(
     name_or_group: str,
     folder: Path,
+    registry: Registry,
     progress: NamedProgress | None = None,
     sha256: str | None = None,
     store: Store | None = None,
 ) -> list[Path]:
-    """Fetch a published file, or all files of a group ("uniportrait", "insightface"), into `folder`; returns the paths.
+    """Fetch a published file, or all files of a group of the registry, into `folder`; returns the paths.
 
     progress: called with (file name, bytes done, bytes in all). sha256: for a single file, see `download`.
     store: files it finds elsewhere already (another extension's image encoder) are left where they are.
@@ -86,7 +87,7 @@ def fetch_known(
         raise PortraitError("sha256", f"one hash cannot be that of {len(wanted)} files", "Name a single file.")
     paths = []
     for known in wanted:
-        present = store.published(known.role) if store is not None else None
+        present = store.published(known.role, known) if store is not None else None
         if present is not None:
             paths.append(present)
             continue

@@ -24,7 +24,6 @@ from pathlib import Path
 from pickle import UnpicklingError
 from typing import TYPE_CHECKING, Any
 
-from lib_portrait.checkpoints import registry
 from lib_portrait.checkpoints.hashes import file_sha256
 from lib_portrait.errors import PortraitError
 
@@ -40,6 +39,9 @@ TORCH_ZIP = "torch zip"
 TORCH_LEGACY = "torch legacy pickle"
 ONNX = "onnx"
 
+# Whose layout `role_of` knows.
+ROLES = ("faceid", "router", "backbone", "vision")
+
 LAYOUT = "portrait.layout"
 OFFICIAL_GROUPS = (("faceid_proj",), ("faceid_adapter",))
 
@@ -50,6 +52,8 @@ KEY_LENGTH = 1000
 # Tied weights make the tensors add up to more than the file; anything past this is a file made to fill the memory.
 INFLATION = 4
 
+# Where a damaged or missing file is to come from; who knows where it is published says so in its place (`Store.read`).
+SOURCE = "get it anew from where it came from"
 MORE_THAN_TENSORS = "Use a .safetensors file of it: of a model, the WebUI's Checkpoint Merger makes one."
 
 # torch/serialization.py: MAGIC_NUMBER 0x1950a86a20f9469cfc6c, pickled as a LONG1 of ten bytes, little-endian.
@@ -130,7 +134,8 @@ def read_tensors(
     else:
         tensors, metadata = _read_pickle(path, kind, inside)
     checkpoint = Checkpoint(path, tensors, metadata, hash_cache)
-    if role is not None and checkpoint.role != role:
+    # Of a role without a layout known here, only files of another's are refused.
+    if role is not None and checkpoint.role != role and (checkpoint.role or role in ROLES):
         what = f"the tensors of a {checkpoint.role} file" if checkpoint.role else "tensors of no known kind"
         raise _bad(path, f"it holds {what}, not those of a {role} file", f"Put a {role} file at {path}.")
     return checkpoint
@@ -160,7 +165,7 @@ def describe(path: Path) -> Description:
 
 
 def role_of(keys: Collection[str]) -> str | None:
-    """The role (`registry.ROLES`) of a checkpoint with these flat keys, or None."""
+    """The role of a checkpoint with these flat keys, or None where they are of no kind known here."""
 
     def has(pattern: str) -> bool:
         return any(re.match(pattern, key) for key in keys)
@@ -503,7 +508,7 @@ def _reading(path: Path) -> Iterator[None]:
         yield
     except FileNotFoundError:
         problem = f"there is no such file in {path.parent}"
-        raise PortraitError(path.name, problem, f"To have it there, {_source(path)}.", 404) from None
+        raise PortraitError(path.name, problem, f"To have it there, {SOURCE}.", 404) from None
     except OSError as error:
         reason = error.strerror or _first_line(error)
         raise PortraitError(path.name, f"it cannot be read ({reason})", f"Check the file in {path.parent}.") from error
@@ -524,14 +529,7 @@ def _parsing(path: Path) -> Iterator[None]:
 
 
 def _bad(path: Path, problem: str, remedy: str | None = None) -> PortraitError:
-    return PortraitError(path.name, problem, remedy or f"Move {path} away, then {_source(path)}; or use another file.")
-
-
-def _source(path: Path) -> str:
-    """Where a file of this name comes from."""
-    for weight in registry.select(path.name):
-        return f"run: {registry.download_command(weight)}, or take it from {weight.url}"
-    return "get it anew from where it came from"
+    return PortraitError(path.name, problem, remedy or f"Move {path} away, then {SOURCE}; or use another file.")
 
 
 def _first_line(error: Exception) -> str:

@@ -1,7 +1,7 @@
 """Fetch published weights; what was broken off goes on where it stopped, and every file is checked by its SHA-256.
 
-portrait.py download                       all that UniPortrait for Stable Diffusion 1.5 needs
-portrait.py download backbone vision       only these; also: faceid, router, detector, a file's name, or all
+portrait.py download                       all that the first method needs for Stable Diffusion 1.5
+portrait.py download backbone vision       only these roles; also: another method, detector, a file's name, or all
 """
 
 from __future__ import annotations
@@ -11,22 +11,25 @@ import sys
 import time
 from pathlib import Path
 
+from lib_portrait.methods.declarations import NAMES, adapter_files
+
 REQUIREMENTS = "standalone"
 MODELS = Path(__file__).resolve().parents[2] / "models"
 
 
 def configure(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("what", nargs="*", default=["uniportrait"], metavar="WHAT", help="default: uniportrait")
+    parser.add_argument("what", nargs="*", default=[NAMES[0]], metavar="WHAT", help=f"default: {NAMES[0]}")
     parser.add_argument("--into", type=Path, default=MODELS, metavar="FOLDER", help="default: models/ of this project")
     parser.add_argument("--sha256", metavar="HEX", help="check a single file whose publisher announces no hash by this")
 
 
 def run(options: argparse.Namespace) -> int:
-    from lib_portrait.checkpoints import registry
+    from lib_portrait.checkpoints import Registry
     from lib_portrait.checkpoints.download import fetch_known
 
-    for what in list(registry.GROUPS) if "all" in options.what else options.what:
-        for path in fetch_known(what, options.into, Meter(), options.sha256):
+    registry = Registry(adapter_files())
+    for what in registry.groups if "all" in options.what else options.what:
+        for path in fetch_known(what, options.into, registry, Meter(), options.sha256):
             print(f"{path} is there ({path.stat().st_size / 2**20:.1f} MiB)")
     return 0
 

@@ -1,4 +1,4 @@
-"""Draw people into pictures without the WebUI; without arguments, sample people of the embedded world.
+"""Draw people into pictures without the WebUI; without arguments, the sample people of the embedded kit.
 
 portrait.py generate
 portrait.py generate --checkpoint model.safetensors --prompt "a man in a spacesuit" --face bob.jpg,bob-2.jpg
@@ -20,13 +20,15 @@ import glob
 import json
 import os
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 from lib_portrait.errors import Notice, PortraitError
+from lib_portrait.methods import declarations
+from lib_portrait.options import Choice, Number, Option, Switch
 from lib_portrait.picture_files import SUFFIXES, picture_files
-from lib_portrait.request import METHODS, Identity, Limits, PortraitRequest, parse_request
+from lib_portrait.request import END, START, Limits, PortraitRequest, parse_request
 
 REQUIREMENTS = "standalone"
 ROOT = Path(__file__).resolve().parents[2]
@@ -44,20 +46,22 @@ def configure(parser: argparse.ArgumentParser) -> None:
     )
     people.add_argument("--region", action=_OfFace, metavar="BOX|MASK", help="left,top,right,bottom (0 to 1) or a file")
     people.add_argument("--mix", action=_OfFace, metavar="PHOTO[,PHOTO]=WEIGHT", help="blends a person in; repeatable")
-    for name, spec in _numbers(Identity).items():
+    methods = declarations.declarations()
+    for_all = _methods_options((one.title, one.options) for one in methods)
+    for_each = _methods_options([*((one.title, one.identity_options) for one in methods), ("", (START, END))])
+    for name, declared in for_each.items():
         # The picture as a whole has a scale, too.
-        option = f"--face-{name}" if name in _numbers(PortraitRequest) else f"--{name}"
-        people.add_argument(option, dest=name, action=_OfFace, type=float, metavar="X", help=_told(spec))
+        flag = f"--face-{name}" if name in for_all else f"--{name}"
+        _add(people, flag.replace("_", "-"), declared, dest=name, action=_OfFace)
 
     whole = parser.add_argument_group("all people together")
-    for name, spec in _numbers(PortraitRequest).items():
-        whole.add_argument(f"--{name.replace('_', '-')}", dest=f"all_{name}", type=float, metavar="X", help=_told(spec))
-    whole.add_argument("--method", choices=METHODS, help=f"default: {METHODS[0]}")
+    for name, declared in for_all.items():
+        _add(whole, f"--{name.replace('_', '-')}", declared, dest=f"{_ALL}{name}")
+    whole.add_argument("--method", choices=declarations.NAMES, help=f"default: {declarations.NAMES[0]}")
     whole.add_argument("--adapter", metavar="NAME", help="of the adapter's files; default: the one there is")
     whole.add_argument(
         "--filter-crops", action="store_true", help="smooth faces larger than 224 pixels when they are cut out"
     )
-    whole.add_argument("--show-routing", action="store_true", default=None, help="also write who was put where")
     whole.add_argument(
         "--request", type=Path, metavar="FILE.json", help=f"all of it as the API takes it; {FILE}PATH is a photo"
     )
@@ -66,7 +70,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
     picture.add_argument("--prompt", dest="prompts", action="append", metavar="TEXT", help="repeatable")
     picture.add_argument("--negative-prompt", metavar="TEXT")
     picture.add_argument(
-        "--checkpoint", type=Path, metavar="FILE", help="SD 1.x, .safetensors or .ckpt; default: the world's"
+        "--checkpoint", type=Path, metavar="FILE", help="SD 1.x, .safetensors or .ckpt; default: the embedded kit's"
     )
     picture.add_argument("--size", type=_size, metavar="WxH", help="default: what the checkpoint was trained on")
     picture.add_argument("--steps", type=int, metavar="N", help="default: 20")
@@ -103,18 +107,18 @@ def run(options: argparse.Namespace) -> int:
     asked = {name: getattr(options, name) for name in ("negative_prompt", "steps", "guidance", "sampler", "seed")}
     asked |= {"width": width, "height": height}
     settings = {name: value for name, value in asked.items() if value is not None}
-    folders = [*options.models, ROOT / "models", generation.WORLD]
+    folders = [*options.models, ROOT / "models"]
 
     def tell(notice: Notice) -> None:
         field = _by_name(notice.field, options.faces or []) or notice.field
         generation.say(str(dataclasses.replace(notice, field=field)))
 
     with generation.Results.begin(options.output) as results, _photos_by_name(options.faces or []):
-        checkpoint = options.checkpoint or generation.world_checkpoint()
+        checkpoint = options.checkpoint or generation.bundled_checkpoint(folders)
         studio = generation.Studio(checkpoint, folders, options.device, tell, options.filter_crops)
         if demonstration:
             changes = _changes(options)
-            generation.draw_world(
+            generation.draw_samples(
                 studio, results, settings, lambda identities: _request({"identities": identities, **changes})
             )
         else:
@@ -166,7 +170,7 @@ def request_of(options: argparse.Namespace) -> PortraitRequest | None:
 
 def identity_of(face: dict[str, Any]) -> dict[str, Any]:
     """The JSON form of one person from the texts of the command line; photos are read."""
-    identity = {name: value for name, value in face.items() if name in _numbers(Identity)}
+    identity = {name: value for name, value in face.items() if name not in ("photos", "region", "mix")}
     identity["photos"] = photos_of(face["photos"], "--face")
     if "region" in face:
         identity["region"] = _region(face["region"])
@@ -225,8 +229,8 @@ def photos_of(texts: Sequence[str], option: str) -> list[dict[str, Any]]:
 
 def _changes(options: argparse.Namespace) -> dict[str, Any]:
     """What the options say about all people together, by the request's names."""
-    named = {name: getattr(options, f"all_{name}") for name in _numbers(PortraitRequest)}
-    named |= {"method": options.method, "checkpoint": options.adapter, "show_routing": options.show_routing}
+    named = {name.removeprefix(_ALL): value for name, value in vars(options).items() if name.startswith(_ALL)}
+    named |= {"method": options.method, "checkpoint": options.adapter}
     return {name: value for name, value in named.items() if value is not None}
 
 
@@ -297,13 +301,41 @@ def _request(value: dict[str, Any]) -> PortraitRequest:
 # ------------------------------------------------------------------------------------------------------------- options
 
 
-def _numbers(form: type) -> dict[str, dataclasses.Field[Any]]:
-    """The request's numbers with limits, by name: options are made of them, so that none is forgotten."""
-    return {field.name: field for field in dataclasses.fields(form) if "low" in field.metadata}
+# What methods declare has its place in the namespace behind this: they may call an option like one of ours.
+_ALL = "all_"
+# For each option its method's title, "" where all methods have it.
+_Declared = Sequence[tuple[str, Option]]
 
 
-def _told(spec: dataclasses.Field[Any]) -> str:
-    return f"{spec.metadata['doc']}; {spec.metadata['low']:g} to {spec.metadata['high']:g}, default: {spec.default:g}"
+def _methods_options(options: Iterable[tuple[str, Sequence[Option]]]) -> dict[str, _Declared]:
+    """The options of methods, given by their titles, by name: several may have one of the same name."""
+    found: dict[str, list[tuple[str, Option]]] = {}
+    for title, its in options:
+        for option in its:
+            found.setdefault(option.name, []).append((title, option))
+    return dict(found)
+
+
+def _add(group: Any, flag: str, declared: _Declared, **how: Any) -> None:
+    """The flag for what methods declare under one name."""
+    told = [f"{title}: {_told(option)}" if title else _told(option) for title, option in declared]
+    first = declared[0][1]
+    if isinstance(first, Switch):
+        of_face = {"nargs": 0} if "action" in how else {"action": "store_const"}
+        flag = f"--no-{flag.removeprefix('--')}" if first.default else flag
+        how |= {"const": not first.default, "default": None, **of_face}
+    elif isinstance(first, Number):
+        how |= {"type": float, "metavar": "X"}
+    else:
+        words = [word for _, option in declared if isinstance(option, Choice) for word in option.choices]
+        how |= {"choices": list(dict.fromkeys(words))}
+    group.add_argument(flag, help="; ".join(told).replace("%", "%%"), **how)
+
+
+def _told(option: Option) -> str:
+    if isinstance(option, Number):
+        return f"{option.help}; {option.low:g} to {option.high:g}, default: {option.default:g}"
+    return option.help if isinstance(option, Switch) else f"{option.help}; default: {option.default}"
 
 
 def _size(text: str) -> tuple[int, int]:
@@ -331,6 +363,8 @@ class _OfFace(argparse.Action):
         faces: Sequence[dict[str, Any]] = namespace.faces or []
         if not faces:
             parser.error(f"{option} is about one person: write it behind that person's --face")
+        if self.const is not None:
+            values = self.const
         if self.dest == "mix":
             values = [*faces[-1].get("mix", []), values]
         elif self.dest in faces[-1]:

@@ -74,3 +74,33 @@ def fit_aligned(image: np.ndarray, size: int = CROP_SIZE) -> np.ndarray:
     if side == size:
         return np.ascontiguousarray(square)
     return cv2.resize(square, (size, size), interpolation=cv2.INTER_AREA if side > size else cv2.INTER_CUBIC)
+
+
+# The side of a portrait over the width of the ArcFace template: hair and chin are in it.
+PORTRAIT = 1.75
+# The face's oval on the template of 112 pixels: its centre, its half axes, and over what part of them its edge is soft.
+_OVAL_CENTRE, _OVAL_AXES, _OVAL_EDGE = (56.0, 58.0), (46.0, 58.0), 0.2
+_BLANK = 127.5
+
+
+def portrait(image: np.ndarray, landmarks: np.ndarray, size: int, face_only: bool = False) -> np.ndarray:
+    """The square about a face as it stands in the picture, not turned, without black corners: (size, size, 3) uint8.
+
+    image: (H, W, 3) uint8. landmarks: (5, 2) in its pixels, as in `align_face`, which say where the square lies and
+    how large it is: boxes differ from detector to detector. Beyond the picture's edge its outermost pixels go on.
+    face_only: grey outside of the oval that the landmarks give, softly. Raises ValueError when all landmarks coincide.
+    """
+    to_template = similarity(landmarks, template(112))
+    scale = float(np.hypot(*to_template[:, 0])) * size / (PORTRAIT * 112)
+    # Whole numbers are the middles of pixels.
+    centre = np.linalg.solve(to_template[:, :2], 56.0 - to_template[:, 2])
+    matrix = np.column_stack([np.eye(2) * scale, (size - 1) / 2 - scale * centre])
+    shrunk, moved = _shrunk(image, matrix, scale) if scale < 1 else (image, matrix)
+    square = cv2.warpAffine(shrunk, moved, (size, size), borderMode=cv2.BORDER_REPLICATE)
+    if not face_only:
+        return square
+    places = np.stack(np.meshgrid(np.arange(size), np.arange(size)), axis=-1)
+    on_template = (places - matrix[:, 2]) / scale @ to_template[:, :2].T + to_template[:, 2]
+    radius = np.linalg.norm((on_template - _OVAL_CENTRE) / _OVAL_AXES, axis=-1)
+    kept = np.clip((1 + _OVAL_EDGE - radius) / _OVAL_EDGE, 0, 1)[:, :, None]
+    return np.rint(square * kept + _BLANK * (1 - kept)).astype(np.uint8)

@@ -119,7 +119,7 @@ def backbone_from_state_dict(tensors: Mapping[str, Tensor], field: str = "backbo
     if not found or linear is None or linear.ndim != 2:
         raise unfit(field, "it is not an IR face recognition network")
     if any(_SE_OR_BOTTLENECK.fullmatch(part) for _, part in found):
-        raise unfit(field, "it is an IR network of the SE or bottleneck kind, which UniPortrait was not trained on")
+        raise unfit(field, "it is an IR network of the SE or bottleneck kind, which no adapter here was trained on")
     starts = sorted({0} | {index for index, part in found if part == "shortcut_layer.0.weight"})
     count = 1 + max(index for index, _ in found)
     if len(starts) != 4 or count > len(named):

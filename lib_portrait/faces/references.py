@@ -32,6 +32,10 @@ class Reference:
         """The aligned crop (224, 224, 3) uint8 of that face."""
         return self.chosen.crop
 
+    def portrait(self, size: int, face_only: bool = False) -> np.ndarray:
+        """The square about that face, (size, size, 3) uint8, see `alignment.portrait`."""
+        return self.faces.portrait(self.photo, self.field, size, face_only)
+
     @property
     def features(self) -> FaceFeatures:
         """Its features. Raises PortraitError as `FaceService.features` does."""

@@ -11,7 +11,7 @@ import numpy as np
 
 from lib_portrait.errors import NoSuchFace, Notice, PortraitError
 from lib_portrait.faces import order
-from lib_portrait.faces.alignment import align_face, fit_aligned, template
+from lib_portrait.faces.alignment import align_face, fit_aligned, portrait, template
 from lib_portrait.faces.cache import FeatureCache, PhotoCache, Recent
 from lib_portrait.faces.detection import (
     RULES,
@@ -53,7 +53,7 @@ class FaceService:
     """Everything a host asks about faces. One per process; calls from several threads wait for each other.
 
     detector_dirs: folders in which insightface's weights may lie. cache_dir: where photos and features are kept.
-    detector: name of the one to use, or None for the best available (see `detection`). cache_bytes: how much photos
+    detector: the one to use or its name, or None for the best available (see `detection`). cache_bytes: how much photos
     (two thirds) and features (one third) may take on disk. filter_crops: see `align_face`.
     """
 
@@ -62,7 +62,7 @@ class FaceService:
         detector_dirs: Sequence[Path],
         cache_dir: Path,
         limits: Limits | None = None,
-        detector: str | None = None,
+        detector: str | Detector | None = None,
         cache_bytes: int = 2**30,
         filter_crops: bool = False,
     ):
@@ -71,7 +71,7 @@ class FaceService:
         self._features = FeatureCache(Path(cache_dir) / "features", cache_bytes // 3)
         self._found: Recent[list[FoundFace]] = Recent(32)
         self._detector_dirs = detector_dirs
-        self._detector_name = detector
+        self._chosen = detector
         self.filter_crops = filter_crops
         self._detector: Detector | None = None
         self._lock = threading.RLock()
@@ -81,7 +81,8 @@ class FaceService:
         """The detector in use. Raises PortraitError when there is none."""
         with self._lock:
             if self._detector is None:
-                self._detector = get_detector(self._detector_name, self._detector_dirs)
+                chosen = self._chosen
+                self._detector = chosen if isinstance(chosen, Detector) else get_detector(chosen, self._detector_dirs)
             return self._detector
 
     def find(self, photo: Photo, field: str) -> list[FoundFace]:
@@ -108,6 +109,20 @@ class FaceService:
         Raises PortraitError as `find` does, and when there are fewer faces than `face` counts.
         """
         return self.chosen(photo, field).crop
+
+    def portrait(self, photo: Photo, field: str, size: int, face_only: bool = False) -> np.ndarray:
+        """The square about the face that the photo's `face` chooses, (size, size, 3) uint8, see `alignment.portrait`.
+
+        Raises PortraitError as `crop` does.
+        """
+        chosen = self.chosen(photo, field)
+        if photo.aligned:
+            return portrait(chosen.crop, chosen.face.landmarks, size, face_only)
+        image, _ = decode_photo(self._bytes(self.named(photo, field), field), field, self.limits)
+        quarters = chosen.turn // 90
+        upright = turned(image, quarters)
+        face = turned_back(chosen.face, -quarters, upright.shape[1], upright.shape[0])
+        return portrait(upright, face.landmarks, size, face_only)
 
     def notices(self, photo: Photo, field: str) -> list[Notice]:
         """What a user should know of the face that the photo's `face` chooses. Raises PortraitError as `crop` does."""

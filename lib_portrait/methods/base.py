@@ -19,6 +19,7 @@ from lib_portrait.attention.injection import Around, Call
 from lib_portrait.attention.maps import RoutingMaps
 from lib_portrait.attention.regions import WHOLE, Box, Region
 from lib_portrait.attention.sites import Site
+from lib_portrait.checkpoints.formats import Checkpoint
 from lib_portrait.errors import Notice
 from lib_portrait.faces.references import IdentityFaces
 from lib_portrait.methods.declarations import Declaration, declaration
@@ -135,8 +136,8 @@ class Method(ABC):
         return declaration(self.name)
 
     @abstractmethod
-    def load(self, files: Mapping[str, Mapping[str, Tensor]], names: Mapping[str, str]) -> Any:
-        """The adapter made of the tensors of its files, and what these are called, both by role.
+    def load(self, files: Mapping[str, Checkpoint], names: Mapping[str, str]) -> Any:
+        """The adapter made of its files, and what these are called, both by role.
 
         Raises PortraitError naming file and tensor where they do not belong together.
         """

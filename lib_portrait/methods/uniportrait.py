@@ -5,8 +5,11 @@ arXiv 2408.05939; the numbers to match are those of the official code (junjiehe9
 In the paper's order: the ID embedding (sec. 3.2) turns the features of one person's photos into a few tokens F_id; the
 decoupled cross-attention adds an attention over these tokens to the one over the text; with several people the ID
 router (sec. 3.3) gives every position of the picture to one of them; LoRA adapts the UNet's own attention (sec. 3.4).
+The modules have the names of the published files; training and inference compute with the same ones, and what
+inference keeps from step to step is made anew at every call while it is trained.
 
-Notation: N identities, T ID tokens each (16), D context width (768), H heads of width d, n positions.
+Notation: B rows, N identities, T ID tokens each (16), D context width (768), H heads of width d, C channels of a site
+and n positions.
 """
 
 from __future__ import annotations
@@ -14,32 +17,29 @@ from __future__ import annotations
 import logging
 import math
 import re
-from collections.abc import Callable, Collection, Hashable, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import dataclass, field, fields
 from typing import cast
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from lib_portrait.attention.injection import Around, Call
-from lib_portrait.attention.lora import FusedLinear, LowRank
+from lib_portrait.attention.decoupled import PROJECTIONS, DecoupledAttention, id_attention, projection_sizes
+from lib_portrait.attention.injection import Call
+from lib_portrait.attention.lora import LowRank
 from lib_portrait.attention.maps import RoutingMaps
-from lib_portrait.attention.regions import Box, Region, coverage
+from lib_portrait.attention.regions import Claims, Region, RegionsAtSites
 from lib_portrait.attention.rows import NEGATIVE, POSITIVE
-from lib_portrait.attention.sites import Site
+from lib_portrait.attention.scales import LocalScales
+from lib_portrait.attention.sites import Site, spatial_shape
 from lib_portrait.attention.windows import takes_part
+from lib_portrait.checkpoints.formats import Checkpoint
 from lib_portrait.errors import Notice, PortraitError
 from lib_portrait.faces.features import FaceFeatures
 from lib_portrait.faces.references import IdentityFaces, Reference
 from lib_portrait.faces.weights import checked, fill
 from lib_portrait.methods.base import Method, Options, Placement, Rule
-
-# By how much of a position regions must overlap for the router to be asked.
-OVERLAP = 0.01
-PROJECTIONS = ("to_q", "to_k", "to_v", "to_out")
-# The names the linear layers have inside an attention layer of the UNet.
-PATHS = {"to_q": "to_q", "to_k": "to_k", "to_v": "to_v", "to_out": "to_out.0"}
 
 # What stands before the names of tensors in the released files, and the names that a site has there.
 EMBEDDING, SITES = "faceid_proj.", "faceid_adapter."
@@ -87,8 +87,9 @@ class PerceiverAttention(nn.Module):
         return self.to_out(F.scaled_dot_product_attention(q, k, v, attn_mask=seen).transpose(1, 2).flatten(2))
 
 
-def _mlp(inside: int, outside: int) -> nn.Sequential:
-    return nn.Sequential(nn.Linear(inside, inside * 2), nn.GELU(), nn.Linear(inside * 2, outside))
+def _two_layers(inside: int, hidden: int, outside: int, bias: bool) -> nn.Sequential:
+    """A two-layer MLP with GELU. bias: whether the last layer has one."""
+    return nn.Sequential(nn.Linear(inside, hidden), nn.GELU(), nn.Linear(hidden, outside, bias=bias))
 
 
 def _feed_forward(width: int, factor: int) -> nn.Sequential:
@@ -114,8 +115,8 @@ class IDEmbedding(nn.Module):
         heads = width // math.gcd(width, 64)
         self.intrinsic_width, self.structure_width = intrinsic, structure
         self.latents = nn.Parameter(torch.randn(1, tokens, width) / width**0.5)
-        self.proj_id = _mlp(intrinsic, width)
-        self.proj_clip = _mlp(structure, width)
+        self.proj_id = _two_layers(intrinsic, 2 * intrinsic, width, bias=True)
+        self.proj_clip = _two_layers(structure, 2 * structure, width, bias=True)
         self.layers = nn.ModuleList(
             nn.ModuleList(
                 [PerceiverAttention(width, heads), PerceiverAttention(width, heads), _feed_forward(width, ff_factor)]
@@ -179,60 +180,191 @@ def interpolate(master: Tensor, others: Sequence[Tensor], weights: Sequence[floa
     return mixed
 
 
-# ------------------------------------------------------------------------------------------------------------- adapter
+# ------------------------------------------------------------- layers of an attention site, decoupled cross-attention
 
 
-@dataclass(frozen=True)
-class Router:
-    """The ID router of one site (eq. 3): theta on positions, phi on aggregated identities, both two-layer MLPs.
+class SiteLayers(nn.Module):
+    """What one file holds for one attention site, under its names there; dtype and device are the file's until moved.
 
-    theta: (weight (2C, C), bias (2C), weight (C, 2C)); phi: the same from D; aggregate: weight (1, T), bias (1).
+    LoRA pairs ``to_q_lora`` ... ``to_out_lora`` (sec. 3.4); at cross-attentions W_k^id and W_v^id (sec. 3.2; the faceid
+    file), or the router (eq. 3; the router file). What is computed follows the dtype and device of what comes in.
     """
 
-    theta: tuple[Tensor, Tensor, Tensor]
-    phi: tuple[Tensor, Tensor, Tensor]
-    aggregate: tuple[Tensor, Tensor]
+    to_k_faceid: nn.Linear
+    to_v_faceid: nn.Linear
+    to_q_router: nn.Sequential
+    to_k_router: nn.Sequential
+    aggr_router: nn.Linear
 
-    def identity_keys(self, tokens: Tensor) -> Tensor:
-        """phi(W_aggr F_id) folded with theta's last layer, which is linear: (N, T, D) -> (N, 2C)."""
-        w_in, bias, w_out = (x.to(tokens) for x in self.phi)
-        weight, offset = (x.to(tokens) for x in self.aggregate)
-        aggregated = F.linear(tokens.transpose(1, 2), weight, offset).squeeze(-1)
-        keys = F.linear(F.gelu(F.linear(aggregated, w_in, bias)), w_out)
-        return keys @ self.theta[2].to(tokens)
+    def add_lora(self, name: str, inside: int, outside: int, rank: int) -> None:
+        self.add_module(f"{name}_lora", LowRank(inside, outside, rank))
 
+    def add_id_attention(self, context: int, inner: int) -> None:
+        """W_k^id and W_v^id: context is D, inner H * d."""
+        self.to_k_faceid = nn.Linear(context, inner, bias=False)
+        self.to_v_faceid = nn.Linear(context, inner, bias=False)
 
-@dataclass(frozen=True)
-class SiteWeights:
-    """What an adapter holds for one site. `key` and `value` (W_k^id, W_v^id: (inner, D)) stand at cross sites only."""
+    def add_router(self, theta: tuple[int, int, int], phi: tuple[int, int, int], tokens: int) -> None:
+        """theta on positions, phi on aggregated identities, W_aggr over the T tokens (eq. 3).
 
-    lora_single: dict[str, LowRank] = field(default_factory=dict)
-    lora_multi: dict[str, LowRank] = field(default_factory=dict)
-    key: Tensor | None = None
-    value: Tensor | None = None
-    router: Router | None = None
+        theta: widths (C, 2C, C) of its two layers; phi: (D, 2D, C).
+        """
+        self.to_q_router = _two_layers(*theta, bias=False)
+        self.to_k_router = _two_layers(*phi, bias=False)
+        self.aggr_router = nn.Linear(tokens, 1)
 
+    @property
+    def lora(self) -> dict[str, LowRank]:
+        """The LoRA pairs by the projection they belong to (`PROJECTIONS`)."""
+        found = {name: getattr(self, f"{name}_lora", None) for name in PROJECTIONS}
+        return {name: pair for name, pair in found.items() if pair is not None}
 
-@dataclass(frozen=True)
-class Adapter:
-    """A UniPortrait adapter: the ID embedding and the weights of every attention site, by site number.
-
-    files: the names of the faceid file and the router file that it was read from.
-    """
-
-    embedding: IDEmbedding
-    sites: dict[int, SiteWeights]
-    files: tuple[str, str] = ("faceid", "router")
+    @property
+    def has_id_attention(self) -> bool:
+        return hasattr(self, "to_k_faceid")
 
     @property
     def has_router(self) -> bool:
-        return any(weights.router is not None for weights in self.sites.values())
+        return hasattr(self, "aggr_router")
+
+    @property
+    def trained(self) -> bool:
+        return any(parameter.requires_grad for parameter in self.parameters())
+
+    def keys_values(self, site: Site, id_tokens: Tensor) -> tuple[Tensor, Tensor]:
+        """W_k^id F and W_v^id F (sec. 3.2): (B, N, T, D) -> (B, N, H, T, d) each."""
+        key, value = (
+            site.split_heads(_linear(layer, id_tokens.flatten(0, 1))).unflatten(0, id_tokens.shape[:2])
+            for layer in (self.to_k_faceid, self.to_v_faceid)
+        )
+        return key, value
+
+    def router_keys(self, id_tokens: Tensor) -> Tensor:
+        """phi(W_aggr F) of eq. 3, folded with theta's last layer, which is linear: (B, N, T, D) -> (B, N, 2C).
+
+        Positions then need the first of theta's two matrix products only.
+        """
+        aggregated = _linear(self.aggr_router, id_tokens.transpose(-1, -2)).squeeze(-1)
+        first, _, last = self.to_k_router
+        identities = _linear(last, F.gelu(_linear(first, aggregated)))
+        return identities @ cast(nn.Linear, self.to_q_router[2]).weight.to(identities)
+
+    def theta(self, like: Tensor) -> tuple[Tensor, Tensor]:
+        """Weight (2C, C) and bias (2C) of theta's first layer, on the device and in the dtype of `like`."""
+        first = cast(nn.Linear, self.to_q_router[0])
+        return first.weight.to(like), first.bias.to(like)
+
+
+def _linear(layer: nn.Module, x: Tensor) -> Tensor:
+    """The linear layer on x, on x's device and in its dtype."""
+    weight, bias = cast(nn.Linear, layer).weight, cast(nn.Linear, layer).bias
+    return F.linear(x, weight.to(x), None if bias is None else bias.to(x))
+
+
+# -------------------------------------------------------------------------------------------------- ID router, eq. 2, 3
+
+
+def routing_logits(hidden: Tensor, theta: tuple[Tensor, Tensor], router_keys: Tensor) -> Tensor:
+    """Eq. 3, theta(h)^T phi(W_aggr F): hidden (B, n, C), router_keys (N, 2C) or (B, N, 2C) -> (B, n, N).
+
+    theta, router_keys: as `SiteLayers` gives them, theta's last layer in the keys.
+    """
+    weight, bias = theta
+    return F.gelu(F.linear(hidden.to(weight.dtype), weight, bias)) @ router_keys.transpose(-1, -2)
+
+
+def choose(logits: Tensor, noise: Tensor | None = None, group_of: Tensor | None = None) -> Tensor:
+    """Whom eq. 2 gives each position to, 1 or 0: (B, n, N), who has the largest of the logits.
+
+    logits (B, n, N): -inf of those who do not claim a position; nobody is chosen where nobody claims it.
+    noise: Gumbel noise of that shape, for training: then the choice is by chance, as likely as the softmax of the
+    logits says, and straight through, with the gradient of this softmax (Gumbel-softmax, sec. 3.3).
+    group_of (N): the group of each; those of the group of who is chosen are chosen too, as far as they claim it.
+    """
+    noisy = logits if noise is None else logits + noise.to(logits.dtype)
+    group = torch.arange(logits.shape[-1], device=logits.device) if group_of is None else group_of
+    hard = ((group == group[noisy.argmax(dim=-1, keepdim=True)]) & (logits > -torch.inf)).to(logits.dtype)
+    if noise is None:
+        return hard
+    soft = noisy.softmax(dim=-1)
+    return hard - soft.detach() + soft
+
+
+def routing_loss(
+    logits: Mapping[int, Tensor], regions: Tensor, present: Tensor, latent: tuple[int, int]
+) -> tuple[Tensor, Tensor]:
+    """Eq. 4 without its lambda, and the share of face positions whose arg-max is right; means over sites and rows.
+
+    logits: by site (B, n, N), -inf of people who are not there; regions (B, N, h, w) the masks M at the latent's size,
+    empty of those; present (B, N) bool.
+    """
+    losses, rights = [], []
+    for site_logits in logits.values():
+        shape = spatial_shape(site_logits.shape[1], latent)
+        masks = F.adaptive_avg_pool2d(regions, shape).flatten(2).transpose(1, 2)
+        union = masks.amax(dim=-1)
+        routed = site_logits.float().softmax(dim=-1)
+        squared = ((routed - masks) ** 2).sum(dim=-1)
+        people = present.sum(dim=1).clamp(min=1)
+        area = union.sum(dim=1).clamp(min=1e-6)
+        losses.append(((union**2 * squared).sum(dim=1) / area / people).mean())
+        right = (site_logits.argmax(dim=-1) == masks.argmax(dim=-1)).float()
+        rights.append(((union * right).sum(dim=1) / area).mean())
+    return torch.stack(losses).mean(), torch.stack(rights).mean().detach()
+
+
+# ------------------------------------------------------------------------------------------------------------- adapter
+
+
+class Adapter(nn.Module):
+    """A UniPortrait adapter: the ID embedding and the layers of every attention site.
+
+    faceid, router: `SiteLayers` by site number, those of the two files; the router's are none without its file.
+    files: the names of the two.
+    """
+
+    def __init__(
+        self,
+        embedding: IDEmbedding,
+        faceid: Mapping[int, SiteLayers],
+        router: Mapping[int, SiteLayers] | None = None,
+        files: tuple[str, str] = ("faceid", "router"),
+    ):
+        super().__init__()
+        self.embedding = embedding
+        self.faceid, self.router = (
+            nn.ModuleDict({str(index): layers for index, layers in (own or {}).items()}) for own in (faceid, router)
+        )
+        self.files = files
+
+    @property
+    def has_router(self) -> bool:
+        return any(layers.has_router for layers in cast(Mapping[str, SiteLayers], self.router).values())
+
+    @property
+    def id_attentions(self) -> dict[int, tuple[int, int]]:
+        """The shape (H * d, D) of W_k^id and W_v^id at each cross-attention, by site number."""
+        layers = cast(Mapping[str, SiteLayers], self.faceid)
+        shapes = {int(index): own.to_k_faceid.weight.shape for index, own in layers.items() if own.has_id_attention}
+        return {index: (inner, context) for index, (inner, context) in shapes.items()}
+
+    def faceid_at(self, site: Site) -> SiteLayers:
+        """What the faceid file holds for a site; nothing for one that is not in it."""
+        return _at(self.faceid, site)
+
+    def router_at(self, site: Site) -> SiteLayers:
+        """What the router file holds for a site; nothing for one that is not in it."""
+        return _at(self.router, site)
+
+    def lora_at(self, site: Site, several: bool) -> dict[str, LowRank]:
+        """A site's LoRA pairs (sec. 3.4): one set of weights for one identity, another for several."""
+        return (self.router_at(site) if several else self.faceid_at(site)).lora
 
     @staticmethod
     def from_tensors(
         faceid: Mapping[str, Tensor], router: Mapping[str, Tensor] | None, files: tuple[str, str] = ("faceid", "router")
     ) -> Adapter:
-        """An adapter from the flat tensors of the released files.
+        """An adapter from the flat tensors of the released files, to compute with and not to train.
 
         faceid: ``faceid_proj.*`` and ``faceid_adapter.{site}.*`` (LoRA for one ID, W_k^id, W_v^id);
         router: ``faceid_adapter.{site}.*`` (the router, and the LoRA for several IDs, there named ``lora``), or None;
@@ -248,28 +380,26 @@ class Adapter:
             raise PortraitError(files[0], "the file holds no ID attention", "Use UniPortrait's faceid file.")
         _, count, _ = embedding.latents.shape
         width = embedding.norm_out.weight.shape[0]
-        sites = {}
-        for index in sorted({*single, *multi}):
-            own = _SiteTensors(files[0], index, single.get(index, {}))
-            other = _SiteTensors(files[1], index, multi.get(index, {}))
-            key = value = routed = None
-            if own.any_of(ID_ATTENTION):
-                key = own.take("to_k_faceid.weight", None, width)
-                value = own.take("to_v_faceid.weight", *key.shape)
-            if router is not None and (key is not None or other.any_of(ROUTER_LAYERS)):
-                routed = _router(other, count, width)
-                if key is None:
-                    raise _unlike(files[1], f"it has a router at site {index}, where {files[0]} has no ID attention")
-            sites[index] = SiteWeights(_low_rank(own), _low_rank(other), key, value, routed)
-        return Adapter(embedding, sites, files)
+        first = {index: _SiteTensors(files[0], index, tensors) for index, tensors in single.items()}
+        second = {index: _SiteTensors(files[1], index, tensors) for index, tensors in multi.items()}
+        of_faceid = {index: own.layers(width, count) for index, own in first.items()}
+        of_router = {index: own.layers(width, count) for index, own in second.items()}
+        adapter = Adapter(embedding, of_faceid, of_router, files)
+        for index in sorted({*first, *second}) if router is not None else ():
+            attends = index in of_faceid and of_faceid[index].has_id_attention
+            routes = index in of_router and of_router[index].has_router
+            if attends and not routes:
+                _SiteTensors(files[1], index, {}).take(ROUTER_LAYERS[0])
+            if routes and not attends:
+                raise _unlike(files[1], f"it has a router at site {index}, where {files[0]} has no ID attention")
+        return adapter
 
     def check_fits(self, sites: Sequence[Site]) -> None:
         """Raises PortraitError unless the adapter was made for a UNet with these attention sites."""
-        own = {index: weights for index, weights in self.sites.items() if weights.key is not None}
+        own, known = self.id_attentions, {*self.faceid, *self.router}
         cross = [site for site in sites if site.cross]
         for site in cross:
-            weights = own.get(site.index)
-            found = None if weights is None or weights.key is None else tuple(weights.key.shape)
+            found = own.get(site.index)
             if found != (site.inner, site.context):
                 raise PortraitError(
                     "checkpoint",
@@ -278,11 +408,11 @@ class Adapter:
                     f"{(site.inner, site.context)}",
                     FAMILY,
                 )
-        if len(own) != len(cross) or not set(self.sites) <= {site.index for site in sites}:
+        if len(own) != len(cross) or not known <= {str(site.index) for site in sites}:
             raise PortraitError(
                 "checkpoint",
                 f"{self.files[0]} was made for another kind of model: it has {len(own)} ID attentions, the loaded "
-                f"model {len(cross)} text attentions, among {len(self.sites)} and {len(sites)} attention layers",
+                f"model {len(cross)} text attentions, among {len(known)} and {len(sites)} attention layers",
                 FAMILY,
             )
         for site in sites:
@@ -290,20 +420,14 @@ class Adapter:
 
     def _check_layers(self, site: Site) -> None:
         """Raises PortraitError unless LoRA and router of a site fit its linear layers."""
-        weights = self.sites.get(site.index, SiteWeights())
-        wanted = {
-            "to_q": (site.inner, site.channels),
-            "to_k": (site.inner, site.context),
-            "to_v": (site.inner, site.context),
-            "to_out": (site.channels, site.inner),
-        }
+        wanted = {name: (outside, inside) for name, (inside, outside) in projection_sizes(site).items()}
         found = [
-            (file, f"{name}_lora", (pair.up.shape[0], pair.down.shape[1]), wanted[name])
-            for file, pairs in zip(self.files, (weights.lora_single, weights.lora_multi), strict=True)
-            for name, pair in pairs.items()
+            (file, f"{name}_lora", (pair.up.weight.shape[0], pair.down.weight.shape[1]), wanted[name])
+            for file, layers in zip(self.files, (self.faceid_at(site), self.router_at(site)), strict=True)
+            for name, pair in layers.lora.items()
         ]
-        if weights.router is not None:
-            hidden, width = weights.router.theta[0].shape
+        if self.router_at(site).has_router:
+            hidden, width = cast(nn.Linear, self.router_at(site).to_q_router[0]).weight.shape
             found.append((self.files[1], "to_q_router.0.weight", (hidden, width), (hidden, site.channels)))
         for file, name, shape, fitting in found:
             if shape != fitting:
@@ -313,6 +437,10 @@ class Adapter:
                     f"loaded model has ({fitting[0]}, {fitting[1]}) at {site.path}",
                     FAMILY,
                 )
+
+
+def _at(layers: nn.ModuleDict, site: Site) -> SiteLayers:
+    return cast(SiteLayers, layers[str(site.index)]) if str(site.index) in layers else SiteLayers()
 
 
 @dataclass(frozen=True)
@@ -326,9 +454,37 @@ class _SiteTensors:
     def any_of(self, names: Collection[str]) -> bool:
         return any(name in self.tensors for name in names)
 
-    def take(self, name: str, *shape: int | None) -> Tensor:
-        """The tensor of that name and shape, None for any size. Raises PortraitError when it is not like that."""
-        return checked(self.tensors, name, shape, self.file, f"{SITES}{self.index}.")
+    def take(self, name: str, *shape: int | None) -> tuple[int, ...]:
+        """The shape of the tensor of that name, None for any size. Raises PortraitError when it is not like that."""
+        return tuple(checked(self.tensors, name, shape, self.file, f"{SITES}{self.index}.").shape)
+
+    def layers(self, width: int, tokens: int) -> SiteLayers:
+        """The modules that these tensors are of, without a copy. width: D; tokens: T."""
+        with torch.device("meta"):
+            layers = SiteLayers()
+            for name in PROJECTIONS:
+                up, down = f"{name}_lora.up.weight", f"{name}_lora.down.weight"
+                if self.any_of((up, down)):
+                    rank, inside = self.take(down, None, None)
+                    layers.add_lora(name, inside, self.take(up, None, rank)[0], rank)
+            if self.any_of(ID_ATTENTION):
+                inner, _ = self.take("to_k_faceid.weight", None, width)
+                self.take("to_v_faceid.weight", inner, width)
+                layers.add_id_attention(width, inner)
+            if self.any_of(ROUTER_LAYERS):
+                theta = self._two_layers("to_q_router", None, None)
+                phi = self._two_layers("to_k_router", width, theta[2])
+                self.take("aggr_router.weight", 1, tokens)
+                self.take("aggr_router.bias", 1)
+                layers.add_router(theta, phi, tokens)
+        layers.load_state_dict({name: self.tensors[name].detach() for name in layers.state_dict()}, assign=True)
+        return layers.requires_grad_(False).eval()
+
+    def _two_layers(self, name: str, inside: int | None, outside: int | None) -> tuple[int, int, int]:
+        hidden, inside = self.take(f"{name}.0.weight", None, inside)
+        self.take(f"{name}.0.bias", hidden)
+        outside, _ = self.take(f"{name}.2.weight", outside, hidden)
+        return inside, hidden, outside
 
 
 def _under(tensors: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:
@@ -350,31 +506,6 @@ def _by_site(tensors: Mapping[str, Tensor], file: str, known: Collection[str]) -
     if others:
         log.warning("%s: %d tensors are not read, the first is %s", file, len(others), others[0])
     return found
-
-
-def _low_rank(site: _SiteTensors) -> dict[str, LowRank]:
-    pairs = {}
-    for name in PROJECTIONS:
-        up, down = f"{name}_lora.up.weight", f"{name}_lora.down.weight"
-        if site.any_of((up, down)):
-            first = site.take(down, None, None)
-            pairs[name] = LowRank(up=site.take(up, None, first.shape[0]), down=first)
-    return pairs
-
-
-def _router(site: _SiteTensors, tokens: int, width: int) -> Router:
-    """tokens: T. width: D."""
-    theta = _two_layers(site, "to_q_router", None, None)
-    phi = _two_layers(site, "to_k_router", width, theta[2].shape[0])
-    return Router(theta, phi, (site.take("aggr_router.weight", 1, tokens), site.take("aggr_router.bias", 1)))
-
-
-def _two_layers(
-    site: _SiteTensors, name: str, inside: int | None, outside: int | None
-) -> tuple[Tensor, Tensor, Tensor]:
-    weight = site.take(f"{name}.0.weight", None, inside)
-    hidden = weight.shape[0]
-    return weight, site.take(f"{name}.0.bias", hidden), site.take(f"{name}.2.weight", outside, hidden)
 
 
 def _unlike(file: str, problem: str) -> PortraitError:
@@ -407,53 +538,104 @@ class Person:
         return takes_part(self.start, self.end, progress)
 
 
-# ---------------------------------------------------------------------------------------------------------------- rule
+@dataclass(frozen=True)
+class Identities:
+    """The identities of each row of a batch, for training.
+
+    id_tokens: F_id (B, N, T, D). present (B, N) bool: which of them there are, one at least in each row.
+    scale (B, 1, 1): lambda of the decoupled cross-attention.
+    """
+
+    id_tokens: Tensor
+    present: Tensor
+    scale: Tensor
+
+    def cat(self, other: Identities) -> Identities:
+        """The rows of both."""
+        return Identities(*(torch.cat([getattr(one, part.name) for one in (self, other)]) for part in fields(self)))
+
+
+# --------------------------------------------------------------------------------------------------------------- rules
+
+
+class BatchRule(DecoupledAttention):
+    """UniPortrait with identities of its own for every row, as it is trained: all rows in one batched evaluation.
+
+    several: whether rows have several identities, whom the router gives the positions to.
+    """
+
+    def __init__(self, adapter: Adapter, several: bool):
+        super().__init__()
+        self.adapter, self.several = adapter, several
+        self.identities: Identities | None = None
+        self.noise: Callable[[int, torch.Size], Tensor] | None = None
+        self.logits: dict[int, Tensor] = {}
+        """By site number, since `begin`: the logits of eq. 3, (B, n, N), -inf of people who are not there."""
+
+    def begin(self, identities: Identities, noise: Callable[[int, torch.Size], Tensor] | None = None) -> None:
+        """What the next UNet call is conditioned on.
+
+        noise: Gumbel noise of a shape for a site, for the choice of eq. 2 in training; None for the likeliest identity.
+        """
+        self.identities, self.noise, self.logits = identities, noise, {}
+
+    def active(self, progress: float) -> bool:
+        return True
+
+    def must_visit(self, site: Site) -> bool:
+        return site.cross
+
+    def lora(self, site: Site) -> dict[str, LowRank]:
+        return self.adapter.lora_at(site, self.several)
+
+    def added(self, site: Site, call: Call, hidden: Tensor, q: Tensor) -> Tensor:
+        own = self.identities
+        assert own is not None, "begin() comes first"
+        key, value = (x.to(q.dtype) for x in self.adapter.faceid_at(site).keys_values(site, own.id_tokens))
+        shares = None
+        if self.several:
+            router = self.adapter.router_at(site)
+            logits = routing_logits(hidden, router.theta(q), router.router_keys(own.id_tokens).to(q.dtype))
+            logits = self.logits[site.index] = logits.masked_fill(~own.present[:, None], -torch.inf)
+            shares = choose(logits, None if self.noise is None else self.noise(site.index, logits.shape))
+        return own.scale * id_attention(site.split_heads(q), key, value, shares)
 
 
 @dataclass(frozen=True)
-class _Regions:
-    """The active people's regions at one site.
+class _Conditions:
+    """What rows of one kind attend to at a site, of A active people.
 
-    shares (1, n, A), 0 for those without one, who are `free` (A) bool, or None where all have one.
-    overlap: whether more than one claims a position.
+    groups: the places among the active people of those whose tokens are equal; group_of (A): the group of each. key,
+    value: (1, G, H, T, d), one entry for each group; router_keys (A, 2C) where there is something to route.
     """
 
-    shares: Tensor
-    free: Tensor | None
-    overlap: bool
+    groups: list[list[int]]
+    group_of: Tensor
+    key: Tensor
+    value: Tensor
+    router_keys: Tensor | None
 
 
 @dataclass
 class _SiteState:
-    """Keys, values and router keys of one site for one set of active people; and its query while the site runs.
+    """What one site keeps from step to step, for one set of active people.
 
-    key, value: per kind (G, H, T, d), one entry for each group of people whose tokens are equal; group_of: per kind
-    (A), the group of each active person. scales: (A), of the active people. local_scales: by the number of a positive
-    row, the scale that each position had when that row was last here, (n, 1); filled while people's scales differ.
+    made_for: the active people and the query's device and dtype. scales: (A), of the active people.
+    theta: of eq. 3, where there is something to route. local_scales: filled while people's scales differ.
     """
 
-    active: tuple[int, ...] = ()
-    device: object = None
-    groups: dict[int, list[list[int]]] = field(default_factory=dict)
-    group_of: dict[int, Tensor] = field(default_factory=dict)
-    key: dict[int, Tensor] = field(default_factory=dict)
-    value: dict[int, Tensor] = field(default_factory=dict)
-    router_key: dict[int, Tensor] = field(default_factory=dict)
+    made_for: tuple[object, ...] = ()
+    kinds: dict[int, _Conditions] = field(default_factory=dict)
+    scales: Tensor = field(default_factory=lambda: torch.empty(0))
     theta: tuple[Tensor, Tensor] | None = None
-    scales: Tensor | None = None
-    local_scales: dict[int, Tensor] = field(default_factory=dict)
-    regions: dict[Hashable, _Regions] = field(default_factory=dict)
-    query: Tensor | None = None
-    hidden: Tensor | None = None
+    local_scales: LocalScales = field(default_factory=LocalScales)
 
 
-class UniPortraitRule(Rule[Person]):
-    """UniPortrait at the attention sites of one UNet, for `attention.Injection`.
+class UniPortraitRule(DecoupledAttention, Rule[Person]):
+    """UniPortrait with the same people for all rows of a kind, as pictures are sampled.
 
-    At every cross-attention: text attention + s * attention(q, W_k^id F, W_v^id F) before the output projection
-    (decoupled cross-attention, sec. 3.2), where with several people each position attends to the one the router gives
-    it (eq. 2), or to the one whose region it lies in. At every attention, self and cross: LoRA on q, k, v and out, one
-    set of weights for one person, another for several.
+    With several people each position attends to the one the router gives it (eq. 2), or to the one whose region it lies
+    in.
 
     Raises PortraitError if several people are asked for and the adapter has no router.
     """
@@ -471,10 +653,10 @@ class UniPortraitRule(Rule[Person]):
                 f"{len(people)} people were asked for, but this checkpoint has no router file",
                 "Put its uniportrait-router file beside the faceid file, or ask for one person.",
             )
-        super().__init__(people, routing)
+        DecoupledAttention.__init__(self, lora_scale)
+        Rule.__init__(self, people, routing)
         self.adapter = adapter
-        self.lora_scale = lora_scale
-        self._covered: dict[tuple[int, Box, tuple[int, int]], Tensor] = {}
+        self._regions = RegionsAtSites([person.region for person in people])
         self._states: dict[int, _SiteState] = {}
 
     def begin(self) -> None:
@@ -483,53 +665,12 @@ class UniPortraitRule(Rule[Person]):
         for state in self._states.values():
             state.local_scales.clear()
 
-    # ---- what Injection asks
-
-    def overrides(self, site: Site, call: Call) -> dict[str, Around]:
-        weights = self.adapter.sites.get(site.index, SiteWeights())
-        pairs = weights.lora_single if len(self.people) == 1 else weights.lora_multi
-        linears = {
-            name: FusedLinear(site.module.get_submodule(PATHS[name]), pair, self.lora_scale)
-            for name, pair in pairs.items()
-            if self.lora_scale > 0
-        }
-
-        def project(name: str, host: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
-            return linears[name](host, x, call) if name in linears else host(x)
-
-        functions: dict[str, Around] = {
-            PATHS[name]: lambda host, x, name=name: project(name, host, x) for name in linears
-        }
-        if site.cross:
-            state = self._states[site.index] = _SiteState()
-
-            def query(host: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
-                state.hidden, state.query = x, project("to_q", host, x)
-                return state.query
-
-            def output(host: Callable[[Tensor], Tensor], attended: Tensor) -> Tensor:
-                hidden, q = state.hidden, state.query
-                state.hidden = state.query = None
-                if hidden is None or q is None or attended.shape != q.shape:
-                    raise PortraitError(
-                        "model",
-                        f"{site.path} was run in a way its projections do not show",
-                        "Choose another cross attention optimization in Settings > Optimizations.",
-                        500,
-                    )
-                call.visited.add(site.index)
-                return project("to_out", host, self._add_identities(site, call, state, hidden, q, attended))
-
-            functions["to_q"] = query
-            functions["to_out.0"] = output
-        return functions
+    def lora(self, site: Site) -> dict[str, LowRank]:
+        return self.adapter.lora_at(site, len(self.people) > 1)
 
     # ---- the decoupled cross-attention
 
-    def _add_identities(
-        self, site: Site, call: Call, state: _SiteState, hidden: Tensor, q: Tensor, attended: Tensor
-    ) -> Tensor:
-        """attended + s * identity attention; hidden (B, n, C), q and attended (B, n, H * d)."""
+    def added(self, site: Site, call: Call, hidden: Tensor, q: Tensor) -> Tensor | None:
         numbers, kinds = call.numbers or [], call.kinds
         if len(kinds) != q.shape[0]:
             raise PortraitError(
@@ -539,232 +680,155 @@ class UniPortraitRule(Rule[Person]):
                 500,
             )
         active = tuple(i for i, person in enumerate(self.people) if person.active(call.progress))
-        if not any(self.people[i].scale > 0 for i in active):
-            return attended
-        if state.active != active or state.device != (q.device, q.dtype):
-            self._prepare(site, state, active, q)
+        drawn = [i for i in active if self.people[i].scale > 0]
+        if not drawn:
+            return None
+        state = self._prepared(site, active, q)
         if POSITIVE in kinds:
-            self.drawn.update(i for i in active if self.people[i].scale > 0)
-        regions = self._regions_at(site, call, state, q.shape[1]) if self._has_regions(active) else None
-        added = torch.zeros_like(attended)
+            self.drawn.update(drawn)
+        shape = call.shape_at(site, q.shape[1])
+        claims = self._regions.at(active, self.place, call.latent, shape, q)
+        added = torch.zeros_like(q)
         # Positive rows first: negative ones take their scales.
         for kind in sorted(set(kinds), key=lambda kind: kind != POSITIVE):
-            if kind not in state.key:
+            if kind not in state.kinds:
                 continue
             rows = call.rows_of(kind)
             # All rows are of one kind where cond and uncond run apart: a view then saves the copies.
             every = len(rows) == q.shape[0]
             q_rows, hidden_rows = (q, hidden) if every else (q[rows], hidden[rows])
-            identity = self._attend(site, call, state, [numbers[row] for row in rows], q_rows, hidden_rows, regions)
+            identity = self._attend(
+                site, call, state, active, [numbers[row] for row in rows], q_rows, hidden_rows, claims
+            )
             if every:
                 added = identity
             else:
                 added[rows] = identity
-        return attended + added.to(attended.dtype)
+        return added
 
     def _attend(
         self,
         site: Site,
         call: Call,
         state: _SiteState,
+        active: Sequence[int],
         numbers: Sequence[int],
         q: Tensor,
         hidden: Tensor,
-        regions: _Regions | None,
+        claims: Claims | None,
     ) -> Tensor:
         """Sum over people of weight * attention to their tokens, for rows of one kind: (R, n, H * d).
 
         numbers: the rows', in the call's table.
         """
-        kind = call.table[numbers[0]].kind
-        groups = state.groups[kind]
+        of = state.kinds[call.table[numbers[0]].kind]
         heads = site.split_heads(q)
-        if len(groups) == 1 and regions is None:
+        differ = len({self.people[i].scale for i in active}) > 1
+        if len(of.groups) == 1 and claims is None:
             # One person, or several whose tokens are equal (the unconditional ones): nothing to route.
-            self._record(
-                site, call, state, numbers, q.new_full((*q.shape[:2], len(state.active)), 1 / len(state.active))
-            )
-            key, value = (x[kind].expand(q.shape[0], -1, -1, -1) for x in (state.key, state.value))
-            seen = F.scaled_dot_product_attention(heads, key, value).transpose(1, 2).flatten(2)
-            if self._differ(state.active):
-                return seen * self._scales(call, state, numbers, q.shape[1]).mean(dim=-1, keepdim=True)
-            return seen * self.people[groups[0][0]].scale
-        weights = self._weights(site, call, state, numbers, hidden, regions)
-        out = torch.zeros_like(q)
-        for g in range(len(groups)):
-            # Each position is computed for the people it belongs to only: with eight people the cost is that of one.
-            row, position = weights[..., g].nonzero(as_tuple=True)
-            if not len(row):
-                continue
-            chosen = site.split_heads(q[row, position].unsqueeze(0))
-            seen = F.scaled_dot_product_attention(chosen, state.key[kind][g : g + 1], state.value[kind][g : g + 1])
-            seen = seen[0].transpose(0, 1).flatten(1) * weights[row, position, g].unsqueeze(-1)
-            out[row, position] += seen.to(out.dtype)
-        return out
+            self._record(site, call, numbers, q.new_full((*q.shape[:2], len(active)), 1 / len(active)))
+            seen = id_attention(heads, of.key, of.value)
+            if differ:
+                return seen * state.local_scales.of(call, numbers, state.scales, q.shape[1]).mean(dim=-1, keepdim=True)
+            return seen * self.people[active[0]].scale
+        shares = self._shares(state, of, hidden, claims)
+        self._record(site, call, numbers, shares)
+        # Where regions alone decide, whoever is at a position is there in every row.
+        routed = claims is None or claims.overlap or claims.free is not None
+        if differ and routed:
+            weights = shares * state.local_scales.of(call, numbers, state.scales, q.shape[1])
+            if call.table[numbers[0]].kind == POSITIVE:
+                whole = shares.sum(dim=-1, keepdim=True).clamp(min=1e-6)
+                state.local_scales.keep(numbers, weights.sum(dim=-1, keepdim=True) / whole)
+        else:
+            weights = shares * state.scales
+        of_groups = torch.stack([weights[..., group].sum(dim=-1) for group in of.groups], dim=-1)
+        return id_attention(heads, of.key, of.value, of_groups)
 
-    def _weights(
-        self,
-        site: Site,
-        call: Call,
-        state: _SiteState,
-        numbers: Sequence[int],
-        hidden: Tensor,
-        regions: _Regions | None,
-    ) -> Tensor:
-        """How much each position belongs to each group of people, scales included: (R, n, G).
+    def _shares(self, state: _SiteState, of: _Conditions, hidden: Tensor, claims: Claims | None) -> Tensor:
+        """The share of each position that each active person has: (R, n, A), at most 1 together.
 
         A region gives its person the share of a position that lies inside it. What the regions leave is shared by the
         people without one, by routing (eq. 2), or is nobody's. Where regions overlap the router decides between those
         who claim the position: who is chosen gets their whole share, the others what that leaves.
         """
-        active, kind = state.active, call.table[numbers[0]].kind
-        if regions is None:
-            everybody = torch.ones(len(active), dtype=torch.bool, device=hidden.device)
-            weights = _evenly(self._chosen(state, kind, hidden, everybody), hidden)
-        else:
-            weights = self._shares(state, kind, hidden, regions)
-        self._record(site, call, state, numbers, weights)
-        assert state.scales is not None
-        # Where regions alone decide, whoever is at a position is there in every row.
-        routed = regions is None or regions.overlap or regions.free is not None
-        if routed and self._differ(active):
-            shares, weights = weights, weights * self._scales(call, state, numbers, weights.shape[1])
-            if kind == POSITIVE:
-                local = weights.sum(dim=-1, keepdim=True) / shares.sum(dim=-1, keepdim=True).clamp(min=1e-6)
-                for number in dict.fromkeys(numbers):
-                    own = [row for row, other in enumerate(numbers) if other == number]
-                    state.local_scales[number] = local[own].mean(dim=0)
-        else:
-            weights = weights * state.scales
-        groups = [[active.index(i) for i in group] for group in state.groups[kind]]
-        return torch.stack([weights[..., group].sum(dim=-1) for group in groups], dim=-1)
-
-    def _differ(self, active: Sequence[int]) -> bool:
-        """Whether the active people's scales do: else no row needs to know who is where in another."""
-        return len({self.people[i].scale for i in active}) > 1
-
-    def _scales(self, call: Call, state: _SiteState, numbers: Sequence[int], positions: int) -> Tensor:
-        """The scale that each active person's share of each position has, for rows of one kind: (R, n, A).
-
-        In positive rows it is the person's own. The tokens of negative rows cannot be routed, for they are the same for
-        all; but guidance pushes away from what a negative row shows at a position, so it must show there as much of a
-        face as the positive row does: every share of the position has the scale of whom the positive row of the same
-        picture gave it to, at this site, when it last ran (the mean over several). In one call, and where a host runs
-        the positive rows first, as the WebUI does, that is in the same step; where it runs them later, in the step
-        before. Before any has run, and where it had another size, everybody has their own scale, which with equal
-        tokens comes to the mean of all.
-        """
-        assert state.scales is not None
-        own = state.scales.expand(positions, -1)
-        found = []
-        for row in (call.table[number] for number in numbers):
-            known = [
-                state.local_scales[other]
-                for other, positive in call.table.items()
-                if row.kind != POSITIVE
-                and positive.kind == POSITIVE
-                and row.picture == positive.picture
-                and len(state.local_scales.get(other, ())) == positions
-            ]
-            found.append(torch.stack(known).mean(dim=0).expand_as(own) if known else own)
-        return torch.stack(found)
-
-    def _shares(self, state: _SiteState, kind: int, hidden: Tensor, regions: _Regions) -> Tensor:
-        """The share of each position that each active person has with these regions: (R, n, A), at most 1 together."""
-        shares = regions.shares
-        if regions.overlap:
-            chosen = self._chosen(state, kind, hidden, shares > 0)
-            first, others = shares * chosen, shares * ~chosen
+        if claims is None:
+            return _evenly(self._chosen(state, of, hidden, None))
+        shares = claims.shares.expand(len(hidden), -1, -1)
+        if claims.overlap:
+            chosen = self._chosen(state, of, hidden, claims.shares > 0)
+            first, others = shares * chosen, shares * (1 - chosen)
             first = first / first.sum(dim=-1, keepdim=True).clamp(min=1)
             left = 1 - first.sum(dim=-1, keepdim=True)
             shares = first + others * (left / others.sum(dim=-1, keepdim=True).clamp(min=1e-6)).clamp(max=1)
-        if regions.free is not None:
+        if claims.free is not None:
             left = (1 - shares.sum(dim=-1, keepdim=True)).clamp(min=0)
-            shares = shares + left * _evenly(self._chosen(state, kind, hidden, regions.free), hidden)
-        return shares.expand(hidden.shape[0], -1, -1)
+            shares = shares + left * _evenly(self._chosen(state, of, hidden, claims.free))
+        return shares
 
-    def _record(self, site: Site, call: Call, state: _SiteState, numbers: Sequence[int], shares: Tensor) -> None:
+    def _chosen(self, state: _SiteState, of: _Conditions, hidden: Tensor, claims: Tensor | None) -> Tensor:
+        """Whom eq. 2 chooses among those who claim a position, 1 or 0: (R, n, A).
+
+        claims: bool, for all rows and positions or for each, of the A active people, or None if all claim all. People
+        whose tokens are equal (the unconditional ones), whom no router can tell apart, are chosen together.
+        """
+        if of.router_keys is None or state.theta is None:
+            # One person alone: theirs is what they claim.
+            one = state.scales.new_ones(*hidden.shape[:2], 1)
+            return one if claims is None else one * claims
+        logits = routing_logits(hidden, state.theta, of.router_keys)
+        if claims is not None:
+            logits = logits.masked_fill(~claims, -torch.inf)
+        return choose(logits, group_of=of.group_of)
+
+    def _record(self, site: Site, call: Call, numbers: Sequence[int], shares: Tensor) -> None:
         """Gives the routing maps the shares (R, n, A) of the active people, while all people are active."""
         rows = [call.table[number] for number in numbers]
-        if self.routing is not None and rows[0].kind == POSITIVE and len(state.active) == len(self.people):
+        if self.routing is not None and rows[0].kind == POSITIVE and shares.shape[-1] == len(self.people):
             self.routing.add(site, call, [row.picture for row in rows], shares)
 
-    def _chosen(self, state: _SiteState, kind: int, hidden: Tensor, claims: Tensor) -> Tensor:
-        """Whom eq. 2 chooses among those who claim a position: (R, n, A) bool, of largest logit (eq. 3).
+    # ---- what does not change from step to step, unless it is trained
 
-        claims: bool, for all rows and positions or for each, of the A active people. People whose tokens are equal (the
-        unconditional ones), whom no router can tell apart, are chosen together. Nobody is where nobody claims.
-        """
-        if len(state.active) == 1:
-            return claims.expand(*hidden.shape[:2], 1)
-        w_in, bias = state.theta  # type: ignore[misc]
-        # theta's last layer is folded into the identities' keys, which saves one of its two matrix products.
-        logits = F.gelu(F.linear(hidden.to(w_in.dtype), w_in, bias)) @ state.router_key[kind].T
-        best = logits.masked_fill(~claims, -torch.inf).argmax(dim=-1)
-        group_of = state.group_of[kind]
-        return (group_of == group_of[best].unsqueeze(-1)) & claims
-
-    # ---- what does not change from step to step
-
-    def _prepare(self, site: Site, state: _SiteState, active: tuple[int, ...], q: Tensor) -> None:
-        weights = self.adapter.sites[site.index]
-        assert weights.key is not None and weights.value is not None
-        state.active, state.device = active, (q.device, q.dtype)
-        state.scales = q.new_tensor([self.people[i].scale for i in active])
-        state.local_scales.clear()
-        state.regions.clear()
-        for kind in sorted({kind for i in active for kind in self.people[i].tokens}):
-            tokens = [self.people[i].tokens[kind].to(q.device, torch.float32) for i in active]
+    def _prepared(self, site: Site, active: tuple[int, ...], q: Tensor) -> _SiteState:
+        """The site's state for these people and a query's device and dtype."""
+        state = self._states.setdefault(site.index, _SiteState())
+        made_for, several = (active, q.device, q.dtype), len(active) > 1
+        tokens = {kind for i in active for kind in self.people[i].tokens}
+        layers, router = self.adapter.faceid_at(site), self.adapter.router_at(site)
+        if state.made_for != made_for:
+            state.made_for = made_for
+            state.scales = q.new_tensor([self.people[i].scale for i in active])
+            state.local_scales.clear()
+        elif not (layers.trained or (several and router.trained) or self._tokens_trained(active)):
+            return state
+        state.theta = router.theta(q) if several else None
+        for kind in tokens:
+            own = torch.stack([self.people[i].tokens[kind].to(q.device, torch.float32) for i in active])
             groups: list[list[int]] = []
-            for person, own in zip(active, tokens, strict=True):
-                same = next((g for g in groups if torch.equal(tokens[active.index(g[0])], own)), None)
+            for place, one in enumerate(own):
+                same = next((group for group in groups if torch.equal(own[group[0]], one)), None)
                 if same is None:
-                    groups.append([person])
+                    groups.append([place])
                 else:
-                    same.append(person)
-            distinct = torch.stack([tokens[active.index(group[0])] for group in groups])
-            state.groups[kind] = groups
-            numbers = [next(g for g, group in enumerate(groups) if person in group) for person in active]
-            state.group_of[kind] = torch.tensor(numbers, device=q.device)
-            for store, matrix in ((state.key, weights.key), (state.value, weights.value)):
-                projected = F.linear(distinct, matrix.to(q.device, torch.float32)).to(q.dtype)
-                store[kind] = site.split_heads(projected).contiguous()
-            if weights.router is not None and len(active) > 1:
-                keys = weights.router.identity_keys(torch.stack(tokens))
-                state.router_key[kind] = keys.to(q.dtype)
-                w_in, bias, _ = weights.router.theta
-                state.theta = (w_in.to(q.device, q.dtype), bias.to(q.device, q.dtype))
+                    same.append(place)
+            group_of = [next(g for g, group in enumerate(groups) if place in group) for place in range(len(active))]
+            key, value = layers.keys_values(site, own[[group[0] for group in groups]][None])
+            state.kinds[kind] = _Conditions(
+                groups,
+                torch.tensor(group_of, device=q.device),
+                key.to(q.dtype).contiguous(),
+                value.to(q.dtype).contiguous(),
+                router.router_keys(own).to(q.dtype) if several else None,
+            )
+        return state
 
-    def _has_regions(self, active: Sequence[int]) -> bool:
-        return any(self.people[i].region is not None for i in active)
-
-    def _coverage(self, person: int, latent: tuple[int, int]) -> Tensor:
-        """The person's region on the latent, (h, w); zero without one."""
-        key = (person, self.place, latent)
-        if key not in self._covered:
-            region = self.people[person].region
-            self._covered[key] = torch.zeros(latent) if region is None else coverage(region, latent, self.place)
-        return self._covered[key]
-
-    def _regions_at(self, site: Site, call: Call, state: _SiteState, tokens: int) -> _Regions:
-        shape = call.shape_at(site, tokens)
-        key = (self.place, call.latent, shape)
-        if key not in state.regions:
-            maps = torch.stack([self._coverage(i, call.latent) for i in state.active])
-            resized = F.interpolate(maps[None], size=shape, mode="bilinear", align_corners=False)
-            shares = resized.flatten(2).transpose(1, 2)
-            overlap = bool((shares.sum(dim=-1) > 1 + OVERLAP).any())
-            reference = state.key[next(iter(state.key))]
-            free = [self.people[i].region is None for i in state.active]
-            freed = torch.tensor(free, device=reference.device) if any(free) else None
-            state.regions[key] = _Regions(shares.to(reference), freed, overlap)
-        return state.regions[key]
+    def _tokens_trained(self, active: Sequence[int]) -> bool:
+        return any(tokens.requires_grad for i in active for tokens in self.people[i].tokens.values())
 
 
-def _evenly(chosen: Tensor, like: Tensor) -> Tensor:
-    """Who was chosen for a position, (R, n, A) bool, as shares of it."""
-    shares = chosen.to(like.dtype)
-    return shares / shares.sum(dim=-1, keepdim=True).clamp(min=1)
+def _evenly(chosen: Tensor) -> Tensor:
+    """Who was chosen for a position, (R, n, A), 1 or 0, as shares of it."""
+    return chosen / chosen.sum(dim=-1, keepdim=True).clamp(min=1)
 
 
 # -------------------------------------------------------------------------------------------------------------- method
@@ -775,17 +839,15 @@ class UniPortrait(Method):
 
     name = "uniportrait"
 
-    def load(self, files: Mapping[str, Mapping[str, Tensor]], names: Mapping[str, str]) -> Adapter:
-        return Adapter.from_tensors(
-            files["faceid"], files.get("router"), (names["faceid"], names.get("router", "router"))
-        )
+    def load(self, files: Mapping[str, Checkpoint], names: Mapping[str, str]) -> Adapter:
+        router = files["router"].tensors if "router" in files else None
+        return Adapter.from_tensors(files["faceid"].tensors, router, (names["faceid"], names.get("router", "router")))
 
     def check_fits(self, adapter: Adapter, sites: Sequence[Site]) -> None:
         adapter.check_fits(sites)
 
     def text_attentions(self, adapter: Adapter) -> dict[str, list[tuple[int, int]]]:
-        keys = [weights.key for weights in adapter.sites.values() if weights.key is not None]
-        return {"to_k": [(key.shape[0], key.shape[1]) for key in keys]}
+        return {"to_k": list(adapter.id_attentions.values())}
 
     def feature_widths(self, adapter: Adapter) -> dict[str, int]:
         return {

@@ -21,33 +21,21 @@ from lib_portrait.attention import RoutingMaps
 from lib_portrait.checkpoints.store import Folders, Store
 from lib_portrait.conditioning import Conditioner
 from lib_portrait.errors import Notice, PortraitError
+from lib_portrait.faces.heatmap_detector import open_detector
 from lib_portrait.faces.service import FaceService
-from lib_portrait.faces.world_detector import world_detector
+from lib_portrait.methods.declarations import adapter_files, declaration
 from lib_portrait.request import AUTOMATIC, Limits, PortraitRequest, to_json
 from lib_portrait.routing_picture import Legend, draw_routing
 from lib_portrait.standalone.measuring import Likeness, Measurer, owners_of, shows_everybody
-from lib_portrait.standalone.model import WORLD, load_model, text_encoder_of
+from lib_portrait.standalone.model import load_model, text_encoder_of
+from lib_portrait.standalone.samples import both_words, read_samples
 from lib_portrait.standalone.sampling import Sampling, check, sample
 from lib_portrait.standalone.sheet import Cell, Section, draw_sheet
 
-GET_BACK = "get it back with `git checkout models/world`"
-CACHE = WORLD.parents[1] / ".cache"
-WORLD_CHECKPOINT = WORLD / "world.safetensors"
-# Four pictures of SD1.5's size, sixty-four of the world's.
+CACHE = Path(__file__).resolve().parents[2] / ".cache"
+# Four pictures of SD1.5's size.
 PIXELS_AT_ONCE = 4 * 512 * 512
 ACROSS = 4
-
-# The sample sheet: who and what, in the words of the world's captions.
-PEOPLE_SHOWN = 6
-SAMPLE = re.compile(r"(?:(woman|man)-)?(\d+)-(\d+)")
-SINGLE_PROMPTS = (
-    "a photo of a {word} in a park",
-    "a photo of a smiling {word} wearing a red sweater at the beach",
-    "a painting of a {word} wearing a black jacket and a blue beanie",
-    "a photo of a laughing {word} at night",
-)
-PAIR_PROMPTS = ("a photo of {both} in a park", "a photo of {both} at the beach")
-PLURALS = {"woman": "women", "man": "men", "person": "people"}
 
 
 @dataclass(frozen=True)
@@ -88,7 +76,7 @@ class Studio:
         self.dtype = torch.float16 if self.device == "cuda" else torch.float32
         say(f"Loading {checkpoint.name} ({self.device})")
         self.model = load_model(checkpoint, self.device, self.dtype)
-        self.store = Store(Folders(own=folders), CACHE)
+        self.store = Store(Folders(own=folders), adapter_files(), CACHE)
         self.faces = FaceService(self.store.folders("detector"), CACHE, Limits(), filter_crops=filter_crops)
         self.conditioner = Conditioner(self.faces, self.store)
 
@@ -122,7 +110,7 @@ class Studio:
             mean = routing.mean() if routing is not None else None
             maps: Sequence[Image.Image | None] = [None] * len(pictures)
             owners: Sequence[torch.Tensor | None] = [None] * len(pictures)
-            if mean is not None and request is not None and request.show_routing:
+            if mean is not None and request is not None and request.shows_maps:
                 maps = draw_routing(pictures, list(mean), legend=legend)
             if mean is not None and mean.shape[1] > 1:
                 owners = [owners_of(own) for own in mean]
@@ -153,7 +141,7 @@ class Studio:
     def resolved(self, request: PortraitRequest) -> PortraitRequest:
         """The request with the adapter that *automatic* means for this checkpoint."""
         if request.checkpoint == AUTOMATIC:
-            name = self.store.automatic(self.checkpoint, text_encoder_of(self.model.text_encoder))
+            name = self.store.automatic(self.checkpoint, text_encoder_of(self.model.text_encoder), request.method)
             return replace(request, checkpoint=name)
         return request
 
@@ -170,16 +158,16 @@ class Studio:
         That is the network that the adapter's kit names for it. Where it names none there is none: the one that
         conditions would find its own mark in every picture.
         """
-        kit = self.store.kit(request.checkpoint)
-        manifest, home = kit.manifest, kit.home
-        if manifest is None or home is None or manifest.measuring is None or manifest.detector is None:
+        kit = self.store.kit(request.checkpoint, request.method)
+        manifest = kit.manifest
+        if manifest is None or manifest.measuring is None or manifest.detector is None:
             return Comparison(f"similarity not measured: {kit.name} comes without a network for it")
-        measuring, detector = home / manifest.measuring.name, home / manifest.detector.name
-        missing = [path for path in (measuring, detector) if not path.is_file()]
-        if missing:
-            return Comparison(f"similarity not measured: {missing[0]} is not there; get the kit anew")
+        measuring, detector = (self.store.locate(file, kit.home) for file in (manifest.measuring, manifest.detector))
+        if measuring is None or detector is None:
+            missing = manifest.measuring if measuring is None else manifest.detector
+            return Comparison(f"similarity not measured: {missing.name} is not there; get the kit anew")
         # Detectors made for photographs miss faces of other kinds of pictures.
-        measurer = Measurer.load(measuring, world_detector(detector))
+        measurer = Measurer.load(measuring, open_detector(str(detector), self.store.folders("detector")))
         note = f"similarity measured by {measuring.name}, which took no part in drawing"
         return Comparison(note, measurer, measurer.references(crops))
 
@@ -208,7 +196,7 @@ class Comparison:
 
 
 def _routed(request: PortraitRequest) -> bool:
-    return request.show_routing or len(request.identities) > 1
+    return bool(request.declaration.maps) and (request.shows_maps or len(request.identities) > 1)
 
 
 def _device(asked: str | None) -> str:
@@ -220,16 +208,18 @@ def _device(asked: str | None) -> str:
     return asked or best
 
 
-def world_checkpoint() -> Path:
-    """The embedded world's checkpoint. Raises PortraitError (404) when it is not there."""
-    if not WORLD_CHECKPOINT.is_file():
+def bundled_checkpoint(folders: Sequence[Path]) -> Path:
+    """The checkpoint of the first kit in these folders that brings one. Raises PortraitError (404) when none does."""
+    store = Store(Folders(own=folders), adapter_files())
+    found = next(store.bundled(), None)
+    if found is None:
         raise PortraitError(
             "checkpoint",
-            f"the embedded world is not there ({WORLD_CHECKPOINT})",
-            f"Give a --checkpoint of your own; or, {GET_BACK}.",
+            f"no kit with a checkpoint is in {', '.join(map(str, folders))}",
+            "Give a --checkpoint of your own; or get the embedded kit back with `git checkout models`.",
             404,
         )
-    return WORLD_CHECKPOINT
+    return found[1]
 
 
 # -------------------------------------------------------------------------------------------------------------- results
@@ -307,7 +297,7 @@ class Results:
         notes = [", ".join(f"{name} {facts[name]}" for name in ("checkpoint", "adapter", "device") if name in facts)]
         first = self.pictures[0]
         told = [f"{first['width']}x{first['height']}", f"{first['steps']} steps of {first['sampler']}"]
-        notes.append(", ".join([*told, f"guidance {first['guidance']:g}", *_scales(facts)]))
+        notes.append(", ".join([*told, f"guidance {first['guidance']:g}", *_options_said(facts)]))
         measured = [f"{text[0].upper()}{text[1:]}." for text in (summary, facts.get("measuring")) if text]
         notes.append(" ".join(measured))
         draw_sheet(title, notes, sections).save(self.folder / "sheet.png")
@@ -320,8 +310,8 @@ class Results:
 def _facts(studio: Studio, request: PortraitRequest | None, comparison: Comparison | None) -> dict[str, Any]:
     facts: dict[str, Any] = {"checkpoint": studio.checkpoint.name, "device": studio.device}
     if request is not None:
-        facts |= {"adapter": studio.store.kit(request.checkpoint).name, "request": to_json(request)}
-        facts |= {"scale": request.scale, "lora_scale": request.lora_scale, "filter_crops": studio.faces.filter_crops}
+        facts |= {"adapter": studio.store.kit(request.checkpoint, request.method).name, "request": to_json(request)}
+        facts |= {"method": request.method, **request.options, "filter_crops": studio.faces.filter_crops}
     if comparison is not None:
         facts["measuring"] = comparison.note
     if studio.notices:
@@ -329,9 +319,9 @@ def _facts(studio: Studio, request: PortraitRequest | None, comparison: Comparis
     return facts
 
 
-def _scales(facts: Mapping[str, Any]) -> list[str]:
-    named = {"ID scale": "scale", "LoRA scale": "lora_scale"}
-    return [f"{name} {facts[key]:g}" for name, key in named.items() if key in facts]
+def _options_said(facts: Mapping[str, Any]) -> list[str]:
+    options = declaration(facts["method"]).options if "method" in facts else ()
+    return [text for option in options if (text := option.said(facts[option.name]))]
 
 
 # ------------------------------------------------------------------------------------------------------------ two ways
@@ -375,49 +365,19 @@ def draw_prompts(
     results.finish("Portraits", sections, _facts(studio, request, comparison))
 
 
-@dataclass(frozen=True)
-class SamplePerson:
-    """Somebody of the embedded world. word: the captions' "woman" or "man", or "person" where the file does not say.
-
-    photos: the reference, then others.
-    """
-
-    name: str
-    word: str
-    photos: tuple[Path, ...]
-
-
-def sample_people(folder: Path) -> list[SamplePerson]:
-    """Those of ``woman-0009-0.png``: word and number of the person, number of the photo; other names are a person each.
-
-    Ordered by number. Raises PortraitError (404) when there is nobody.
-    """
-    photos: dict[tuple[int, str, str], list[Path]] = {}
-    for file in sorted(folder.glob("*.png")):
-        match = SAMPLE.fullmatch(file.stem)
-        who = (int(match[2]), match[2], match[1] or "person") if match else (-1, file.stem, word_of(file))
-        photos.setdefault(who, []).append(file)
-    if not photos:
-        raise PortraitError(
-            "faces", f"there are no pictures in {folder}", f"Give a --face and a --prompt; or, {GET_BACK}.", 404
-        )
-    people = []
-    for (number, name, word), files in sorted(photos.items()):
-        people.append(SamplePerson(name if number < 0 else f"{word} {name}", word, tuple(files)))
-    return people
-
-
-def draw_world(
+def draw_samples(
     studio: Studio,
     results: Results,
     settings: Mapping[str, Any],
     ask: Callable[[list[dict[str, Any]]], PortraitRequest],
 ) -> None:
-    """The sample people of the embedded world: each alone with several prompts, and pairs with their routing maps.
+    """The sample people of the kit beside the checkpoint: each alone with several prompts, and pairs with their routing
+    maps.
 
     ask: the request for people in their JSON form. Raises PortraitError.
     """
-    people = sample_people(WORLD / "faces")[:PEOPLE_SHOWN]
+    samples = read_samples(studio.checkpoint.parent)
+    people = samples.people
     identities = [{"photos": [base64.b64encode(one.photos[0].read_bytes()).decode()]} for one in people]
     everyone = studio.resolved(ask(identities))
     comparison = studio.comparison(everyone, studio.crops(everyone))
@@ -436,14 +396,14 @@ def draw_world(
             other = _opened(person.photos[1])
             row.append(Cell(other, _told([""], comparison.likeness(other, [i]))))
         request = replace(everyone, identities=(everyone.identities[i],))
-        prompts = [prompt.format(word=person.word) for prompt in SINGLE_PROMPTS]
+        prompts = [prompt.format(word=person.word) for prompt in samples.one]
         drawn = studio.draw(request, [studio.sampling(prompt, settings) for prompt in prompts])
         singles.append([*row, *(Cell(one.picture, measured(one, [i])) for one in drawn)])
     pairs = []
     for i, j in zip(range(0, len(people), 2), range(1, len(people), 2)):
-        request = replace(everyone, identities=(everyone.identities[i], everyone.identities[j]), show_routing=True)
+        request = replace(everyone, identities=(everyone.identities[i], everyone.identities[j])).with_maps()
         both = both_words(people[i].word, people[j].word)
-        prompts = [prompt.format(both=both) for prompt in PAIR_PROMPTS]
+        prompts = [prompt.format(both=both) for prompt in samples.two]
         row = [Cell(_opened(people[k].photos[0]), [f"reference: {people[k].name}"]) for k in (i, j)]
         names = [people[i].name, people[j].name]
         for one in studio.draw(request, [studio.sampling(prompt, settings) for prompt in prompts], names):
@@ -451,24 +411,13 @@ def draw_world(
             if one.routing is not None:
                 row.append(Cell(one.routing))
         pairs.append(row)
-    general = [prompt.replace("{word}", "…") for prompt in SINGLE_PROMPTS]
+    general = [prompt.replace("{word}", "…") for prompt in samples.one]
     before = ["", "another photo of this person"] if again else [""]
     sections = [Section("One person", singles, [*before, *general])]
     if pairs:
-        general = [text for prompt in PAIR_PROMPTS for text in (prompt.replace("{both}", "…"), "who was put where")]
+        general = [text for prompt in samples.two for text in (prompt.replace("{both}", "…"), "who was put where")]
         sections.append(Section("Two people", pairs, ["", "", *general]))
-    results.finish("People of the embedded world", sections, _facts(studio, everyone, comparison))
-
-
-def word_of(file: Path) -> str:
-    """The class word with which a file's name begins ("woman-07.png"), or "person"."""
-    word = re.split(r"[^a-z]", file.stem)[0]
-    return word if word in PLURALS else "person"
-
-
-def both_words(first: str, second: str) -> str:
-    """Two people in the words of a caption: "two women", "a woman and a man"."""
-    return f"two {PLURALS[first]}" if first == second else f"a {first} and a {second}"
+    results.finish(samples.title, sections, _facts(studio, everyone, comparison))
 
 
 def _opened(photo: Path) -> Image.Image:

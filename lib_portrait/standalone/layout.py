@@ -11,6 +11,7 @@ import re
 from collections.abc import Mapping
 from typing import Any
 
+from lib_portrait.checkpoints.text_encoder import SD1_TEXT, TARGET
 from lib_portrait.errors import PortraitError
 
 Parameters = dict[str, Any]
@@ -21,8 +22,6 @@ DIFFUSION_TARGET = "ldm.models.diffusion.ddpm.LatentDiffusion"
 UNET_TARGET = "ldm.modules.diffusionmodules.openaimodel.UNetModel"
 VAE_TARGET = "ldm.models.autoencoder.AutoencoderKL"
 CLIP_TARGET = "ldm.modules.encoders.modules.FrozenCLIPEmbedder"
-WORLD_TEXT_TARGET = "lib_portrait.webui.world.text_encoder"
-"""What a .yaml names as text encoder that has the sizes of models/world/text instead of CLIP ViT-L/14's."""
 
 SD1: Parameters = {
     "model": {
@@ -83,17 +82,6 @@ SD1: Parameters = {
 }
 """The description of Stable Diffusion 1.5, which its files do not carry."""
 
-SD1_TEXT: Parameters = {
-    "vocab_size": 49408,
-    "hidden_size": 768,
-    "intermediate_size": 3072,
-    "num_hidden_layers": 12,
-    "num_attention_heads": 12,
-    "max_position_embeddings": 77,
-    "hidden_act": "quick_gelu",
-}
-"""The text transformer of CLIP ViT-L/14, as transformers' CLIPTextConfig."""
-
 # Entries of a UNet's description that say nothing about what it computes when pictures are made.
 _UNET_PASSIVE = {"image_size", "use_checkpoint", "use_fp16", "use_bf16", "legacy", "dropout"}
 
@@ -148,11 +136,11 @@ def vae_config(params: Mapping[str, Any], scale_factor: float, field: str) -> Pa
 # ---------------------------------------------------------------------------------------------- the .yaml from networks
 
 
-def describe(unet: Mapping[str, Any], vae: Mapping[str, Any], own_text: bool) -> Parameters:
+def describe(unet: Mapping[str, Any], vae: Mapping[str, Any], text: Mapping[str, Any]) -> Parameters:
     """The .yaml of a model, from the configurations of diffusers' UNet2DConditionModel and AutoencoderKL.
 
-    own_text: the text encoder has the sizes of models/world/text and not CLIP ViT-L/14's. The picture's size is
-    written as the UNet's `sample_size` has it. Raises PortraitError when ldm has no such network.
+    text: the text encoder's sizes, named as in `SD1_TEXT`. The picture's size is written as the UNet's `sample_size`
+    has it. Raises PortraitError when ldm has no such network.
     """
     width, multiples = _multiples(unet["block_out_channels"], "unet")
     attended = [2**level for level, kind in enumerate(unet["down_block_types"]) if kind.startswith("CrossAttn")]
@@ -200,7 +188,9 @@ def describe(unet: Mapping[str, Any], vae: Mapping[str, Any], own_text: bool) ->
         "scale_factor": float(vae["scaling_factor"]),
         "unet_config": {"target": UNET_TARGET, "params": described},
         "first_stage_config": {"target": VAE_TARGET, "params": first_stage},
-        "cond_stage_config": {"target": WORLD_TEXT_TARGET if own_text else CLIP_TARGET},
+        "cond_stage_config": (
+            {"target": CLIP_TARGET} if dict(text) == SD1_TEXT else {"target": TARGET, "params": dict(text)}
+        ),
     }
     return {"model": {"target": DIFFUSION_TARGET, "params": params}}
 

@@ -56,7 +56,7 @@ class Measurer:
     def load(weights: Path, detector: Detector) -> Measurer:
         """From a recognition network's file. Raises PortraitError when it is missing or something else."""
         network = backbone_from_state_dict(read_tensors(weights, "backbone").tensors, weights.name)
-        # Crops come as float32, and the world's file is in half precision.
+        # Crops come as float32, and files may be in half precision.
         return Measurer(network.float(), detector)
 
     @torch.no_grad()

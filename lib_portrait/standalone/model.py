@@ -1,13 +1,12 @@
 """A Stable Diffusion 1 checkpoint, one file with ldm's names, as diffusers' networks; and back into such a file.
 
 Nothing is ever fetched: the description of the networks is the .yaml beside the file, or that of SD1, and the tokenizer
-is the one of models/world/text, whose vocabulary is CLIP's own.
+is CLIP's own.
 """
 
 from __future__ import annotations
 
 import itertools
-import json
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -22,12 +21,19 @@ from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
 from lib_portrait.checkpoints.formats import read_tensors, write_tensors
 from lib_portrait.checkpoints.kit import TextEncoder
+from lib_portrait.checkpoints.text_encoder import (
+    FORMER_SIZES,
+    FORMER_TARGET,
+    SD1_TEXT,
+    TARGET,
+    VOCABULARY,
+    VOCABULARY_FILES,
+    text_sizes,
+)
 from lib_portrait.errors import PortraitError
 from lib_portrait.faces.weights import all_finite, not_finite
 from lib_portrait.standalone import layout
 
-WORLD = Path(__file__).resolve().parents[2] / "models" / "world"
-TEXT_FOLDER = WORLD / "text"
 YAML_BYTES = 2**20
 
 _PREDICTIONS = {"eps": "epsilon", "v": "v_prediction"}
@@ -74,11 +80,6 @@ class Model:
         return int(self._params["image_size"]) * 2 ** (len(self.vae.config.block_out_channels) - 1)
 
     @property
-    def of_world(self) -> bool:
-        """Whether this is the embedded world's kind of model, which only the world's adapter fits."""
-        return self._params["cond_stage_config"]["target"] == layout.WORLD_TEXT_TARGET
-
-    @property
     def schedule(self) -> dict[str, Any]:
         """The noise schedule, as arguments of diffusers' schedulers."""
         return {
@@ -97,17 +98,12 @@ class Model:
 def make_model(unet: UNet2DConditionModel, vae: AutoencoderKL, text_encoder: CLIPTextModel) -> Model:
     """A model of networks that were trained here; `save_model` writes it.
 
-    The text encoder has the sizes of CLIP ViT-L/14's or those that models/world/text tells; the VAE's `scaling_factor`
-    is the one the UNet was trained with. Raises PortraitError for networks that no SD1 file can describe.
+    The VAE's `scaling_factor` is the one the UNet was trained with. Raises PortraitError for networks that no SD1
+    file can describe.
     """
-    own_text = _sizes(text_encoder.config.to_dict()) != _sizes(layout.SD1_TEXT)
-    if own_text and _sizes(text_encoder.config.to_dict()) != _sizes(_world_text()):
-        raise PortraitError(
-            "text_encoder",
-            f"its sizes are not those of {TEXT_FOLDER / 'config.json'}: {_sizes(text_encoder.config.to_dict())}",
-            "Write the text encoder's sizes into that file.",
-        )
-    config = layout.describe(unet.config, vae.config, own_text)
+    sizes = text_encoder.config.to_dict()
+    text = text_sizes({name: sizes[name] for name in SD1_TEXT}, "text_encoder")
+    config = layout.describe(unet.config, vae.config, text)
     return Model(unet, vae, text_encoder, load_tokenizer(), config)
 
 
@@ -151,34 +147,17 @@ def load_model(checkpoint: Path, device: torch.device | str = "cpu", dtype: torc
 
 
 def load_tokenizer() -> CLIPTokenizer:
-    """CLIP's tokenizer, from models/world/text. Raises PortraitError (500) when its files are not there."""
-    missing = [name for name in ("vocab.json", "merges.txt") if not (TEXT_FOLDER / name).is_file()]
+    """CLIP's tokenizer. Raises PortraitError (500) when its files are not there."""
+    missing = [name for name in VOCABULARY_FILES if not (VOCABULARY / name).is_file()]
     if missing:
-        raise _no_text(", ".join(missing))
-    return CLIPTokenizer.from_pretrained(str(TEXT_FOLDER), local_files_only=True)
-
-
-def _world_text() -> dict[str, Any]:
-    """The configuration of the text encoder in models/world/text."""
-    try:
-        config = json.loads((TEXT_FOLDER / "config.json").read_text("utf-8"))
-    except (OSError, ValueError):
-        raise _no_text("config.json") from None
-    return {name: config[name] for name in layout.SD1_TEXT if name in config}
-
-
-def _no_text(what: str) -> PortraitError:
-    return PortraitError(
-        "tokenizer",
-        f"{what} cannot be read in {TEXT_FOLDER}",
-        "These files travel with this project: get them back with `git checkout models/world/text`, or copy vocab.json "
-        "and merges.txt of any CLIP tokenizer there.",
-        500,
-    )
-
-
-def _sizes(config: Mapping[str, Any]) -> dict[str, Any]:
-    return {name: config.get(name) for name in layout.SD1_TEXT}
+        raise PortraitError(
+            "tokenizer",
+            f"{', '.join(missing)} cannot be read in {VOCABULARY}",
+            "These files travel with this project: get them back with `git checkout models/text`, or copy those of any "
+            "CLIP tokenizer there.",
+            500,
+        )
+    return CLIPTokenizer.from_pretrained(str(VOCABULARY), local_files_only=True)
 
 
 def _read_yaml(path: Path) -> dict[str, Any]:
@@ -220,10 +199,12 @@ def _checked(config: Mapping[str, Any], field: str) -> tuple[dict[str, Any], dic
     if not all(isinstance(number, (int, float)) and 0 < number < 1e6 for number in numbers):
         raise PortraitError(field, f"its .yaml has unusable numbers ({numbers})", "Correct the .yaml or move it away.")
     options = text.get("params") or {}
-    if text.get("target") == layout.WORLD_TEXT_TARGET:
-        text_config = _world_text()
+    if text.get("target") == TARGET and isinstance(options, Mapping):
+        text_config = text_sizes(options, field)
+    elif text.get("target") == FORMER_TARGET and not options:
+        text_config = FORMER_SIZES
     elif text.get("target") == layout.CLIP_TARGET and set(options) <= {"version"}:
-        text_config = layout.SD1_TEXT
+        text_config = SD1_TEXT
     else:
         raise PortraitError(
             field, f"its .yaml asks for another text encoder ({text.get('target')}, {options})", _REMEDY

@@ -13,9 +13,9 @@ from diffusers import DDIMScheduler, DPMSolverMultistepScheduler, EulerDiscreteS
 from torch import Tensor
 
 from lib_portrait.attention import NEGATIVE, POSITIVE, Injection, RoutingMaps, Row, find_sites, mark
+from lib_portrait.attention.windows import check_window
 from lib_portrait.conditioning import Conditioning
 from lib_portrait.errors import PortraitError
-from lib_portrait.request import check_window
 from lib_portrait.standalone.host import DiffusersHost, encode_prompts
 from lib_portrait.standalone.model import Model
 
@@ -60,7 +60,7 @@ def sample(
     check(samplings)
     first = samplings[0]
     for i, person in enumerate(conditioning.people if conditioning is not None else ()):
-        if person.scale > 0:
+        if person.strength > 0:
             steps = [step / first.steps for step in range(first.steps)]
             check_window(f"identities[{i}]", person.start, person.end, steps)
     # Guidance of 1 is the prediction with the prompt; the other half of the batch would not be looked at.
@@ -138,7 +138,7 @@ def _injected(
     if conditioning is None:
         yield None
         return
-    conditioning.adapter.check_fits(find_sites(model.unet))
+    conditioning.check_fits(find_sites(model.unet))
     rule = conditioning.rule(routing)
     rule.prepare(DiffusersHost(model))
     with Injection(model.unet, rule, rows=dict(enumerate(rows))) as injection:

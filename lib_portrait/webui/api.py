@@ -13,21 +13,15 @@ from collections.abc import Awaitable, Callable, Mapping
 from secrets import compare_digest
 from typing import Any
 
+from lib_portrait.checkpoints.registry import USES
 from lib_portrait.errors import PortraitError
-from lib_portrait.request import METHODS, Limits, Photo, json_schema, parse_request
-from lib_portrait.webui.values import METHOD_NAMES
+from lib_portrait.methods.declarations import declarations
+from lib_portrait.request import Limits, Photo, json_schema, parse_request
 
 # Beside the picture, a request has room for this many bytes.
 BODY_MARGIN = 64 * 2**10
 # A body this many times larger than allowed is not waited for.
 PATIENCE = 8
-ROLE_USE = {
-    "faceid": "ID embedding, attention adapter, LoRA for one person",
-    "router": "ID router and LoRA for several people",
-    "backbone": "face recognition network",
-    "vision": "CLIP image encoder",
-    "detector": "face detector of insightface; without it MTCNN is used",
-}
 
 
 def on_app_started(demo: Any, app: Any) -> None:
@@ -102,7 +96,7 @@ def add_routes(app: Any, api_auth: str | None = None) -> None:
         return {"dropped": True}
 
     route("/portrait/schema", "GET", schema, "JSON Schema of a request")
-    route("/portrait/methods", "GET", methods, "The methods there are")
+    route("/portrait/methods", "GET", methods, "The methods there are, and their options")
     route("/portrait/models", "GET", models, "The weights there are, and what is missing")
     route("/portrait/detect", "POST", detect, "The faces in a picture")
     route("/portrait/photos", "POST", keep, "Keep a photo, to name it by hash in requests")
@@ -134,7 +128,20 @@ def error_json(error: PortraitError) -> dict[str, Any]:
 
 
 def list_methods() -> dict[str, Any]:
-    return {"methods": [{"name": name, "title": METHOD_NAMES[name]} for name in METHODS], "default": METHODS[0]}
+    """The methods, and by name the JSON Schema of what each lets one choose beside what all have in common."""
+    methods = [
+        {
+            "name": one.name,
+            "title": one.title,
+            "options": {option.name: {"title": option.title, **option.schema()} for option in one.options},
+            "identity_options": {
+                option.name: {"title": option.title, **option.schema()} for option in one.identity_options
+            },
+            "mixes": one.mixes,
+        }
+        for one in declarations()
+    ]
+    return {"methods": methods, "default": methods[0]["name"]}
 
 
 def list_models(store: Any) -> dict[str, Any]:
@@ -144,6 +151,7 @@ def list_models(store: Any) -> dict[str, Any]:
         kits.append(
             {
                 "name": kit.name,
+                "method": kit.method,
                 "usable": kit.usable,
                 "problem": kit.problem,
                 "files": {role: path.name for role, path in kit.files.items()},
@@ -160,13 +168,14 @@ def list_models(store: Any) -> dict[str, Any]:
                 ],
             }
         )
+    uses = {part.role: part.use for files in store.methods for part in files.parts} | USES
     roles = {
         role: {
             "use": use,
             "files": [{"name": entry.name, "size": entry.size} for entry in store.list(role)],
             "folders": [str(folder) for folder in store.folders(role)],
         }
-        for role, use in ROLE_USE.items()
+        for role, use in uses.items()
     }
     return {"checkpoints": kits, "roles": roles}
 

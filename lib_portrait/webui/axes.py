@@ -8,10 +8,14 @@ from pathlib import Path
 from typing import Any
 
 from lib_portrait.errors import PortraitError
+from lib_portrait.methods.declarations import Declaration, declarations
+from lib_portrait.options import Choice, Option, Switch
 
 # Where the axes leave their values on the host's processing object, for the session to merge into the request.
 ATTRIBUTE = "portrait_overrides"
 PREFIX = "[Portrait]"
+# The values of an axis of a switch.
+SWITCHED = {"on": True, "off": False}
 
 _KEY = re.compile(r"(?:identities\[(\d+|\*)\]\.)?(\w+)")
 
@@ -74,25 +78,37 @@ def _options(xyz: Any, identities: int) -> list[Any]:
     def axis(name: str, kind: type, key: str, **options: Any) -> Any:
         return xyz.AxisOption(f"{PREFIX} {name}", kind, _setter(key), confirm=_checker(key), **options)
 
+    def of(one: Declaration, option: Option, key: str, label: str) -> Any:
+        # Those of the default method have had their labels since it was the only one.
+        label = label if one is default else f"{one.title}: {label}"
+        if isinstance(option, Switch):
+            return axis(label, str, key, choices=lambda: list(SWITCHED))
+        if isinstance(option, Choice):
+            return axis(label, str, key, choices=lambda: list(option.choices))
+        return axis(label, float, key)
+
     def checkpoints() -> list[str]:
         from lib_portrait.webui import services
 
         return list(services.store().names())
 
-    return [
-        axis("ID scale", float, "scale"),
-        axis("Structure scale", float, "identities[*].structure"),
-        axis("LoRA scale", float, "lora_scale"),
-        # The cost makes the host vary it in the outermost loop: weights are read from disk when it changes.
-        axis("Checkpoint", str, "checkpoint", cost=0.5, choices=checkpoints),
-        *(axis(f"Scale of identity {i + 1}", float, f"identities[{i}].scale") for i in range(identities)),
-    ]
+    default, *_ = methods = declarations()
+    # The cost makes the host vary it in the outermost loop: weights are read from disk when it changes.
+    found = [axis("Checkpoint", str, "checkpoint", cost=0.5, choices=checkpoints)]
+    for one in methods:
+        found += [of(one, option, option.name, option.axis) for option in one.options if option.axis]
+        for option in one.identity_options:
+            numbers = range(identities) if "{number}" in option.axis else ("*",) if option.axis else ()
+            for number in numbers:
+                label = option.axis if number == "*" else option.axis.format(number=int(number) + 1)
+                found.append(of(one, option, f"identities[{number}].{option.name}", label))
+    return found
 
 
 def _setter(key: str) -> Callable[[Any, Any, Sequence[Any]], None]:
     def apply(p: Any, value: Any, values: Sequence[Any]) -> None:
         # Each cell of the plot has a shallow copy of one processing object: the mapping must not be shared.
-        setattr(p, ATTRIBUTE, {**getattr(p, ATTRIBUTE, {}), key: value})
+        setattr(p, ATTRIBUTE, {**getattr(p, ATTRIBUTE, {}), key: SWITCHED.get(value, value)})
 
     return apply
 
@@ -103,6 +119,6 @@ def _checker(key: str) -> Callable[[Any, Sequence[Any]], None]:
     def confirm(p: Any, values: Sequence[Any]) -> None:
         from lib_portrait.webui import session
 
-        session.check_axis(p, [{key: value} for value in values])
+        session.check_axis(p, [{key: SWITCHED.get(value, value)} for value in values])
 
     return confirm

@@ -16,7 +16,6 @@ import re
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import fields
 from html import escape
 from pathlib import Path
 from typing import Any
@@ -24,9 +23,11 @@ from typing import Any
 from lib_portrait.checkpoints import KitStatus, KnownWeight, Missing
 from lib_portrait.checkpoints.store import AUTOMATIC
 from lib_portrait.errors import NoSuchFace, PortraitError
-from lib_portrait.request import HASH_PREFIX, METHODS, Identity, Limits, Mix, Photo, PortraitRequest, parse_request
-from lib_portrait.webui import adetailer, paste, services, settings, world
+from lib_portrait.methods.declarations import declaration, declarations
+from lib_portrait.request import END, HASH_PREFIX, START, WEIGHT, Limits, Photo, parse_request
+from lib_portrait.webui import adetailer, checkpoint, inputs, option_controls, paste, services, settings
 from lib_portrait.webui import values as layout
+from lib_portrait.webui.option_controls import Label, slider
 from lib_portrait.webui.paste import message_html
 
 REFRESH = "\U0001f504"
@@ -35,26 +36,16 @@ CROP_SIDE = 112
 IMAGE_TYPES = [".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".avif", ".heic", ".heif"]
 DOWNLOAD_PERIOD = 0.5
 FACE_SIDE = 40
-# The panel's controls that the host keeps as defaults (Settings > Defaults): no photo is one, nor whether it is used.
-DEFAULTS = (
-    "checkpoint",
-    "scale",
-    "lora_scale",
-    "show_routing",
-    "structure",
-    "start",
-    "end",
-    "mix1_weight",
-    "mix2_weight",
-)
+# Which of the panel's controls the host keeps as defaults (Settings > Defaults), beside those of options: no photo is
+# one, nor whether it is used.
+DEFAULTS = ("checkpoint", START.name, END.name, *(f"{slot}_{WEIGHT.name}" for slot in layout.MIXES))
 
 
 # ----------------------------------------------------------------------------------------------------------- building
 
 
 def build(script: Any, is_img2img: bool) -> list[Any]:
-    """Builds the panel inside the host's interface; its inputs in the order of `values`, those of N identities, and
-    after them one that nobody sees.
+    """Builds the panel inside the host's interface; its inputs in the order of `values.controls`.
 
     Sets the script's `infotext_fields` and `paste_field_names`. The host calls `ui` again on the same script to ask
     for the defaults of its API: it gets the controls that are there.
@@ -74,32 +65,35 @@ def build(script: Any, is_img2img: bool) -> list[Any]:
                 with gr.Tab(f"Identity {index + 1}", id=f"{tab}_portrait_{index}"):
                     blocks.append(_build_identity(gr, tab, index))
     _connect_spread(blocks)
-    script.portrait_world_button = top["world_settings"]
-    _connect_world(script)
+    script.portrait_settings_button = top["kit_settings"]
+    _connect_settings(script)
     for block in blocks:
         for name in ("photos", *(f"{slot}_photos" for slot in layout.MIXES)):
             _connect_photos(top["enabled"], block, name)
         _connect_region(gr, block, tab)
 
-    controls = [top[name] for name in layout.GLOBAL_FIELDS]
-    controls += [block[name] for block in blocks for name in layout.IDENTITY_FIELDS]
-    names = paste.positions(identities)
-    for name, control in zip(names, controls, strict=True):
-        control.do_not_save_to_config = name not in DEFAULTS
+    option_controls.connect_method(top, blocks)
+
+    # Where a list of the API is longer than the panel, what comes next lands here, and is refused.
+    top[layout.BEYOND.name] = gr.Textbox(value=layout.NOTHING_BEYOND, visible=False)
+    placed = layout.controls(identities)
+    controls = [(top if one.tab is None else blocks[one.tab - 1])[option_controls.key(one)] for one in placed]
+    kept = {*DEFAULTS, *(option.name for one in declarations() for option in (*one.options, *one.identity_options))}
+    for one, control in zip(placed, controls, strict=True):
+        control.do_not_save_to_config = one.name not in kept
     readers = [paste.reader(position, identities, services.named) for position in range(len(controls))]
+    sent = zip(controls, readers, placed, strict=True)
+    read = [(control, reader, one) for control, reader, one in sent if one is not layout.BEYOND]
     script.infotext_fields = [
-        *zip(controls, readers, strict=True),
+        *((control, reader) for control, reader, _ in read),
         (pasted, lambda params: paste.message_update(params, identities, services.named)),
     ]
-    script.paste_field_names = [read for name, read in zip(names, readers, strict=True) if paste.sendable(name)]
-    # Where a list of the API is longer than the panel, what comes next lands here, and is refused.
-    controls.append(gr.Textbox(value=layout.NOTHING_BEYOND, visible=False))
-    controls[-1].do_not_save_to_config = True
+    script.paste_field_names = [reader for _, reader, one in read if paste.sendable(one.name)]
     return controls
 
 
 def watch_host(script: Any, is_img2img: bool) -> None:
-    """Notes the host's own controls that the world's settings go to, as the host makes them, before or after `build`.
+    """Notes the host's own controls that a kit's settings go to, as the host makes them, before or after `build`.
 
     For the script's `show`, which comes before either.
     """
@@ -109,51 +103,31 @@ def watch_host(script: Any, is_img2img: bool) -> None:
     def noting(name: str) -> Callable[[Any], None]:
         def note(made: Any) -> None:
             script.portrait_host_controls[name] = made.component
-            _connect_world(script)
+            _connect_settings(script)
 
         return note
 
-    for name in world.CONTROLS:
+    for name in checkpoint.CONTROLS:
         script.on_after_component(noting(name), elem_id=f"{tab}_{name}")
 
 
-def _connect_world(script: Any) -> None:
+def _connect_settings(script: Any) -> None:
     """Has the button set the host's controls, once the button and all of them are there."""
-    button = getattr(script, "portrait_world_button", None)
+    button = getattr(script, "portrait_settings_button", None)
     controls = getattr(script, "portrait_host_controls", {})
-    if button is not None and len(controls) == len(world.CONTROLS):
-        outputs = [controls[name] for name in world.CONTROLS]
-        button.click(lambda: list(world.controls().values()), [], outputs, show_progress=False)
+    if button is not None and len(controls) == len(checkpoint.CONTROLS):
+        outputs = [controls[name] for name in checkpoint.CONTROLS]
+        button.click(kit_settings, [], outputs, show_progress=False)
 
 
-class _Label(str):
-    """A control's label, to which `whose` is added where it is formatted: "Scale" and "Scale of identity 2".
+def kit_settings() -> list[Any]:
+    """What the host's controls (`checkpoint.CONTROLS`) become: as the kit says that was made on the loaded checkpoint.
 
-    The host saves defaults by formatted labels (modules/ui_loadsave.py: add_block), and identities have the same ones.
-    """
-
-    def __new__(cls, text: str, whose: str) -> _Label:
-        made = super().__new__(cls, text)
-        made.whose = whose
-        return made
-
-    whose: str
-
-    def __format__(self, spec: str) -> str:
-        return format(f"{self!s} of {self.whose}", spec)
-
-
-def _slider(gr: Any, form: type, name: str, label: str, tooltip: str, elem_id: str) -> Any:
-    spec = next(item for item in fields(form) if item.name == name)
-    return gr.Slider(
-        minimum=spec.metadata["low"],
-        maximum=spec.metadata["high"],
-        step=0.01,
-        value=spec.default,
-        label=label,
-        tooltip=tooltip,
-        elem_id=elem_id,
-    )
+    Raises PortraitError where none was: another checkpoint has been loaded since the button was offered."""
+    manifest = checkpoint.loaded().manifest()
+    if manifest is None:
+        raise PortraitError("checkpoint", "no kit tells settings for the loaded checkpoint", "Choose them yourself.")
+    return [*checkpoint.controls(manifest).values()]
 
 
 def _hidden_text(gr: Any, label: str, elem_id: str) -> Any:
@@ -170,15 +144,10 @@ def _build_top(gr: Any, tab: str) -> dict[str, Any]:
     top: dict[str, Any] = {}
     with gr.Row(elem_classes=["portrait-switches"]):
         top["enabled"] = gr.Checkbox(False, label="Enable", elem_id=name("enabled"), tooltip="Draw the people below.")
-        top["show_routing"] = gr.Checkbox(
-            False,
-            label="Show routing map",
-            elem_id=name("show_routing"),
-            tooltip="Adds a picture to the results that shows which person went where.",
-        )
+        option_controls.build_maps(gr, top, name)
     choices = checkpoint_choices()
     with gr.Row(elem_classes=["portrait-models"]):
-        titles = [layout.METHOD_NAMES[method] for method in METHODS]
+        titles = [method.title for method in declarations()]
         top["method"] = gr.Dropdown(
             titles, value=titles[0], label="Method", elem_id=name("method"), tooltip="How identities reach the picture."
         )
@@ -202,46 +171,44 @@ def _build_top(gr: Any, tab: str) -> dict[str, Any]:
             elem_id=name("download"),
             tooltip="Fetches the published files that are missing into the folder named here.",
         )
-        top["world_settings"] = gr.Button(
+        top["kit_settings"] = gr.Button(
             "Use its settings",
             size="sm",
             visible=False,
-            elem_id=name("world_settings"),
+            elem_id=name("kit_settings"),
             tooltip="Sets size, sampler, steps and CFG scale above.",
         )
-    with gr.Row():
-        top["scale"] = _slider(
-            gr, PortraitRequest, "scale", "ID scale", "Strength of all people together.", name("scale")
-        )
-        top["lora_scale"] = _slider(
-            gr, PortraitRequest, "lora_scale", "LoRA scale", "Strength of the adapter's LoRA.", name("lora_scale")
-        )
+    for method in declarations():
+        options = [option for option in method.options if option.name != method.maps]
+        option_controls.build_options(gr, top, method, options, "", name)
 
-    def judge(chosen: str) -> list[Any]:
-        loaded = world.loaded_family()
-        message, loadable = weights_html(chosen, loaded, world.loaded_file())
-        return [message + neighbours_html(), gr.update(visible=loadable), gr.update(visible=loaded == world.WORLD)]
+    def judge(chosen: str, title: str) -> list[Any]:
+        loaded = checkpoint.loaded()
+        message, loadable = weights_html(chosen, loaded, layout.method_of([True, title]).name)
+        offered = loaded.manifest() is not None
+        return [message + neighbours_html(), gr.update(visible=loadable), gr.update(visible=offered)]
 
-    def look_again(chosen: str) -> list[Any]:
-        choices = checkpoint_choices()
+    def look_again(chosen: str, title: str) -> list[Any]:
+        choices = checkpoint_choices(layout.method_of([True, title]).name)
         bare = str(chosen).removesuffix(layout.INCOMPLETE)
         # One that was pasted and is not here stays, to be said and refused.
         value = next((choice for choice in choices if choice.removesuffix(layout.INCOMPLETE) == bare), bare)
-        return [gr.update(choices=choices, value=value), *judge(value)]
+        return [gr.update(choices=choices, value=value), *judge(value, title)]
 
     # The badge in the panel's title follows the box, also where pasting has ticked it.
     top["enabled"].change(None, [], [], _js="portraitShowCounts")
-    judged = [weights, download, top["world_settings"]]
-    refresh.click(look_again, [top["checkpoint"]], [top["checkpoint"], *judged], show_progress=False)
-    top["checkpoint"].change(judge, [top["checkpoint"]], judged, show_progress=False)
+    chosen, judged = [top["checkpoint"], top["method"]], [weights, download, top["kit_settings"]]
+    refresh.click(look_again, chosen, [top["checkpoint"], *judged], show_progress=False)
+    top["method"].change(look_again, chosen, [top["checkpoint"], *judged], show_progress=False)
+    top["checkpoint"].change(judge, chosen, judged, show_progress=False)
 
-    def fetch(chosen: str) -> Iterator[list[Any]]:
-        for message in download_missing(chosen, world.loaded_family(), world.loaded_file()):
+    def fetch(chosen: str, title: str) -> Iterator[list[Any]]:
+        for message in download_missing(chosen, checkpoint.loaded(), layout.method_of([True, title]).name):
             yield [paste.UNCHANGED, message, gr.update(interactive=False)]
-        choices, _, visible, _ = look_again(chosen)
+        choices, _, visible, _ = look_again(chosen, title)
         yield [choices, message, {**visible, "interactive": True}]
 
-    download.click(fetch, [top["checkpoint"]], [top["checkpoint"], weights, download], show_progress=False)
+    download.click(fetch, chosen, [top["checkpoint"], weights, download], show_progress=False)
     return top
 
 
@@ -252,7 +219,7 @@ def _build_identity(gr: Any, tab: str, index: int) -> dict[str, Any]:
     block: dict[str, Any] = {}
     _build_photos(gr, block, "photos", "Photos", name)
     # Chosen on the photos themselves; positional lists of API users have them for all photos of an identity.
-    block["face"] = gr.Dropdown(layout.face_choices(), value=layout.LARGEST_NAME, label="Face", visible=False)
+    block["face"] = gr.Dropdown(inputs.face_choices(), value=inputs.LARGEST_NAME, label="Face", visible=False)
     block["aligned"] = gr.Checkbox(False, label="Already aligned", visible=False)
     if index == 0:
         with gr.Row(elem_classes=["portrait-faces"]):
@@ -268,19 +235,14 @@ def _build_identity(gr: Any, tab: str, index: int) -> dict[str, Any]:
             block["spread_kept"] = _hidden_text(gr, "Photos before and after", name("spread_kept"))
             block["spread_kept"].do_not_save_to_config = True
     whose = f"identity {index + 1}"
+    for method in declarations():
+        option_controls.build_options(gr, block, method, method.identity_options, whose, name)
     with gr.Row():
-        label, tooltip = _Label("Scale", whose), "Strength of this person, times the ID scale above."
-        block["scale"] = _slider(gr, Identity, "scale", label, tooltip, name("scale"))
-        label, tooltip = _Label("Face structure (β)", whose), "More: more alike, less freedom."
-        block["structure"] = _slider(gr, Identity, "structure", label, tooltip, name("structure"))
-    with gr.Row():
-        label, tooltip = _Label("Start", whose), "Share of the steps after which this person comes in."
-        block["start"] = _slider(gr, Identity, "start", label, tooltip, name("start"))
-        label, tooltip = _Label("End", whose), "Share of the steps after which this person is left out."
-        block["end"] = _slider(gr, Identity, "end", label, tooltip, name("end"))
+        for end in (START, END):
+            block[end.name] = slider(gr, end, Label(end.title, whose), name(end.name))
     block["region"] = gr.Radio(
-        [(title, kind) for kind, title in layout.REGION_NAMES.items()],
-        value=layout.ROUTED,
+        [(title, kind) for kind, title in inputs.REGION_NAMES.items()],
+        value=inputs.ROUTED,
         label="Region",
         elem_id=name("region"),
         tooltip="Where this person goes. Automatic routing decides it from the picture itself.",
@@ -310,12 +272,17 @@ def _build_identity(gr: Any, tab: str, index: int) -> dict[str, Any]:
             block["canvas_size"] = gr.Textbox(visible=False)
         block["mask"] = _hidden_text(gr, "Kept mask", name("mask"))
         block["mask_found"] = gr.HTML(elem_id=name("mask_found"))
-    with gr.Accordion("Mix in other people", open=False, elem_id=name("mix"), elem_classes=["portrait-mix"]):
+    with gr.Accordion(
+        "Mix in other people",
+        open=False,
+        visible=layout.DEFAULT.mixes,
+        elem_id=name("mix"),
+        elem_classes=["portrait-mix"],
+    ) as block[option_controls.MIXED]:
         for number, slot in enumerate(layout.MIXES, start=1):
             _build_photos(gr, block, f"{slot}_photos", f"Photos of mixed-in person {number}", name)
-            label = _Label("Share", f"mixed-in person {number} of {whose}")
-            tooltip = "Share of this person in the identity."
-            block[f"{slot}_weight"] = _slider(gr, Mix, "weight", label, tooltip, name(f"{slot}_weight"))
+            label = Label(WEIGHT.title, f"mixed-in person {number} of {whose}")
+            block[f"{slot}_weight"] = slider(gr, WEIGHT, label, name(f"{slot}_weight"))
     return block
 
 
@@ -371,7 +338,7 @@ def _connect_spread(blocks: list[dict[str, Any]]) -> None:
 
 def _connect_region(gr: Any, block: dict[str, Any], tab: str) -> None:
     block["region"].change(
-        lambda kind: [gr.update(visible=kind == layout.BOX), gr.update(visible=kind == layout.MASK)],
+        lambda kind: [gr.update(visible=kind == inputs.BOX), gr.update(visible=kind == inputs.MASK)],
         [block["region"]],
         [block["box_row"], block["mask_column"]],
         show_progress=False,
@@ -399,13 +366,13 @@ def add_photos(files: Any, kept: str) -> tuple[str, str, bool]:
     from lib_portrait.faces.images import decode_image
 
     limits = settings.limits()
-    listed = layout.stored_photos(kept, "photos")
+    listed = inputs.stored_photos(kept, "photos")
     known = [_image_of(entry) for entry in listed]
     problems, added = [], False
     for upload in files if isinstance(files, list) else [files]:
         title = re.split(r"[/\\]", str(getattr(upload, "orig_name", "") or "photo"))[-1]
         try:
-            data = layout.uploaded_bytes(upload, title, limits)
+            data = inputs.uploaded_bytes(upload, title, limits)
             decode_image(data, title, limits)
             if len(listed) >= limits.photos:
                 raise PortraitError(
@@ -419,7 +386,7 @@ def add_photos(files: Any, kept: str) -> tuple[str, str, bool]:
             listed.append(entry)
             known.append(entry)
         added = True
-    kept = layout.stored_text(listed)
+    kept = inputs.stored_text(listed)
     return kept, _notice_html(kept, " ".join(problems)) if problems else "", added
 
 
@@ -449,7 +416,8 @@ def _said(error: Exception) -> PortraitError:
 
 def _kept_photo(entry: Any, limits: Limits) -> Photo:
     """A stored photo as a request has it, checked as there: the textbox is in the page, and anyone may write to it."""
-    form = layout.request_from_values([True, *[None] * 5, None, layout.stored_text([entry])], limits)
+    values = [True, *[None] * len(layout.GLOBAL_FIELDS), inputs.stored_text([entry])]
+    form = layout.request_from_values(values, limits)
     assert form is not None
     return parse_request(form, limits).identities[0].photos[0]
 
@@ -467,7 +435,7 @@ def found_html(kept: str) -> str:
     chosen (portrait.js).
     """
     try:
-        listed = layout.stored_photos(kept, "photos")
+        listed = inputs.stored_photos(kept, "photos")
     except PortraitError as error:
         return message_html(error.detail)
     limits = settings.limits()
@@ -491,7 +459,7 @@ def found_html(kept: str) -> str:
             continue
         several = "" if aligned or len(found) == 1 else f" of {len(found)} faces"
         # Bystanders are counted after the main faces, wherever they stand.
-        which = "Bystander" if chosen.bystander and photo.face is not None else layout.face_name(photo.face)
+        which = "Bystander" if chosen.bystander and photo.face is not None else inputs.face_name(photo.face)
         caption = "aligned crop" if aligned else f"{which}{several}" if several else "1 face"
         cards.append(_card(index, title, aligned, found, chosen, caption))
     return f'<div class="portrait-cards">{"".join(cards)}</div>' if cards else ""
@@ -531,7 +499,7 @@ def _faces_html(title: str, found: Sequence[Any], chosen: Any) -> str:
     """A button for each face of a photo, from the left."""
     buttons = []
     for number, one in enumerate(found):
-        says = "; ".join(("Bystander" if one.bystander else layout.face_name(number), *one.notices))
+        says = "; ".join(("Bystander" if one.bystander else inputs.face_name(number), *one.notices))
         kind = "portrait-face portrait-bystander" if one.bystander else "portrait-face"
         buttons.append(
             f'<button type="button" class="{kind}" data-face="{number}" aria-pressed="{str(one is chosen).lower()}" '
@@ -561,7 +529,7 @@ def spread_faces(lists: Sequence[str]) -> list[Any]:
     button for it, and of the lists.
     """
     try:
-        listed = [layout.stored_photos(kept, f"Identity {tab}") for tab, kept in enumerate(lists, 1)]
+        listed = [inputs.stored_photos(kept, f"Identity {tab}") for tab, kept in enumerate(lists, 1)]
         place, photo, people, bystanders = _group_photo(listed[0])
         if len(listed[0]) > 1:
             found, shown = services.faces().find(photo, "photo"), services.faces().chosen(photo, "photo")
@@ -576,9 +544,9 @@ def spread_faces(lists: Sequence[str]) -> list[Any]:
     used = 1 + min(len(people) - 1, len(free))
     texts = list(lists)
     listed[0][place] = {"image": image, "face": people[0]}
-    texts[0] = layout.stored_text(listed[0])
+    texts[0] = inputs.stored_text(listed[0])
     for tab, number in zip(free, people[1:], strict=False):
-        texts[tab] = layout.stored_text([{"image": image, "face": number}])
+        texts[tab] = inputs.stored_text([{"image": image, "face": number}])
     said = []
     if used < len(people):
         said.append(
@@ -644,7 +612,7 @@ def box_html(text: str) -> str:
     if not str(text or "").strip():
         return ""
     try:
-        left, top, right, bottom = (100 * edge for edge in layout.box_from_text(text, "Box"))
+        left, top, right, bottom = (100 * edge for edge in inputs.box_from_text(text, "Box"))
     except PortraitError as error:
         return message_html(error.detail)
     return (
@@ -659,7 +627,7 @@ def mask_html(kept: str) -> str:
     if not str(kept or "").strip():
         return ""
     try:
-        listed = layout.stored_photos(kept, "Mask")
+        listed = inputs.stored_photos(kept, "Mask")
         mask = services.faces().mask(_kept_photo(listed[0], settings.limits()), "Mask")
     except Exception as error:
         return message_html(_said(error).detail)
@@ -683,33 +651,36 @@ def blank_canvas(size: str) -> Any:
 # ------------------------------------------------------------------------------------------------------------ weights
 
 
-def checkpoint_choices() -> list[str]:
+def checkpoint_choices(method: str = layout.DEFAULT.name) -> list[str]:
     """The choices of the checkpoint control."""
-    return [AUTOMATIC] + [kit.name + ("" if kit.usable else layout.INCOMPLETE) for kit in services.store().kits()]
+    kits = services.store().kits(method)
+    return [AUTOMATIC] + [kit.name + ("" if kit.usable else layout.INCOMPLETE) for kit in kits]
 
 
-def _wanted(chosen: str, loaded: str | None, file: Path | None) -> tuple[str, KitStatus | None]:
-    """The adapter that a choice of the checkpoint control means with the checkpoint in `file`, of family `loaded`
-    (`world`): its name, and what is there of it."""
+def _wanted(chosen: str, loaded: checkpoint.Loaded, method: str) -> tuple[str, KitStatus | None]:
+    """The adapter of a method that a choice of the checkpoint control means with the loaded checkpoint: its name, and
+    what is there of it. Raises PortraitError where there is none, and none is published."""
     name = str(chosen).removesuffix(layout.INCOMPLETE)
     if name == AUTOMATIC:
-        name = world.adapter_for(loaded == world.WORLD, file)
-    return name, next((kit for kit in services.store().kits() if kit.name == name), None)
+        name = loaded.automatic(method)
+    return name, next((kit for kit in services.store().kits(method) if kit.name == name), None)
 
 
-def weights_html(chosen: str, loaded: str | None, file: Path | None = None) -> tuple[str, bool]:
+def weights_html(chosen: str, loaded: checkpoint.Loaded, method: str = layout.DEFAULT.name) -> tuple[str, bool]:
     """What the loaded checkpoint lacks to draw people, or what is to be known of it (HTML, or ""); and whether a
     download would help.
 
-    chosen: of the checkpoint control. loaded: the family (`world.loaded_family`), file: the checkpoint's; None where
-    they are not known.
+    chosen: of the checkpoint control.
     """
-    if loaded not in (world.WORLD, world.SD15, None):
-        text = f"UniPortrait needs a checkpoint of the SD1.5 family, and the loaded one is {loaded}. Load another."
+    if loaded.family not in (checkpoint.SD15, None):
+        text = (
+            f"{declaration(method).title} needs a checkpoint of the SD1.5 family, and the loaded one is "
+            f"{loaded.family}. Load another."
+        )
         return message_html(text, "warning"), False
     try:
-        name, kit = _wanted(chosen, loaded, file)
-    except PortraitError as error:  # of the embedded kit's manifest
+        name, kit = _wanted(chosen, loaded, method)
+    except PortraitError as error:
         return message_html(error.detail), False
     if kit is None:
         return message_html(f"There is no adapter {name}. Choose another Checkpoint here.", "warning"), False
@@ -724,12 +695,13 @@ def weights_html(chosen: str, loaded: str | None, file: Path | None = None) -> t
     if kit.missing:
         text = f"For several people in one picture a file is missing (adapter {escape(kit.name)}): {how}."
         return _missing_html(text, kit.missing, "info"), loadable
-    if loaded == world.WORLD:
-        values = world.controls()
+    manifest = loaded.manifest()
+    if manifest is not None:
+        values = checkpoint.controls(manifest)
         text = (
-            f"The embedded world is loaded. It draws {values['width']} × {values['height']} px with "
-            f"{values['sampling']}, {values['steps']} steps and CFG {values['cfg_scale']}; larger pictures become "
-            "crowds."
+            f"The checkpoint of the kit {escape(manifest.name)} is loaded. It was made for {values['width']} × "
+            f"{values['height']} px with {escape(values['sampling'])}, {values['steps']} steps and CFG "
+            f"{values['cfg_scale']}; larger pictures may show a person several times."
         )
         return message_html(text, "info"), False
     return "", False
@@ -751,13 +723,17 @@ def _missing_html(text: str, gaps: Sequence[Missing], kind: str) -> str:
     return f'<div class="portrait-message portrait-{kind}" role="alert">{text}{which}</div>'
 
 
-def download_missing(chosen: str, loaded: str | None, file: Path | None = None) -> Iterator[str]:
+def download_missing(chosen: str, loaded: checkpoint.Loaded, method: str = layout.DEFAULT.name) -> Iterator[str]:
     """Downloads the published files that a choice of the checkpoint control lacks; messages (HTML) on how it goes, the
     last on how it ended.
 
     The first file that cannot be had ends it: what comes after usually has the same source.
     """
-    _, kit = _wanted(chosen, loaded, file)
+    try:
+        _, kit = _wanted(chosen, loaded, method)
+    except PortraitError as error:
+        yield message_html(error.detail)
+        return
     gaps = kit.missing if kit is not None else ()
     for gap in gaps:
         if gap.known is None:

@@ -13,8 +13,9 @@ from html import escape
 from typing import Any
 
 from lib_portrait.errors import PortraitError
-from lib_portrait.request import Limits, Photo, from_infotext, with_photos
-from lib_portrait.webui.values import GLOBAL_FIELDS, IDENTITY_FIELDS, said_in_panel, values_from_request
+from lib_portrait.infotext import from_infotext
+from lib_portrait.request import Limits, Photo, with_photos
+from lib_portrait.webui.values import controls, said_in_panel, values_from_request
 
 INFOTEXT_KEY = "Portrait"
 # What earlier versions wrote of sixteen people with thirty-two photos each has some 50,000 characters.
@@ -23,6 +24,8 @@ MANY = 1000
 
 # What `gr.update()` makes.
 UNCHANGED = {"__type__": "generic_update"}
+# In place of the value of a control that does not concern the pasted request's method.
+LEFT = object()
 
 Reader = Callable[[Mapping[str, Any]], Any]
 # From a photo named by the first digits of its hash to the same one by its whole hash.
@@ -32,6 +35,8 @@ Named = Callable[[Photo], Photo]
 @functools.lru_cache(maxsize=4)
 def panel_values(text: str, identities: int, named: Named) -> tuple[tuple[Any, ...] | None, str]:
     """The panel's values for an infotext's "Portrait" value, or None where it is unusable; and a message, or "".
+
+    They are LEFT where a control does not concern its method.
 
     The message says why nothing, or not everything, could be restored.
     """
@@ -45,7 +50,9 @@ def panel_values(text: str, identities: int, named: Named) -> tuple[tuple[Any, .
         return None, f"Portrait was not restored. {said.detail}"
     # The panel tells by whole hashes which photos it has already.
     values, lost = values_from_request(with_photos(request, named), identities)
-    return tuple(values), " ".join(lost)
+    placed = zip(controls(identities), values, strict=True)
+    one = request.declaration
+    return tuple(value if control.concerns(one) else LEFT for control, value in placed), " ".join(lost)
 
 
 def _read(params: Mapping[str, Any], identities: int, named: Named) -> tuple[tuple[Any, ...] | None, str] | None:
@@ -62,7 +69,7 @@ def field_update(params: Mapping[str, Any], position: int, identities: int, name
     read = _read(params, identities, named)
     if read is None or read[0] is None:
         return _update(False) if position == 0 else None
-    return _update(read[0][position])
+    return None if read[0][position] is LEFT else _update(read[0][position])
 
 
 def message_update(params: Mapping[str, Any], identities: int, named: Named) -> dict[str, Any]:
@@ -90,8 +97,3 @@ def reader(position: int, identities: int, named: Named) -> Reader:
 def sendable(name: str) -> bool:
     """Whether a field can be copied from tab to tab: files and sketches are no values that gradio takes back."""
     return not (name.endswith("uploads") or name == "drawing")
-
-
-def positions(identities: int) -> list[str]:
-    """The name of each position of the panel's values; those of identities repeat."""
-    return [*GLOBAL_FIELDS, *(IDENTITY_FIELDS * identities)]

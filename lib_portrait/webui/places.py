@@ -121,6 +121,10 @@ def pictures(p: Any, processed: Any) -> list[Image.Image]:
 
 
 def notices(p: Any, request: PortraitRequest) -> list[Notice]:
-    if not request.show_routing or shows_maps(p):
+    if not request.shows_maps or shows_maps(p):
         return []
-    return [Notice("show_routing", f"the script {script_title(p)} has no place for routing maps, so none is shown")]
+    return [
+        Notice(
+            request.declaration.maps, f"the script {script_title(p)} has no place for routing maps, so none is shown"
+        )
+    ]

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from lib_portrait.checkpoints.store import Store
 from lib_portrait.errors import PortraitError
+from lib_portrait.methods.declarations import adapter_files
 from lib_portrait.request import Limits, Photo
 from lib_portrait.webui import settings
 
@@ -35,7 +36,7 @@ def store() -> Store:
     """The weight files of this machine."""
     folders = settings.folders()
     key = (tuple(folders.own), tuple((role, tuple(paths)) for role, paths in sorted(folders.shared.items())))
-    return _one("store", key, lambda: Store(folders, hash_cache=settings.cache_dir()))
+    return _one("store", key, lambda: Store(folders, adapter_files(), settings.cache_dir()))
 
 
 def faces() -> FaceService:

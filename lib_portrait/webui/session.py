@@ -22,17 +22,20 @@ from modules import devices, errors, images, shared
 
 from lib_portrait.attention import NEGATIVE, POSITIVE, Injection, RoutingMaps, Row, find_sites, mark_conditions
 from lib_portrait.attention.regions import WHOLE, Box, check_takes_part
+from lib_portrait.attention.windows import check_window
 from lib_portrait.checkpoints.store import AUTOMATIC
 from lib_portrait.errors import Notice, PortraitError
-from lib_portrait.request import PortraitRequest, check_window, parse_request, to_infotext
-from lib_portrait.webui import adetailer, axes, jobs, places, services, settings, upcoming, world
+from lib_portrait.infotext import to_infotext
+from lib_portrait.methods.declarations import Declaration
+from lib_portrait.request import PortraitRequest, parse_request
+from lib_portrait.webui import adetailer, axes, checkpoint, jobs, places, services, settings, upcoming
 from lib_portrait.webui import values as layout
 from lib_portrait.webui.host import WebuiHost, lora_state
 from lib_portrait.webui.refusal import refusal
 
 if TYPE_CHECKING:
     from lib_portrait.conditioning import Conditioning
-    from lib_portrait.methods.uniportrait import UniPortraitRule
+    from lib_portrait.methods.base import Rule
 
 INFOTEXT_KEY = "Portrait"
 NOTICES_KEY = "Portrait notices"
@@ -45,21 +48,25 @@ _numbers = itertools.count()
 class Session:
     """One request while the WebUI processes it.
 
-    number: its own. request: what was asked for, or None if it could not even be read. tabs: the panel's tabs that its
-    identities come from. failure: the first fault, to be raised where the host lets it through. maps: of every sampling
-    done so far the mean routing map of each picture, (pictures, N, h, w), or None where it drew nothing.
+    number: its own. request: what was asked for, or None if it could not even be read. method: which one it is for.
+    tabs: the panel's tabs that its identities come from. failure: the first fault, to be raised where the host lets it
+    through. maps: of every sampling done so far the mean routing map of each picture, (pictures, N, h, w), or None
+    where it drew nothing.
     """
 
-    def __init__(self, request: PortraitRequest | None, tabs: Sequence[int], failure: Exception | None):
+    def __init__(
+        self, request: PortraitRequest | None, method: Declaration, tabs: Sequence[int], failure: Exception | None
+    ):
         self.number = next(_numbers)
         self.request = request
+        self.method = method
         self.tabs = tabs
         self.failure = failure
         self.maps: list[torch.Tensor | None] = []
         self.place: Box = WHOLE
         self._notices: list[Notice] = []
         self._conditioning: Conditioning | None = None
-        self._rule: UniPortraitRule | None = None
+        self._rule: Rule[Any] | None = None
         self._injection: Injection | None = None
         self._door: Any = None
         self._sampling = False
@@ -91,9 +98,9 @@ class Session:
             )
         finally:
             shared.state.textinfo = None
-        conditioning.adapter.check_fits(find_sites(unet))
+        conditioning.check_fits(find_sites(unet))
         for role, name in upcoming.checkpoints(p):
-            upcoming.check_checkpoint(conditioning.adapter, role, name)
+            upcoming.check_checkpoint(conditioning.text_attentions(), role, name)
         self._conditioning = conditioning
         self._rule = conditioning.rule()
 
@@ -106,14 +113,15 @@ class Session:
         """What the user should know of the request, fields as the panel names them where it comes from there."""
         found = [*self._notices, *(self._conditioning.notices if self._conditioning is not None else ())]
 
-        def said(field: str) -> str:
-            return layout.said_of_tab(field, self.tabs)
-
         # A notice's text may name another identity.
         return [
-            Notice(said(one.field), re.sub(r"identities\[\d+\]", lambda match: said(match[0]), one.text))
+            Notice(self.said(one.field), re.sub(r"identities\[\d+\]", lambda match: self.said(match[0]), one.text))
             for one in found
         ]
+
+    def said(self, field: str) -> str:
+        """A field of the request as the panel names it, where the request comes from there."""
+        return layout.said_of_tab(field, self.tabs, self.method)
 
     # ---- around the host's p.sample
 
@@ -126,7 +134,7 @@ class Session:
         assert self._rule is not None and self.request is not None
         self._check_windows(upcoming.steps(p))
         self._check_places(p)
-        self._rule.routing = RoutingMaps() if self.request.show_routing else None
+        self._rule.routing = RoutingMaps() if self.request.shows_maps else None
         self._rule.begin()
         self._sampling = True
         self._expected = self._seen = 0
@@ -149,7 +157,7 @@ class Session:
         self._door = unet.register_forward_pre_hook(self._at_the_door)
         assert self._conditioning is not None and self._rule is not None
         if self._injection is None or self._injection.unet is not unet:
-            self._conditioning.adapter.check_fits(find_sites(unet))
+            self._conditioning.check_fits(find_sites(unet))
             self._injection = Injection(unet, self._rule, host_state=lora_state)
         self._rule.prepare(WebuiHost(shared.sd_model, (p.width, p.height)))
         self._injection.calls.clear()
@@ -174,7 +182,7 @@ class Session:
             first = next((i for i, person in enumerate(self._rule.people) if person.region is not None), None)
             if first is not None:
                 raise PortraitError(
-                    layout.said_of_tab(f"identities[{first}].region", self.tabs),
+                    self.said(f"identities[{first}].region"),
                     "an extension sends the picture through the UNet in pieces and does not tell where they lie",
                     "Leave the regions out, so that routing places the people, or switch tiled diffusion off.",
                 )
@@ -187,14 +195,13 @@ class Session:
         painted, place = places.painted(p), places.sampled(p)
         for i, person in enumerate(self._rule.people):
             if person.region is not None:
-                field = layout.said_of_tab(f"identities[{i}].region", self.tabs)
-                check_takes_part(person.region, field, painted, place)
+                check_takes_part(person.region, self.said(f"identities[{i}].region"), painted, place)
 
     def _check_windows(self, steps: Sequence[float] | set[float]) -> None:
         """Raises PortraitError if none of these steps lies in the window of somebody who is to be drawn."""
         assert self._rule is not None
         for i, person in enumerate(self._rule.people):
-            if person.scale > 0:
+            if person.strength > 0:
                 check_window(f"identities[{i}]", person.start, person.end, steps)
 
     def _check_seen(self, p: Any) -> None:
@@ -217,7 +224,7 @@ class Session:
         self._check_windows(self._steps)
         assert self._rule is not None
         for i, person in enumerate(self._rule.people):
-            if person.scale > 0 and i not in self._rule.drawn:
+            if person.strength > 0 and i not in self._rule.drawn:
                 raise PortraitError(
                     f"identities[{i}]",
                     "this person was added at no step, so the picture is without them",
@@ -251,13 +258,13 @@ class Session:
             params.text_uncond = mark_conditions(params.text_uncond, below)
             self._expected += len(positive)
         except Exception as error:
-            self.fail(_known(error, self.tabs))
+            self.fail(_known(error, self.tabs, self.method))
 
 
 def resolved(request: PortraitRequest) -> PortraitRequest:
     """The request, with the adapter that *automatic* means for the loaded checkpoint."""
     if request.checkpoint == AUTOMATIC:
-        return dataclasses.replace(request, checkpoint=world.automatic(shared.sd_model))
+        return dataclasses.replace(request, checkpoint=checkpoint.Loaded.of(shared.sd_model).automatic(request.method))
     return request
 
 
@@ -318,7 +325,7 @@ class _Guard:
                 return result
             session.check()
         except PortraitError as error:
-            fault = refusal(_known(error, session.tabs), p)
+            fault = refusal(_known(error, session.tabs, session.method), p)
             jobs.sampled(p, session.number, fault)
             if jobs.is_cell(p):
                 return jobs.draw_fault(p, fault)
@@ -331,16 +338,17 @@ def check_axis(p: Any, cells: Sequence[Mapping[str, Any]]) -> None:
     """Raises PortraitError for what can be known of a plot before it starts: for each cell the values that an axis puts
     into the request, and once for all the photos. Says nothing where Portrait is switched off."""
     script = next(one for one in p.scripts.alwayson_scripts if one.title() == INFOTEXT_KEY)
+    values = p.script_args[script.args_from : script.args_to]
     tabs: Sequence[int] = ()
     try:
-        tabs, form = layout.read_form(p.script_args[script.args_from : script.args_to], settings.limits())
+        tabs, form = layout.read_form(values, settings.limits())
         if form is None:
             return
         for cell in cells:
             request = parse_request(axes.apply_overrides(form, cell, tabs), services.limits())
             services.conditioner().check(resolved(request))
     except PortraitError as error:
-        raise refusal(_known(error, tabs), p) from None
+        raise refusal(_known(error, tabs, layout.method_of(values)), p) from None
 
 
 def begin(p: Any, values: Sequence[Any]) -> None:
@@ -357,8 +365,8 @@ def begin(p: Any, values: Sequence[Any]) -> None:
         form = axes.apply_overrides(form, getattr(p, axes.ATTRIBUTE, {}), tabs)
         request = parse_request(form, services.limits())
     except Exception as error:
-        failure = _known(error, tabs)
-    setattr(p, _ATTRIBUTE, Session(request, tabs, failure))
+        failure = _known(error, tabs, layout.method_of(values))
+    setattr(p, _ATTRIBUTE, Session(request, layout.method_of(values), tabs, failure))
     for name in ("init", "sample"):
         setattr(p, name, _Guard(p, name))
 
@@ -378,7 +386,7 @@ def prepare(p: Any) -> None:
             for notice in notices:
                 p.comment(f"Portrait: {notice}")
     except Exception as error:
-        session.fail(_known(error, session.tabs))
+        session.fail(_known(error, session.tabs, session.method))
 
 
 def denoise(params: Any) -> None:
@@ -461,10 +469,10 @@ def session_of(p: Any) -> Session | None:
     return getattr(p, _ATTRIBUTE, None)
 
 
-def _known(error: Exception, tabs: Sequence[int]) -> PortraitError:
+def _known(error: Exception, tabs: Sequence[int], method: Declaration) -> PortraitError:
     """The error if it is meant for users, as the panel says it; else one that says whose fault it is."""
     if isinstance(error, PortraitError):
-        return layout.said_in_panel(error, tabs)
+        return layout.said_in_panel(error, tabs, method)
     errors.report("Portrait failed", exc_info=True)
     return PortraitError(
         "Portrait", f"it failed with {type(error).__name__}: {error}", "Please report the log above.", 500

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from modules import sd_models, sd_samplers
 from modules.processing import StableDiffusionProcessingImg2Img
@@ -12,12 +13,9 @@ from modules.sd_samplers_common import setup_img2img_steps
 
 from lib_portrait.errors import PortraitError
 
-if TYPE_CHECKING:
-    from lib_portrait.methods.uniportrait import Adapter
-
 # How often these call the UNet their numbers do not say.
 UNCOUNTED_SAMPLERS = ("DPM adaptive", "Restart")
-_TEXT_KEYS = r"model\.diffusion_model\..*\.attn2\.to_k\.weight"
+_TEXT_KEYS = r"model\.diffusion_model\..*\.attn2\.(to_\w+)\.weight"
 
 
 def steps(p: Any) -> list[float]:
@@ -51,10 +49,11 @@ def checkpoints(p: Any) -> list[tuple[str, str]]:
     return found
 
 
-def check_checkpoint(adapter: Adapter, role: str, name: str) -> None:
+def check_checkpoint(wanted: Mapping[str, Sequence[tuple[int, int]]], role: str, name: str) -> None:
     """Raises PortraitError if the text attentions in this checkpoint's file are not those that the adapter is for.
 
-    Looks into the header of safetensors files only; others are found out when they are loaded.
+    wanted: as `Method.text_attentions` gives them. Looks into the header of safetensors files only; others are found
+    out when they are loaded.
     """
     from lib_portrait.checkpoints.formats import read_header
 
@@ -62,13 +61,17 @@ def check_checkpoint(adapter: Adapter, role: str, name: str) -> None:
     path = Path(info.filename) if info is not None else None
     if path is None or path.suffix.lower() != ".safetensors":
         return
-    entries, _ = read_header(path)
-    found = sorted(shape for key, (_, shape) in entries.items() if re.fullmatch(_TEXT_KEYS, key))
-    wanted = sorted(tuple(weights.key.shape) for weights in adapter.sites.values() if weights.key is not None)
-    if found and found != wanted:
-        raise PortraitError(
-            role,
-            f"{path.name} is another kind of model than the adapter is made for: it has {len(found)} text attentions "
-            f"with contexts of width {found[0][1]}, the adapter {len(wanted)} with {wanted[0][1]}",
-            f"Choose a {role} of the same family as the main checkpoint, or none.",
-        )
+    found: dict[str, list[tuple[int, ...]]] = {}
+    for key, (_, shape) in read_header(path)[0].items():
+        if (match := re.fullmatch(_TEXT_KEYS, key)) is not None:
+            found.setdefault(match[1], []).append(tuple(shape))
+    for projection, shapes in wanted.items():
+        theirs, ours = sorted(found.get(projection, [])), sorted(shapes)
+        if theirs and theirs != ours:
+            what = "contexts" if projection == "to_k" else "hidden states"
+            raise PortraitError(
+                role,
+                f"{path.name} is another kind of model than the adapter is made for: it has {len(theirs)} text "
+                f"attentions with {what} of width {theirs[0][1]}, the adapter {len(ours)} with {ours[0][1]}",
+                f"Choose a {role} of the same family as the main checkpoint, or none.",
+            )

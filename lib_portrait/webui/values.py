@@ -1,39 +1,36 @@
 """The panel's positional values and the request's JSON form, each from the other.
 
 The order of the values is also that of ``alwayson_scripts.Portrait.args`` where it is given as a list: GLOBAL_FIELDS,
-then IDENTITY_FIELDS once for each identity. One control more stands at the end, that a list may not reach
-(`nothing_beyond`). It needs neither gradio nor the host, so that both are tested without them.
+then IDENTITY_FIELDS once for each identity. So it was when there was one method, and its options stand among them. One
+control more follows, that a list may not reach (`divided`), and behind it those of the options of all other methods
+(`further_controls`), which lists do not have: requests of these are sent as objects. It needs neither gradio nor the
+host, so that both are tested without them.
 """
 
 from __future__ import annotations
 
-import base64
-import hashlib
-import io
-import json
-import os
 import re
-import tempfile
 from collections.abc import Iterator, Mapping, Sequence
-from decimal import Decimal, InvalidOperation
-from pathlib import Path
+from dataclasses import dataclass
 from typing import Any
 
-from lib_portrait.checkpoints.registry import download_command
 from lib_portrait.checkpoints.store import MissingWeights
 from lib_portrait.errors import NoSuchFace, PortraitError
+from lib_portrait.methods import declarations
+from lib_portrait.methods.declarations import Declaration, declaration
+from lib_portrait.options import by_name, defaults
 from lib_portrait.request import (
-    HASH_PREFIX,
     LARGEST,
     Identity,
     Limits,
     Mix,
-    Photo,
     PortraitRequest,
     Region,
 )
+from lib_portrait.webui import inputs
 
-GLOBAL_FIELDS = ("enabled", "method", "checkpoint", "scale", "lora_scale", "show_routing")
+DEFAULT = declaration(declarations.NAMES[0])
+GLOBAL_FIELDS = ("enabled", "method", "checkpoint", *(option.name for option in DEFAULT.options))
 # `uploads` are files that gradio took and the panel has not stored yet; `photos` is the JSON list of stored ones, each
 # with the face chosen on it. `face` and `aligned` count for photos without one of their own: not in the panel, but in
 # positional lists that are sent.
@@ -42,8 +39,7 @@ IDENTITY_FIELDS = (
     "photos",
     "face",
     "aligned",
-    "scale",
-    "structure",
+    *(option.name for option in DEFAULT.identity_options),
     "start",
     "end",
     "region",
@@ -61,56 +57,71 @@ MIXES = ("mix1", "mix2")
 # The value of the control after the last: the host cuts off without a word what comes later still.
 NOTHING_BEYOND = ""
 
-METHOD_NAMES = {"uniportrait": "UniPortrait"}
-ROUTED, BOX, MASK = "automatic", "box", "mask"
-REGION_NAMES = {ROUTED: "Automatic routing", BOX: "Box", MASK: "Drawn mask"}
-LARGEST_NAME = "Largest"
-FACE_CHOICES = 12
 INCOMPLETE = " (files missing)"
 DOWNLOAD_NAME = "Download missing weights"
-# What the panel calls the fields of a request, where that is not their own name.
+# What the panel calls the fields of a request, where that is not their own name; options have titles.
 CONTROL_NAMES = {
     "enabled": "Enable",
     "method": "Method",
     "checkpoint": "Checkpoint",
-    "scale": "ID scale",
-    "lora_scale": "LoRA scale",
-    "show_routing": "Show routing map",
     "identities": "Identities",
 }
-IDENTITY_CONTROL_NAMES = {"structure": "face structure (β)", "mix": "mixed-in people", "weight": "share"}
-
-# Painted masks that are at least this close to grey count as masks; coloured pictures are photos to paint on.
-GREY_TOLERANCE = 24
+IDENTITY_CONTROL_NAMES = {"mix": "mixed-in people", "weight": "share"}
 
 
-def face_name(index: int | None) -> str:
-    """What the panel calls a face: the largest, or the one at `index` counted from the left from 0."""
-    if index is None:
-        return LARGEST_NAME
-    return f"{ordinal(index + 1)} from left"
+@dataclass(frozen=True)
+class Control:
+    """One control of the panel by the field that it is for.
+
+    tab: of its identity, from 1; None where it is for all. method: which one's option it is, None where it has a place
+    among GLOBAL_FIELDS or IDENTITY_FIELDS.
+    """
+
+    name: str
+    tab: int | None = None
+    method: str | None = None
+
+    def concerns(self, method: Declaration) -> bool:
+        """Whether it says something in a request of this method."""
+        if self.method is not None:
+            return self.method == method.name
+        own = DEFAULT.options if self.tab is None else DEFAULT.identity_options
+        return method.name == DEFAULT.name or by_name(own, self.name) is None
 
 
-def ordinal(count: int) -> str:
-    """1st, 2nd, 3rd, 4th..."""
-    suffix = "th" if 10 <= count % 100 <= 20 else {1: "st", 2: "nd", 3: "rd"}.get(count % 10, "th")
-    return f"{count}{suffix}"
+BEYOND = Control("beyond")
 
 
-def face_choices() -> list[str]:
-    return [face_name(None), *(face_name(index) for index in range(FACE_CHOICES))]
+def controls(identities: int) -> list[Control]:
+    """Those whose values the panel sends, in order."""
+    own = [Control(name) for name in GLOBAL_FIELDS]
+    own += [Control(name, tab) for tab in range(1, identities + 1) for name in IDENTITY_FIELDS]
+    return [*own, BEYOND, *further_controls(identities)]
+
+
+def further_controls(identities: int) -> list[Control]:
+    """Those of the options of all methods but the default one: for each method first the ones for all."""
+    found = []
+    for one in declarations.declarations()[1:]:
+        found += [Control(option.name, None, one.name) for option in one.options]
+        for tab in range(1, identities + 1):
+            found += [Control(option.name, tab, one.name) for option in one.identity_options]
+    return found
 
 
 # ------------------------------------------------------------------------------------------------- values to request
 
 
-def request_from_values(values: Sequence[Any], limits: Limits | None = None) -> dict[str, Any] | None:
+def request_from_values(
+    values: Sequence[Any], limits: Limits | None = None, further: Mapping[Control, Any] | None = None
+) -> dict[str, Any] | None:
     """The request's JSON form from the panel's values, or None where Portrait is disabled.
 
-    values[0] may be the request itself, as an object: it is returned as it is, to be checked by `parse_request`.
-    None stands for a control's default. An identity without any photo is not in use and is left out; one that only has
-    people mixed in is kept, so that checking says what it lacks. Raises PortraitError where no identity is in use, and
-    for uploads, boxes and masks that cannot be read; everything else is left to `parse_request`.
+    values: up to the last identity's. values[0] may be the request itself, as an object: it is returned as it is, to be
+    checked by `parse_request`. further: those of `further_controls`. None stands for a control's default. Only controls
+    that concern the chosen method are read. An identity without any photo is not in use and is left out; one that only
+    has people mixed in is kept, so that checking says what it lacks. Raises PortraitError where no identity is in use,
+    and for uploads, boxes and masks that cannot be read; everything else is left to `parse_request`.
     """
     limits = limits or Limits()
     if not values:
@@ -119,93 +130,131 @@ def request_from_values(values: Sequence[Any], limits: Limits | None = None) -> 
         return values[0]  # type: ignore[return-value]
     if values[0] is None or values[0] is False:
         return None
-    request: dict[str, Any] = {}
-    for name, value in zip(GLOBAL_FIELDS, values, strict=False):
-        if value is not None:
-            request[name] = value
-    if isinstance(request.get("method"), str):
-        shown = {name.lower(): method for method, name in METHOD_NAMES.items()}
-        request["method"] = shown.get(request["method"].lower(), request["method"])
+    method = method_of(values)
+    options = _options_for_all(values, method, further or {})
+    request: dict[str, Any] = {name: value for name, value in options.items() if value is not None}
     if isinstance(request.get("checkpoint"), str):
         request["checkpoint"] = request["checkpoint"].removesuffix(INCOMPLETE)
-    used = [block for _, block in _blocks(values)]
+    used = list(_blocks(values, method, further or {}))
     if not used:
         raise PortraitError("Identities", "there is no person", "Add a photo to Identity 1, or untick Enable.")
-    request["identities"] = [_identity(block, f"identities[{index}]", limits) for index, block in enumerate(used)]
+    request["identities"] = [
+        _identity(block, method, f"identities[{index}]", limits) for index, (_, block) in enumerate(used)
+    ]
     return request
 
 
-def nothing_beyond(values: Sequence[Any]) -> Sequence[Any]:
-    """The panel's values without the last, which must be NOTHING_BEYOND. Raises PortraitError where something else is
-    there, or something beside a request object: none of it would be looked at."""
-    *own, beyond = values
+def method_of(values: Sequence[Any]) -> Declaration:
+    """The method that is chosen in the panel, or that a request object names; the default one where none is, or one
+    that is not known."""
+    asked: Any = None
+    if values and isinstance(values[0], Mapping):
+        asked = values[0].get("method")
+    elif len(values) > 1:
+        asked = _method_name(values[1])
+    return next((one for one in declarations.declarations() if one.name == asked), DEFAULT)
+
+
+def _method_name(chosen: Any) -> Any:
+    """The name of the method that the panel calls like this, in any case; what is none's title as it is."""
+    titles = {one.title.lower(): one.name for one in declarations.declarations()}
+    return titles.get(chosen.lower(), chosen) if isinstance(chosen, str) else chosen
+
+
+def _options_for_all(values: Sequence[Any], method: Declaration, further: Mapping[Control, Any]) -> dict[str, Any]:
+    found = dict(zip(GLOBAL_FIELDS, values, strict=False))
+    found["method"] = _method_name(found.get("method"))
+    found = {name: value for name, value in found.items() if Control(name).concerns(method)}
+    return found | _further(method, None, further)
+
+
+def _further(method: Declaration, tab: int | None, further: Mapping[Control, Any]) -> dict[str, Any]:
+    return {one.name: value for one, value in further.items() if one.tab == tab and one.concerns(method)}
+
+
+def divided(values: Sequence[Any]) -> tuple[Sequence[Any], dict[Control, Any]]:
+    """All that the panel sends, without what must be NOTHING_BEYOND: the values up to the last identity's, and those of
+    further controls. Raises PortraitError where something else is there, or something beside a request object: none of
+    it would be looked at."""
     several = 'Put all people into the list "identities" of one object: {"identities": [{...}, {...}]}.'
-    if own and isinstance(own[0], Mapping):
-        for index, value in enumerate([*own, beyond]):
+    if values and isinstance(values[0], Mapping):
+        for index, value in enumerate(values):
             if index and isinstance(value, (Mapping, list)):
                 raise PortraitError(f"args[{index}]", "one request object is all that args may hold", several)
-    elif beyond != NOTHING_BEYOND:
-        people = (len(own) - len(GLOBAL_FIELDS)) // len(IDENTITY_FIELDS)
+        return values, {}
+    alone, each = len(controls(0)), len(controls(1)) - len(controls(0))
+    people = (len(values) - alone) // each
+    end = len(GLOBAL_FIELDS) + people * len(IDENTITY_FIELDS)
+    if values[end] != NOTHING_BEYOND:
         raise PortraitError(
-            f"args[{len(own)}]",
+            f"args[{end}]",
             f"the list is longer than the panel, which has {people} people",
             f"Leave people out, raise the number in Settings > Portrait, or give one object. {several}",
         )
-    return own
+    return values[:end], dict(zip(further_controls(people), values[end + 1 :]))
 
 
 def read_form(values: Sequence[Any], limits: Limits) -> tuple[Sequence[int], dict[str, Any] | None]:
     """The panel's tabs in use and the request's JSON form, None where it is switched off: nothing of it is read then.
 
-    values: all that the panel sends, NOTHING_BEYOND as the last. Raises PortraitError in the panel's words.
+    values: all that the panel sends. Raises PortraitError in the panel's words.
     """
-    values = nothing_beyond(values)
+    own, further = divided(values)
     try:
-        form = request_from_values(values, limits)
+        form = request_from_values(own, limits, further)
     except PortraitError as error:
-        raise said_in_panel(error, tabs_in_use(values)) from None
+        raise said_in_panel(error, tabs_in_use(own), method_of(own)) from None
     if form is None or form.get("enabled") is False:
         return (), None
-    return tabs_in_use(values), form
+    return tabs_in_use(own), form
 
 
 def tabs_in_use(values: Sequence[Any]) -> list[int]:
     """Which tabs of the panel, from 1, the identities of `request_from_values` come from; [] for a request object."""
-    return [] if not values or isinstance(values[0], Mapping) else [tab for tab, _ in _blocks(values)]
+    if not values or isinstance(values[0], Mapping):
+        return []
+    return [tab for tab, _ in _blocks(values, method_of(values), {})]
 
 
-def _blocks(values: Sequence[Any]) -> Iterator[tuple[int, dict[str, Any]]]:
+def _blocks(
+    values: Sequence[Any], method: Declaration, further: Mapping[Control, Any]
+) -> Iterator[tuple[int, dict[str, Any]]]:
     """The controls, by name, of each tab (counted from 1) that is in use: that has a photo, of its own or mixed in."""
-    width, slots = len(IDENTITY_FIELDS), ("", *(f"{slot}_" for slot in MIXES))
+    width = len(IDENTITY_FIELDS)
+    slots = ("", *(f"{slot}_" for slot in MIXES if method.mixes))
     for tab, first in enumerate(range(len(GLOBAL_FIELDS), len(values), width), 1):
         block: dict[str, Any] = dict.fromkeys(IDENTITY_FIELDS)
         block.update(zip(IDENTITY_FIELDS, values[first : first + width], strict=False))
         if any(_any_photo(block[f"{slot}photos"], block[f"{slot}uploads"]) for slot in slots):
-            yield tab, block
+            yield tab, block | _further(method, tab, further)
 
 
 def _any_photo(stored: Any, uploads: Any) -> bool:
     """Whether there is a photo, or what has to be refused as one."""
     try:
-        kept = stored_photos(stored, "")
+        kept = inputs.stored_photos(stored, "")
     except PortraitError:
         return True
-    return any(photo is not None for photo in kept) or any(upload not in (None, "") for upload in _listed(uploads))
+    return any(photo is not None for photo in kept) or any(
+        upload not in (None, "") for upload in inputs.listed(uploads)
+    )
 
 
 _COUNTED = {"photos": "photo", "mix": "mixed-in person"}
 
 
-def said_of_tab(field: str, tabs: Sequence[int]) -> str:
+def said_of_tab(field: str, tabs: Sequence[int], method: Declaration = DEFAULT) -> str:
     """A request's field as the panel names it: ``identities[0].photos[1]`` of tab 2 is "Identity 2, photo 2".
 
     tabs: as `tabs_in_use` gives them. Without any the field is returned as it is: a request object has keys of its own.
+    method: whose options have their titles.
     """
     if not tabs:
         return field
     match = re.fullmatch(r"identities\[(\d+)\](.*)", field)
     if match is None:
-        return CONTROL_NAMES.get(field, field)
+        option = by_name(method.options, field)
+        return CONTROL_NAMES.get(field, field) if option is None else option.title
     if int(match.group(1)) >= len(tabs):
         return field
     said = [f"Identity {tabs[int(match.group(1))]}"]
@@ -213,57 +262,59 @@ def said_of_tab(field: str, tabs: Sequence[int]) -> str:
         if index:
             said.append(f"{_COUNTED.get(name, name)} {int(index) + 1}")
         elif name != "image":
-            said.append(IDENTITY_CONTROL_NAMES.get(name, name))
+            option = by_name(method.identity_options, name)
+            title = IDENTITY_CONTROL_NAMES.get(name, name) if option is None else option.title
+            said.append(title[:1].lower() + title[1:])
     return ", ".join(said)
 
 
-def said_in_panel(error: PortraitError, tabs: Sequence[int]) -> PortraitError:
+def said_in_panel(error: PortraitError, tabs: Sequence[int], method: Declaration = DEFAULT) -> PortraitError:
     """An error as the panel says it: by the names of its controls, and with what there is to press as the remedy.
 
-    tabs: as for `said_of_tab`.
+    tabs, method: as for `said_of_tab`.
     """
     if not tabs:
         return error
-    field, problem, remedy = said_of_tab(error.field, tabs), error.problem, error.remedy
+    field, problem, remedy = said_of_tab(error.field, tabs, method), error.problem, error.remedy
     if isinstance(error, NoSuchFace):
         field = field.removesuffix(", face")
         there = "there is one face" if error.found == 1 else f"there are {error.found} faces"
-        problem = f"the {ordinal(error.face + 1)} face from the left was chosen, but {there}"
+        problem = f"the {inputs.ordinal(error.face + 1)} face from the left was chosen, but {there}"
         remedy = "Click the face that is meant below the photo."
     elif isinstance(error, MissingWeights):
         files = ", ".join(gap.filename for gap in error.gaps)
-        several = "several people need its router, " if error.field == "identities" else ""
+        several = f"several people need its {error.gaps[0].role}, " if error.gaps[0].people > 1 else ""
         problem = f"{several}weights of {error.adapter!r} are missing: {files}"
-        commands = dict.fromkeys(download_command(gap.known) for gap in error.gaps if gap.known)
+        commands = dict.fromkeys(gap.known.command for gap in error.gaps if gap.known)
         if commands:
             # The folders stand beside the button.
             remedy = f"Press {DOWNLOAD_NAME} in the Portrait panel, or run: {', '.join(commands)}."
     return PortraitError(field, problem, remedy, error.status_code)
 
 
-def _identity(block: Mapping[str, Any], path: str, limits: Limits) -> dict[str, Any]:
-    photos = _photo_list(block["photos"], block["uploads"], f"{path}.photos", limits)
+def _identity(block: Mapping[str, Any], method: Declaration, path: str, limits: Limits) -> dict[str, Any]:
+    photos = inputs.photo_list(block["photos"], block["uploads"], f"{path}.photos", limits)
     controls: dict[str, Any] = {}
-    if (face := _face(block["face"])) != LARGEST:
+    if (face := inputs.chosen_face(block["face"])) != LARGEST:
         controls["face"] = face
     if block["aligned"] not in (None, False):
         controls["aligned"] = block["aligned"]
     if controls:
         photos = [{"image": photo, **controls} if isinstance(photo, str) else photo for photo in photos]
     mixes: list[dict[str, Any]] = []
-    for slot in MIXES:
+    for slot in MIXES if method.mixes else ():
         at = f"{path}.mix[{len(mixes)}].photos"
-        found = _photo_list(block[f"{slot}_photos"], block[f"{slot}_uploads"], at, limits)
+        found = inputs.photo_list(block[f"{slot}_photos"], block[f"{slot}_uploads"], at, limits)
         if found:
             mix: dict[str, Any] = {"photos": found}
             if block[f"{slot}_weight"] is not None:
                 mix["weight"] = block[f"{slot}_weight"]
             mixes.append(mix)
     identity: dict[str, Any] = {"photos": photos}
-    for name in ("scale", "structure", "start", "end"):
+    for name in (*(option.name for option in method.identity_options), "start", "end"):
         if block[name] is not None:
             identity[name] = block[name]
-    region = _region(block, f"{path}.region", limits)
+    region = inputs.region(block, f"{path}.region", limits)
     if region is not None:
         identity["region"] = region
     if mixes:
@@ -271,248 +322,71 @@ def _identity(block: Mapping[str, Any], path: str, limits: Limits) -> dict[str, 
     return identity
 
 
-def _face(value: Any) -> Any:
-    """The request's `face` from the panel's words; what is neither is passed on for `parse_request` to refuse."""
-    if value is None or value == "" or value == LARGEST_NAME:
-        return LARGEST
-    match = re.fullmatch(r"(\d{1,4})(?:st|nd|rd|th) from left", value) if isinstance(value, str) else None
-    return int(match.group(1)) - 1 if match else value
-
-
-def _photo_list(stored: Any, uploads: Any, path: str, limits: Limits) -> list[Any]:
-    """Photos in the request's JSON form: those stored first, then uploads that are not among them yet."""
-    photos = [photo for photo in stored_photos(stored, path) if photo is not None]
-    known = {photo["image"] if isinstance(photo, Mapping) else photo for photo in photos if _is_photo(photo)}
-    for upload in _listed(uploads):
-        if isinstance(upload, str) or upload is None or not hasattr(upload, "name"):
-            photos += [] if upload in (None, "") else [upload]
-            continue
-        data = uploaded_bytes(upload, f"{path}[{len(photos)}]", limits)
-        if HASH_PREFIX + hashlib.sha256(data).hexdigest() not in known:
-            photos.append(base64.b64encode(data).decode("ascii"))
-    return photos
-
-
-def _is_photo(photo: Any) -> bool:
-    return isinstance(photo, str) or (isinstance(photo, Mapping) and isinstance(photo.get("image"), str))
-
-
-def _listed(value: Any) -> list[Any]:
-    if value is None:
-        return []
-    return list(value) if isinstance(value, (list, tuple)) else [value]
-
-
-def stored_photos(stored: Any, path: str) -> list[Any]:
-    """The photos of a panel's textbox (a JSON list), or of what an API user put in its place: strings, objects, lists.
-
-    Raises PortraitError where a text begins like JSON and is none.
-    """
-    if isinstance(stored, str):
-        text = stored.strip()
-        if not text:
-            return []
-        if text[0] not in "[{":
-            return [text]
-        try:
-            stored = json.loads(text)
-        except (json.JSONDecodeError, RecursionError):
-            raise PortraitError(
-                path, "the list of photos cannot be read", "Remove this person's photos, then add them."
-            ) from None
-    return _listed(stored)
-
-
-def uploaded_bytes(upload: Any, path: str, limits: Limits) -> bytes:
-    """The bytes of a file that gradio took from a browser.
-
-    gradio 3 copies whatever path a client names into its own folder and remembers the name as `orig_name`, so both are
-    held against that folder: no request may have this process read another file. Raises PortraitError.
-    """
-    root = Path(os.environ.get("GRADIO_TEMP_DIR") or Path(tempfile.gettempdir()) / "gradio").resolve()
-    names = [Path(str(upload.name))]
-    original = str(getattr(upload, "orig_name", "") or "")
-    if "/" in original or "\\" in original:
-        names.append(Path(original))
-    if not all(name.resolve().is_relative_to(root) for name in names):
-        raise PortraitError(
-            path, "the file was not uploaded here", "Upload the photo in the panel, or send it as base64."
-        )
-    try:
-        size = names[0].stat().st_size
-        if size <= limits.photo_bytes:
-            return names[0].read_bytes()
-    except OSError:
-        raise PortraitError(path, "the uploaded file is gone", "Upload the photo again.") from None
-    raise PortraitError(
-        path,
-        f"the file has {size / 2**20:.1f} MiB, at most {limits.photo_bytes // 2**20} are allowed",
-        limits.remedy("photo_bytes", "Use a smaller file of this photo"),
-    )
-
-
-def _region(block: Mapping[str, Any], path: str, limits: Limits) -> dict[str, Any] | None:
-    kind = block["region"]
-    if kind is None or kind in (ROUTED, REGION_NAMES[ROUTED]):
-        return None
-    if kind in (BOX, REGION_NAMES[BOX]):
-        return {"box": box_from_text(block["box"], f"{path}.box")}
-    if kind in (MASK, REGION_NAMES[MASK]):
-        drawn = _drawn_mask(block["drawing"], f"{path}.mask")
-        stored = stored_photos(block["mask"], f"{path}.mask")
-        if drawn is None and not stored:
-            raise PortraitError(
-                f"{path}.mask", "nothing is painted", "Paint where this person goes, or use another region."
-            )
-        return {"mask": drawn if drawn is not None else stored[0]}
-    raise PortraitError(path, f"{str(kind)[:60]!r} is no kind of region", f"Use one of: {', '.join(REGION_NAMES)}.")
-
-
-def box_from_text(text: Any, path: str) -> list[Any]:
-    """[left, top, right, bottom] as fractions from "left, top, right, bottom" in percent; lists are passed on.
-
-    Raises PortraitError unless there are four finite numbers from 0 to 100 with left < right and top < bottom.
-    """
-    if isinstance(text, (list, tuple)):
-        return list(text)
-    remedy = 'Give left, top, right, bottom in percent of the picture, such as "0, 0, 50, 100".'
-    parts = [part for part in re.split(r"[\s,;%]+", str(text if text is not None else "")) if part]
-    if len(parts) != 4:
-        raise PortraitError(path, f"{len(parts)} numbers are given instead of 4", remedy)
-    try:
-        numbers = [Decimal(part) for part in parts]
-    except InvalidOperation:
-        raise PortraitError(path, f"{', '.join(parts)[:60]!r} are not numbers", remedy) from None
-    if not all(number.is_finite() and 0 <= number <= 100 for number in numbers):
-        raise PortraitError(path, f"{', '.join(parts)[:60]} leaves the picture", remedy)
-    left, top, right, bottom = (float(number / 100) for number in numbers)
-    if left >= right or top >= bottom:
-        raise PortraitError(path, "it is empty", "Keep left below right and top below bottom.")
-    return [left, top, right, bottom]
-
-
-def box_to_text(box: Sequence[float]) -> str:
-    """The text that `box_from_text` reads as exactly these fractions."""
-    return ", ".join(f"{(Decimal(repr(float(edge))) * 100).normalize():f}" for edge in box)
-
-
-def _drawn_mask(value: Any, path: str) -> Any | None:
-    """The mask of a sketch control: what was painted, else the uploaded picture where it is black and white.
-
-    value: None, {"image": picture, "mask": painted} with PIL pictures or base64, or one of these alone.
-    """
-    if value is None:
-        return None
-    if isinstance(value, Mapping) and "mask" in value:
-        image, painted = value.get("image"), value.get("mask")
-    elif isinstance(value, Mapping):
-        return value
-    else:
-        image, painted = value, None
-    if isinstance(painted, str) or (painted is None and isinstance(image, str)):
-        return painted or image or None
-    if painted is not None and _any_white(painted):
-        return _png(painted.convert("L"))
-    if image is None or isinstance(image, str):
-        return image or None
-    grey = image.convert("L")
-    if _colourfulness(image) > GREY_TOLERANCE:
-        raise PortraitError(
-            path, "nothing is painted on the picture", "Paint where this person goes, or upload a black and white mask."
-        )
-    if not _any_white(grey):
-        raise PortraitError(path, "nothing is painted", "Paint where this person goes, or use another region.")
-    return _png(grey)
-
-
-def _any_white(picture: Any) -> bool:
-    return bool(picture.convert("L").getextrema()[1])
-
-
-def _colourfulness(picture: Any) -> int:
-    """The largest difference, in grey levels of 256, between a pixel's channels and its grey."""
-    from PIL import ImageChops
-
-    rgb = picture.convert("RGB")
-    grey = rgb.convert("L")
-    differences = (ImageChops.difference(band, grey).histogram() for band in rgb.split())
-    return max(level for histogram in differences for level, pixels in enumerate(histogram) if pixels)
-
-
-def _png(picture: Any) -> str:
-    out = io.BytesIO()
-    picture.save(out, "PNG")
-    return base64.b64encode(out.getvalue()).decode("ascii")
-
-
 # ------------------------------------------------------------------------------------------------- request to values
 
 
 def values_from_request(request: PortraitRequest, identities: int) -> tuple[list[Any], list[str]]:
-    """The panel's values for a request, and what of it the panel has no place for.
+    """The panel's values for a request, in the order of `controls`, and what of it the panel has no place for.
 
-    identities: how many the panel has. `request_from_values` of the result is the request again, except for what the
-    second value says. Photos are named by hash; uploads and drawings are None.
+    identities: how many the panel has. `read_form` of the result gives the request again, except for what the second
+    value says. Photos are named by hash; uploads and drawings are None. Controls that do not concern the request's
+    method have their defaults.
     """
-    values: list[Any] = [
-        request.enabled,
-        METHOD_NAMES[request.method],
-        request.checkpoint,
-        request.scale,
-        request.lora_scale,
-        request.show_routing,
-    ]
     lost: list[str] = []
     if len(request.identities) > identities:
         lost.append(
             f"It has {len(request.identities)} people, this panel {identities}; the others are left out. "
             "Raise the number in Settings > Portrait."
         )
-    for index in range(identities):
-        identity = request.identities[index] if index < len(request.identities) else None
-        block = identity_values(identity)
-        values += [block[name] for name in IDENTITY_FIELDS]
-        if identity is not None and len(identity.mix) > len(MIXES):
+    for index, identity in enumerate(request.identities[:identities]):
+        if len(identity.mix) > len(MIXES):
             text = f"Identity {index + 1} mixes {len(identity.mix)} people, this panel {len(MIXES)}; "
             lost.append(text + "the others are left out.")
+    one = request.declaration
+    for_all: dict[str, Any] = {
+        "enabled": request.enabled,
+        "method": one.title,
+        "checkpoint": request.checkpoint,
+        BEYOND.name: NOTHING_BEYOND,
+    }
+    people = [*request.identities[:identities], *[None] * (identities - len(request.identities))]
+    blocks = [identity_values(identity) for identity in people]
+    values = []
+    for control in controls(identities):
+        owner = declaration(control.method) if control.method is not None else DEFAULT
+        person = people[control.tab - 1] if control.tab is not None else None
+        if control.tab is None:
+            given = {**for_all, **defaults(owner.options)}
+            chosen = request.options
+        else:
+            given = {**blocks[control.tab - 1], **defaults(owner.identity_options)}
+            chosen = person.options if person is not None else {}
+        values.append({**given, **(chosen if control.concerns(one) else {})}[control.name])
     return values, lost
 
 
 def identity_values(identity: Identity | None) -> dict[str, Any]:
-    """The values of one identity's controls by name (IDENTITY_FIELDS); the defaults for None."""
+    """The values of one identity's controls by name (IDENTITY_FIELDS); the defaults for None, and for what its options
+    do not say."""
     identity = identity or Identity(photos=())
     region = identity.region or Region()
     block: dict[str, Any] = {
         "uploads": None,
-        "photos": stored_text([stored_photo(photo) for photo in identity.photos]),
-        "face": LARGEST_NAME,
+        "photos": inputs.stored_text([inputs.stored_photo(photo) for photo in identity.photos]),
+        "face": inputs.LARGEST_NAME,
         "aligned": False,
-        "scale": identity.scale,
-        "structure": identity.structure,
+        **defaults(DEFAULT.identity_options),
+        **identity.options,
         "start": identity.start,
         "end": identity.end,
-        "region": BOX if region.box else MASK if region.mask else ROUTED,
-        "box": box_to_text(region.box) if region.box else "",
+        "region": inputs.BOX if region.box else inputs.MASK if region.mask else inputs.ROUTED,
+        "box": inputs.box_to_text(region.box) if region.box else "",
         "drawing": None,
-        "mask": stored_text([stored_photo(region.mask)]) if region.mask else "",
+        "mask": inputs.stored_text([inputs.stored_photo(region.mask)]) if region.mask else "",
     }
     for slot, name in enumerate(MIXES):
         mix = identity.mix[slot] if slot < len(identity.mix) else Mix(photos=())
         block[f"{name}_uploads"] = None
-        block[f"{name}_photos"] = stored_text([stored_photo(photo) for photo in mix.photos])
+        block[f"{name}_photos"] = inputs.stored_text([inputs.stored_photo(photo) for photo in mix.photos])
         block[f"{name}_weight"] = mix.weight
     return block
-
-
-def stored_photo(photo: Photo) -> Any:
-    """A photo as an entry of the textbox's list: its hash, or an object where it has a face or alignment of its own."""
-    reference = HASH_PREFIX + photo.sha256
-    own: dict[str, Any] = {} if photo.face is None else {"face": photo.face}
-    if photo.aligned:
-        own["aligned"] = True
-    return {"image": reference, **own} if own else reference
-
-
-def stored_text(entries: Sequence[Any]) -> str:
-    """The textbox's JSON list, which `stored_photos` reads; "" for none."""
-    return json.dumps(entries, separators=(",", ":")) if entries else ""

@@ -69,6 +69,31 @@ def ldm_unet(unet_class: type[nn.Module] | None = None) -> nn.Module:
     return unet
 
 
+def sgm_unet() -> nn.Module:
+    """A UNet laid out as sgm's (SDXL): two transformer blocks in a row, and a vector (B, 8) beside the text."""
+    from ldm.modules.attention import SpatialTransformer
+    from ldm.modules.diffusionmodules.openaimodel import UNetModel
+
+    class AllOfOneText(SpatialTransformer):
+        """ldm's wants a text for each block, sgm's gives all the same."""
+
+        def forward(self, x: torch.Tensor, context: torch.Tensor) -> torch.Tensor:
+            return super().forward(x, [context] * len(self.transformer_blocks))
+
+    torch.manual_seed(7)
+    width = ldm_config()["context_dim"]
+    unet = UNetModel(**{**ldm_config(), "transformer_depth": 2, "context_dim": [width, width]}).eval()
+    for module in unet.modules():
+        if type(module) is SpatialTransformer:
+            module.__class__ = AllOfOneText
+    width = unet.time_embed[-1].out_features
+    unet.num_classes, unet.label_emb = "sequential", nn.Sequential(nn.Linear(8, width), nn.SiLU())
+    for parameter in unet.parameters():
+        # Layers that begin as zero would hide what is in front of them.
+        parameter.data.add_(torch.randn_like(parameter) * 0.02)
+    return unet
+
+
 def load_bin(name: str) -> dict[str, Any]:
     return torch.load(DATA / name, map_location="cpu", weights_only=True)
 
@@ -83,4 +108,4 @@ def flatten(tree: dict[str, Any], prefix: str = "") -> dict[str, torch.Tensor]:
     return flat
 
 
-__all__ = ["DATA", "diffusers_unet", "flatten", "ldm_unet", "load_bin", "unet_config"]
+__all__ = ["DATA", "diffusers_unet", "flatten", "ldm_unet", "load_bin", "sgm_unet", "unet_config"]

@@ -12,9 +12,9 @@ import pytest
 
 pytest.importorskip("skia", reason="the world is drawn with skia", exc_type=ImportError)
 
-from trainer.evaluation.plans import BASE, Extent
-from trainer.evaluation.report import Line, Table
-from trainer.evaluation.run import WORLD, Settings, evaluate
+from trainer.evaluation.plans import BASE, ProtocolSettings
+from trainer.evaluation.report import Table, TableRow
+from trainer.evaluation.run import WORLD, EvaluationSettings, evaluate
 
 NEEDED = (
     "world.safetensors",
@@ -32,9 +32,9 @@ pytestmark = [
 ]
 
 # 24 pictures: 12 people, 2 prompts each; chance is 1 % among 100 references.
-SINGLE = Extent(number=12, prompts=2, pictures=1)
+SINGLE = ProtocolSettings(number=12, prompts=2, pictures=1)
 # All six pairs of 4 people, 4 prompts each.
-PAIRS = Extent(number=4, prompts=4, pictures=1)
+PAIRS = ProtocolSettings(number=4, prompts=4, pictures=1)
 STEPS = 10
 
 
@@ -45,20 +45,20 @@ def output(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def single(output: Path) -> Table:
-    return evaluate(Settings(output, ("single",), extent=SINGLE, steps=STEPS, processes=1))[0]
+    return evaluate(EvaluationSettings(output, ("single",), protocol_settings=SINGLE, steps=STEPS, processes=1))[0]
 
 
 @pytest.fixture(scope="module")
 def pairs(output: Path) -> Table:
-    return evaluate(Settings(output, ("multi",), extent=PAIRS, steps=STEPS, processes=1))[0]
+    return evaluate(EvaluationSettings(output, ("multi",), protocol_settings=PAIRS, steps=STEPS, processes=1))[0]
 
 
-def line(table: Table, name: str) -> Line:
-    return next(line for line in table.lines if line.row.name == name)
+def row_of(table: Table, name: str) -> TableRow:
+    return next(row for row in table.rows if row.variant.name == name)
 
 
-def mean(table: Table, row: str, column: str) -> float:
-    estimate = line(table, row).numbers[column]
+def mean(table: Table, variant: str, column: str) -> float:
+    estimate = row_of(table, variant).numbers[column]
     assert estimate is not None
     return estimate.value
 

@@ -24,7 +24,7 @@ from lib_portrait.attention import (
     unmark,
 )
 from lib_portrait.attention.injection import _Override
-from lib_portrait.attention.rows import MOST_ROWS
+from lib_portrait.attention.rows import MOST_ROWS, REFERENCE
 from lib_portrait.errors import PortraitError
 from tests.parity.unets import DATA, diffusers_unet, ldm_unet
 
@@ -400,6 +400,53 @@ def test_an_injection_inside_another_has_its_calls_to_itself(unet: nn.Module) ->
         assert torch.equal(run(unet, context), doubled)
         assert outer.calls == {POSITIVE: 4}
     assert attributes(unet) == before
+
+
+class AddingRows(Adding):
+    """Appends copies of the first row, as a kind of its own."""
+
+    def __init__(self, number: float, own: int, rows: int = 1):
+        super().__init__(number)
+        self.own, self.rows = own, rows
+
+    def enter(self, call, args, kwargs):
+        self.before = len(call.numbers)
+        call.numbers = [*call.numbers, *[self.own] * self.rows]
+        call.table = {**call.table, self.own: Row(REFERENCE)}
+        grown = [torch.cat([one, one[:1].expand(self.rows, *one.shape[1:])]) for one in args]
+        return tuple(grown), kwargs
+
+    def leave(self, output):
+        sample = output if isinstance(output, torch.Tensor) else output.sample
+        assert len(sample) == self.before + self.rows
+        return sample[: self.before]
+
+
+def test_rows_that_rules_add_are_seen_by_all_rules_and_not_by_the_host(unet: nn.Module) -> None:
+    kinds: list[list[int]] = []
+
+    class Watching(Doubling):
+        def overrides(self, site, call):
+            def watch(host, *args, **kwargs):
+                call.visited.add(site.index)
+                kinds.append(call.kinds)
+                return host(*args, **kwargs)
+
+            return {"": watch} if site.cross else {}
+
+    context = mark(text(), POSITIVE)
+    with Injection(unet, Adding(0.5)):
+        expected = run(unet, context)
+    for rules in (
+        (AddingRows(0.2, 70), Watching(), AddingRows(0.3, 71, rows=2)),
+        (Watching(), AddingRows(0.3, 71, rows=2), AddingRows(0.2, 70)),
+    ):
+        kinds.clear()
+        with Injection(unet, *rules) as injection:
+            out = run(unet, context)
+            assert injection.calls == {POSITIVE: 2}
+        torch.testing.assert_close(out, expected, atol=1e-5, rtol=0)
+        assert all(one == [POSITIVE, POSITIVE, REFERENCE, REFERENCE, REFERENCE] for one in kinds) and kinds
 
 
 # -------------------------------------------------------------------------------------------------------------- context

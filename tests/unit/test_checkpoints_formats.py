@@ -38,7 +38,9 @@ from lib_portrait.checkpoints import (
     read_tensors,
     write_tensors,
 )
+from lib_portrait.checkpoints.store import Folders, Store
 from lib_portrait.errors import PortraitError
+from lib_portrait.methods.declarations import adapter_files
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -192,9 +194,15 @@ def test_exploit_of_the_table_works_on_an_unprotected_reader(tmp_path: Path) -> 
     assert marker.exists()
 
 
+def store_of(folder: Path) -> Store:
+    return Store(Folders([folder]), adapter_files())
+
+
 def test_missing_file_and_folder_are_named(tmp_path: Path) -> None:
+    with pytest.raises(PortraitError, match=r"no such file.*To have it there, get it anew from where it came from\."):
+        read_tensors(tmp_path / "mine.bin")
     with pytest.raises(PortraitError, match="no such file") as caught:
-        read_tensors(tmp_path / "uniportrait-faceid_sd15.bin")
+        store_of(tmp_path).read(tmp_path / "uniportrait-faceid_sd15.bin", "faceid")
     assert caught.value.status_code == 404
     assert "portrait.py download uniportrait" in caught.value.remedy and "huggingface.co" in caught.value.remedy
     (tmp_path / "folder.bin").mkdir()
@@ -206,7 +214,7 @@ def test_damaged_published_file_is_to_be_fetched_again_and_nothing_to_be_deleted
     path = tmp_path / "uniportrait-router_sd15.bin"
     path.write_bytes(b"")
     with pytest.raises(PortraitError, match=r"Move .* away, then run: .*portrait\.py download uniportrait"):
-        read_tensors(path)
+        store_of(tmp_path).read(path, "router")
 
 
 def test_no_message_tells_to_delete_a_file() -> None:
@@ -545,6 +553,12 @@ def test_role_is_told_by_the_tensors(keys: list[str], role: str | None, tmp_path
     path = tmp_path / "a.safetensors"
     save_file({key: torch.zeros(1) for key in keys}, path)
     assert describe(path).role == role
+    if role is not None:
+        with pytest.raises(PortraitError, match="not those of a toy file"):
+            read_tensors(path, "toy")
+    else:
+        # Whose layout is not known here.
+        assert read_tensors(path, "toy").tensors.keys() == set(keys)
     if role != "router":
         with pytest.raises(PortraitError, match="not those of a router file"):
             read_tensors(path, "router")

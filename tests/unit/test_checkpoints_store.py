@@ -11,9 +11,11 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from lib_portrait.checkpoints import Folders, Store, registry
+from lib_portrait.checkpoints import Folders, Registry, Store
 from lib_portrait.checkpoints.kit import Manifest, StoredFile, TextEncoder, write_manifest
 from lib_portrait.errors import PortraitError
+from lib_portrait.methods.declarations import adapter_files
+from lib_portrait.methods.declarations.uniportrait import FILES
 
 BACKBONE = "glint360k_curricular_face_r101_backbone.bin"
 VISION = "CLIP-ViT-H-14-laion2B-s32B-b79K.safetensors"
@@ -23,7 +25,7 @@ PUBLISHED = ["uniportrait-faceid_sd15.bin", "uniportrait-router_sd15.bin", BACKB
 @pytest.fixture
 def store(tmp_path: Path) -> Store:
     shared = {"vision": [tmp_path / "clip_vision"], "detector": [tmp_path / "buffalo_l"]}
-    return Store(Folders([tmp_path / "Portrait", tmp_path / "models"], shared))
+    return Store(Folders([tmp_path / "Portrait", tmp_path / "models"], shared), [FILES])
 
 
 def put(folder: Path, *names: str) -> None:
@@ -34,14 +36,23 @@ def put(folder: Path, *names: str) -> None:
 
 
 def test_registry_is_sound() -> None:
-    assert {weight.role for weight in registry.KNOWN} == set(registry.ROLES)
-    for weight in registry.KNOWN:
+    registry = Registry(adapter_files())
+    roles = {"detector"}.union(*([part.role for part in files.parts] + [*files.encoders] for files in adapter_files()))
+    assert {weight.role for weight in registry.known} <= roles
+    for weight in registry.known:
         assert weight.url.startswith("https://")
         assert weight.sha256 is None or len(bytes.fromhex(weight.sha256)) == 32
-        assert registry.by_role(weight.role) is weight
-        assert weight in registry.select(registry.download_command(weight).rpartition(" ")[2])
+        assert weight in registry.select(weight.command.rpartition(" ")[2])
     assert [weight.role for weight in registry.select("uniportrait")] == ["faceid", "router", "backbone", "vision"]
     assert registry.select("nothing") == []
+
+
+def test_no_two_methods_have_a_part_of_one_role_or_files_of_one_name() -> None:
+    parts = [part for files in adapter_files() for part in files.parts]
+    assert len({part.role for part in parts}) == len(parts)
+    for part in parts:
+        [name] = [other.role for other in parts if other.name_of(part.filenames("mine")[0]) == "mine"]
+        assert name == part.role
 
 
 def test_published_kit_is_found_over_several_folders(store: Store, tmp_path: Path) -> None:
@@ -51,11 +62,11 @@ def test_published_kit_is_found_over_several_folders(store: Store, tmp_path: Pat
     kit = store.kit("automatic")
     assert kit == store.kit("sd15")
     assert kit.name == "sd15"
-    assert kit.router == kit.routed() == tmp_path / "Portrait" / "uniportrait-router_sd15.bin"
-    assert kit.backbone == tmp_path / "models" / BACKBONE
-    assert kit.vision == tmp_path / "clip_vision" / "clip_h.pth"
+    assert kit.files["router"] == tmp_path / "Portrait" / "uniportrait-router_sd15.bin"
+    assert kit.files["backbone"] == tmp_path / "models" / BACKBONE
+    assert kit.files["vision"] == tmp_path / "clip_vision" / "clip_h.pth"
     [status] = store.kits()
-    assert status.usable and status.missing == () and status.files["vision"] == kit.vision
+    assert status.usable and status.missing == () and status.files["vision"] == kit.files["vision"]
 
 
 def test_safetensors_comes_before_bin_and_the_first_folder_before_the_next(store: Store, tmp_path: Path) -> None:
@@ -63,17 +74,17 @@ def test_safetensors_comes_before_bin_and_the_first_folder_before_the_next(store
     save_file({"a": torch.zeros(1)}, tmp_path / "Portrait" / "uniportrait-faceid_sd15.safetensors")
     put(tmp_path / "models", "uniportrait-router_sd15.safetensors")
     kit = store.kit("sd15")
-    assert kit.faceid.suffix == ".safetensors"
-    assert kit.router == tmp_path / "Portrait" / "uniportrait-router_sd15.bin"
+    assert kit.files["faceid"].suffix == ".safetensors"
+    assert kit.files["router"] == tmp_path / "Portrait" / "uniportrait-router_sd15.bin"
 
 
 def test_converted_companions_are_found_under_their_new_suffix(store: Store, tmp_path: Path) -> None:
     stem = BACKBONE.removesuffix(".bin")
     put(tmp_path / "Portrait", *PUBLISHED[:2], f"{stem}.safetensors", VISION.replace(".safetensors", ".pth"))
     kit = store.kit()
-    assert kit.backbone.name == f"{stem}.safetensors"
-    assert kit.vision.suffix == ".pth"
-    assert store.find("backbone", BACKBONE) == kit.backbone == store.find("backbone", stem)
+    assert kit.files["backbone"].name == f"{stem}.safetensors"
+    assert kit.files["vision"].suffix == ".pth"
+    assert store.find("backbone", BACKBONE) == kit.files["backbone"] == store.find("backbone", stem)
 
 
 def test_missing_files_are_named_with_folder_source_and_command(store: Store, tmp_path: Path) -> None:
@@ -95,13 +106,13 @@ def test_missing_files_are_named_with_folder_source_and_command(store: Store, tm
 
 def test_without_router_one_person_works_and_several_are_told_what_is_missing(store: Store, tmp_path: Path) -> None:
     put(tmp_path / "Portrait", "uniportrait-faceid_sd15.bin", BACKBONE, VISION, "uniportrait-faceid_own.bin")
-    assert store.kit("sd15").router is None
+    assert "router" not in store.kit("sd15").files
     assert all(status.usable for status in store.kits())
     with pytest.raises(PortraitError, match=r"uniportrait-router_sd15\.bin.*portrait\.py download") as caught:
-        store.kit("sd15").routed()
+        store.kit("sd15").check_people(2)
     assert caught.value.status_code == 404
     with pytest.raises(PortraitError, match=r"Put into .*Portrait: uniportrait-router_own\.bin\."):
-        store.kit("own").routed()
+        store.kit("own").check_people(2)
 
 
 def test_unknown_checkpoint_lists_those_there_are(store: Store, tmp_path: Path) -> None:
@@ -139,12 +150,19 @@ def test_automatic_is_never_an_adapter_of_another_text_encoder(store: Store, tmp
     write_manifest(world / "kit.json", manifest("world", text_encoder=SMALL, base=base))
     with pytest.raises(PortraitError, match="uniportrait-faceid_sd15"):
         store.kit()
-    assert store.kit("world").faceid == world / "world.bin"
+    assert store.kit("world").files["faceid"] == world / "world.bin"
     assert store.kit("world").home == world
     put(tmp_path / "models", "uniportrait-faceid_zoe.bin")
     assert store.kit().name == "zoe"
     assert store.automatic(text_encoder=SMALL) == store.automatic(tmp_path / "world.safetensors", SMALL) == "world"
     assert store.automatic(tmp_path / "world.safetensors") == "zoe"
+
+
+def test_automatic_for_a_strange_text_encoder_is_an_adapter_that_tells_none(store: Store, tmp_path: Path) -> None:
+    put(tmp_path / "Portrait", *PUBLISHED)
+    assert store.automatic(text_encoder=SMALL) == "sd15"
+    put(tmp_path / "Portrait", "uniportrait-faceid_tiny.bin")
+    assert (store.automatic(text_encoder=SMALL), store.automatic()) == ("tiny", "sd15")
 
 
 def test_automatic_is_the_adapter_of_the_very_checkpoint_where_several_fit(store: Store, tmp_path: Path) -> None:
@@ -172,14 +190,14 @@ def test_an_adapter_finds_its_own_encoders_by_content(store: Store, tmp_path: Pa
     encoders = {"backbone": dataclasses.replace(wanted, name="eyes_backbone.bin"), "vision": vision}
     write_manifest(own / "mine.kit.json", manifest(encoders=encoders))
     kit = store.kit("mine")
-    assert kit.faceid == own / "mine.bin" and kit.router is None
-    assert kit.backbone == models / "renamed_backbone.safetensors"
-    assert kit.vision == tmp_path / "clip_vision" / "whatever.pth"
+    assert kit.files["faceid"] == own / "mine.bin" and "router" not in kit.files
+    assert kit.files["backbone"] == models / "renamed_backbone.safetensors"
+    assert kit.files["vision"] == tmp_path / "clip_vision" / "whatever.pth"
     assert kit.manifest == manifest(encoders=encoders)
-    assert store.kit("sd15").backbone.name == BACKBONE
+    assert store.kit("sd15").files["backbone"].name == BACKBONE
     assert [status.usable for status in store.kits()] == [True, True]
     put(models, "uniportrait-router_mine.bin")
-    assert store.kit("mine").router == models / "uniportrait-router_mine.bin"
+    assert store.kit("mine").files["router"] == models / "uniportrait-router_mine.bin"
 
 
 def test_a_file_of_the_right_name_with_another_content_is_refused_in_words(store: Store, tmp_path: Path) -> None:
@@ -187,7 +205,7 @@ def test_a_file_of_the_right_name_with_another_content_is_refused_in_words(store
     put(own, *PUBLISHED, "mine.bin")
     wanted = stored(own / "eyes.safetensors", b"my own eyes")
     write_manifest(own / "mine.kit.json", manifest(encoders={"backbone": wanted}))
-    assert store.kit("mine").backbone == own / "eyes.safetensors"
+    assert store.kit("mine").files["backbone"] == own / "eyes.safetensors"
     for other in (b"no own eyes", b"others, and longer"):
         (own / "eyes.safetensors").write_bytes(other)
         with pytest.raises(PortraitError) as caught:
@@ -211,9 +229,13 @@ def test_an_adapter_of_an_earlier_folder_is_not_given_a_later_one_s_manifest(sto
         models / "mine.kit.json", manifest(encoders={"backbone": stored(models / "eyes.bin", b"my own eyes")})
     )
     kit = store.kit("mine")
-    assert (kit.faceid, kit.backbone, kit.manifest) == (own / "uniportrait-faceid_mine.bin", own / BACKBONE, None)
+    assert (kit.files["faceid"], kit.files["backbone"], kit.manifest) == (
+        own / "uniportrait-faceid_mine.bin",
+        own / BACKBONE,
+        None,
+    )
     (own / "uniportrait-faceid_mine.bin").unlink()
-    assert store.kit("mine").backbone == models / "eyes.bin"
+    assert store.kit("mine").files["backbone"] == models / "eyes.bin"
 
 
 def test_a_list_of_adapters_reads_no_file_for_its_hash(
@@ -255,9 +277,9 @@ def test_own_adapter_names_its_backbone_and_vision(store: Store, tmp_path: Path)
     metadata = {"backbone": "tiny_backbone.bin", "vision": "tiny.safetensors"}
     save_file({"a": torch.zeros(1)}, own / "uniportrait-faceid_tiny.safetensors", metadata)
     kit = store.kit("tiny")
-    assert kit.backbone.name == "tiny_backbone.safetensors"
-    assert kit.vision == tmp_path / "clip_vision" / "tiny.safetensors"
-    assert store.kit("sd15").backbone.name == BACKBONE
+    assert kit.files["backbone"].name == "tiny_backbone.safetensors"
+    assert kit.files["vision"] == tmp_path / "clip_vision" / "tiny.safetensors"
+    assert store.kit("sd15").files["backbone"].name == BACKBONE
     (own / "tiny_backbone.safetensors").unlink()
     with pytest.raises(PortraitError, match=r"Put into .*Portrait: tiny_backbone\.bin\."):
         store.kit("tiny")
@@ -318,7 +340,10 @@ def test_listing_by_role(store: Store, tmp_path: Path) -> None:
     put(tmp_path / "models", BACKBONE)
     put(tmp_path / "clip_vision", "clip_g.pth", "readme.txt")
     put(tmp_path / "buffalo_l", "det_10g.onnx", "w600k_r50.onnx")
-    names = {role: [entry.name for entry in store.list(role)] for role in registry.ROLES}
+    names = {
+        role: [entry.name for entry in store.list(role)]
+        for role in ("faceid", "router", "backbone", "vision", "detector")
+    }
     assert names == {
         "faceid": ["uniportrait-faceid_sd15.bin"],
         "router": ["uniportrait-router_sd15.bin"],
@@ -332,4 +357,4 @@ def test_listing_by_role(store: Store, tmp_path: Path) -> None:
 
 def test_a_store_needs_a_folder_of_its_own() -> None:
     with pytest.raises(ValueError, match="folder of its own"):
-        Store(Folders([]))
+        Store(Folders([]), [FILES])

@@ -13,11 +13,14 @@ from safetensors.torch import save_file
 
 from lib_portrait.attention import NEGATIVE, POSITIVE
 from lib_portrait.checkpoints.formats import read_tensors
+from lib_portrait.checkpoints.hashes import file_sha256
+from lib_portrait.checkpoints.kit import Manifest, StoredFile, write_manifest
 from lib_portrait.checkpoints.store import Folders, Store
 from lib_portrait.conditioning import Conditioner
 from lib_portrait.errors import PortraitError
 from lib_portrait.faces.recognition import Backbone
 from lib_portrait.faces.service import FaceService
+from lib_portrait.methods.declarations import adapter_files
 from lib_portrait.request import Identity, Mix, Photo, PortraitRequest, Region
 from tests.small_networks import small_kit, tiny_backbone
 
@@ -33,6 +36,10 @@ def picture(seed: int, size: tuple[int, int] = (224, 224)) -> bytes:
 
 def face(seed: int) -> Photo:
     return Photo.of(picture(seed), aligned=True)
+
+
+def stored(path: Path) -> StoredFile:
+    return StoredFile(path.name, file_sha256(path), path.stat().st_size)
 
 
 def mask(size: tuple[int, int], fill: int = 255) -> Photo:
@@ -52,11 +59,11 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def conditioner(folder: Path, tmp_path: Path) -> Conditioner:
-    return Conditioner(FaceService([], tmp_path), Store(Folders(own=[folder]), hash_cache=tmp_path))
+    return Conditioner(FaceService([], tmp_path), Store(Folders(own=[folder]), adapter_files(), tmp_path))
 
 
-def ask(*identities: Identity, **changes) -> PortraitRequest:
-    return PortraitRequest(identities=identities, checkpoint=changes.pop("checkpoint", "small"), **changes)
+def ask(*identities: Identity, checkpoint: str = "small", **options: float) -> PortraitRequest:
+    return PortraitRequest(identities=identities, checkpoint=checkpoint, options=options)
 
 
 def tokens(conditioner: Conditioner, *identities: Identity, kind: int = POSITIVE) -> list[torch.Tensor]:
@@ -64,7 +71,8 @@ def tokens(conditioner: Conditioner, *identities: Identity, kind: int = POSITIVE
 
 
 def test_people_carry_what_was_asked_for(conditioner: Conditioner) -> None:
-    request = ask(Identity((face(1),), scale=0.5, start=0.1, end=0.8), Identity((face(2),), structure=1.0), scale=0.6)
+    weak = Identity((face(1),), start=0.1, end=0.8, options={"scale": 0.5})
+    request = ask(weak, Identity((face(2),), options={"structure": 1.0}), scale=0.6)
     one, two = conditioner.prepare(request, SIZE).people
     assert (one.scale, one.start, one.end, one.region) == (0.3, 0.1, 0.8, None)
     assert two.scale == 0.6
@@ -83,7 +91,7 @@ def test_the_host_s_random_numbers_are_where_they_were(
         torch.rand(1)
         return read_tensors(*arguments, **options)
 
-    monkeypatch.setattr("lib_portrait.conditioning.read_tensors", reading)
+    monkeypatch.setattr("lib_portrait.checkpoints.store.read_tensors", reading)
     torch.manual_seed(1)
     before = torch.get_rng_state()
     conditioner.prepare(ask(Identity((face(1),))), SIZE)
@@ -192,7 +200,9 @@ def test_networks_that_do_not_belong_to_the_adapter_are_refused(
         (tmp_path / file.name).write_bytes(file.read_bytes())
     save_file(dict(other.state_dict()), tmp_path / "small_backbone.safetensors")
     with pytest.raises(PortraitError, match="wants intrinsic features of width"):
-        Conditioner(conditioner.faces, Store(Folders(own=[tmp_path]))).prepare(ask(Identity((face(1),))), SIZE)
+        Conditioner(conditioner.faces, Store(Folders(own=[tmp_path]), adapter_files())).prepare(
+            ask(Identity((face(1),))), SIZE
+        )
 
 
 def test_a_second_request_with_the_same_faces_loads_no_network(conditioner: Conditioner) -> None:
@@ -208,7 +218,7 @@ def test_a_scale_of_0_is_noticed(conditioner: Conditioner) -> None:
     def noticed(*identities: Identity, **changes) -> list[str]:
         return [str(notice) for notice in conditioner.prepare(ask(*identities, **changes), SIZE).notices]
 
-    one, none = Identity((face(1),)), Identity((face(2),), scale=0.0)
+    one, none = Identity((face(1),)), Identity((face(2),), options={"scale": 0.0})
     assert noticed(one, none) == ["identities[1].scale: it is 0: this person is not drawn."]
     assert noticed(one, none, scale=0.0) == ["scale: it is 0: nobody is drawn."]
     assert noticed(one, lora_scale=0.0) == ["lora_scale: it is 0: the adapter's LoRA is left out."]
@@ -230,3 +240,23 @@ def test_checking_finds_faults_and_loads_nothing(conditioner: Conditioner) -> No
         conditioner.check(ask(Identity((face(1),)), checkpoint="nosuch"))
     with pytest.raises(PortraitError, match="not kept"):
         conditioner.check(ask(Identity((Photo("ab" * 32),))))
+
+
+def test_an_adapter_trained_with_another_recognition_network_finds_its_own(tmp_path: Path) -> None:
+    """It lies in another folder and has another name; under the name that it had lies the one of another adapter."""
+    own, models = tmp_path / "own", tmp_path / "models"
+    own.mkdir()
+    models.mkdir()
+    small_kit(models, "small")
+    small_kit(own, "mine", width=24)
+    encoders = {role: stored(own / f"small_{role}.safetensors") for role in ("backbone", "vision")}
+    adapter = {role: f"uniportrait-{role}_mine.safetensors" for role in ("faceid", "router")}
+    write_manifest(own / "mine.kit.json", Manifest("mine", "uniportrait", adapter, encoders))
+    (own / "small_backbone.safetensors").rename(models / "renamed.safetensors")
+    conditioner = Conditioner(
+        FaceService([], tmp_path / "cache"), Store(Folders([own, models]), adapter_files(), tmp_path / "cache")
+    )
+    for name, network, width in (("mine", "renamed", 24), ("small", "small_backbone", 16), ("mine", "renamed", 24)):
+        made = conditioner.prepare(ask(Identity((face(1),)), Identity((face(2),)), checkpoint=name), SIZE)
+        assert made.kit.files["backbone"] == models / f"{network}.safetensors"
+        assert made.adapter.embedding.intrinsic_width == width

@@ -15,9 +15,9 @@ from typing import Any
 
 import pytest
 
-from lib_portrait.checkpoints import Folders, Store, download, registry
-from lib_portrait.checkpoints.registry import KnownWeight, Member
+from lib_portrait.checkpoints import AdapterFile, AdapterFiles, Folders, KnownWeight, Member, Registry, Store, download
 from lib_portrait.errors import PortraitError
+from lib_portrait.methods.declarations import adapter_files
 
 CONTENT = bytes(range(256)) * 12_000  # 3 MB: several blocks
 SHA = hashlib.sha256(CONTENT).hexdigest()
@@ -97,7 +97,7 @@ def publisher(monkeypatch: pytest.MonkeyPatch) -> Iterator[Publisher]:
 @pytest.fixture
 def known(publisher: Publisher) -> KnownWeight:
     url = publisher.url + "/weights.bin"
-    return KnownWeight("faceid", "weights.bin", url, len(CONTENT), SHA, "free", "a test")
+    return KnownWeight("faceid", "weights.bin", url, len(CONTENT), SHA, "free", "a test", "test")
 
 
 def names(folder: Path) -> list[str]:
@@ -349,7 +349,7 @@ def test_file_inside_an_archive_is_taken_out_and_checked(folder: str, publisher:
     member = Member("det_10g.onnx", len(model), hashlib.sha256(model).hexdigest())
     sha = hashlib.sha256(publisher.content).hexdigest()
     url, size = publisher.url + "/weights.bin", len(publisher.content)
-    known = KnownWeight("detector", "det_10g.onnx", url, size, sha, "free", "a test", member=member)
+    known = KnownWeight("detector", "det_10g.onnx", url, size, sha, "free", "a test", "test", member=member)
     for wrong in (Member("none.onnx", 1, "0" * 64), Member("det_10g.onnx", len(model), "0" * 64)):
         with pytest.raises(PortraitError, match="does not hold it"):
             download.download(dataclasses.replace(known, member=wrong), tmp_path / "wrong")
@@ -359,24 +359,28 @@ def test_file_inside_an_archive_is_taken_out_and_checked(folder: str, publisher:
 
 
 def test_group_is_fetched_by_name_and_what_is_there_is_left(
-    known: KnownWeight, publisher: Publisher, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    known: KnownWeight, publisher: Publisher, tmp_path: Path
 ) -> None:
-    weights = tuple(dataclasses.replace(known, role=role, filename=f"{role}.bin") for role in registry.ROLES)
-    monkeypatch.setattr(registry, "KNOWN", weights)
+    roles = ("faceid", "router", "backbone", "vision")
+    weights = tuple(dataclasses.replace(known, role=role, filename=f"{role}.bin", group="toy") for role in roles)
+    files = AdapterFiles("toy", "Toy", (AdapterFile("faceid", "toy_{name}", ""),), ("vision",), weights)
     (tmp_path / "clip_vision").mkdir()
     (tmp_path / "clip_vision" / "vision.bin").write_bytes(b"of another extension")
-    store = Store(Folders([tmp_path / "own"], {"vision": [tmp_path / "clip_vision"]}))
+    store = Store(Folders([tmp_path / "own"], {"vision": [tmp_path / "clip_vision"]}), [files])
     seen: set[str] = set()
-    paths = download.fetch_known("uniportrait", store.home, lambda name, done, total: seen.add(name), store=store)
+    paths = download.fetch_known(
+        "toy", store.home, store.registry, lambda name, done, total: seen.add(name), store=store
+    )
     assert [path.name for path in paths] == ["faceid.bin", "router.bin", "backbone.bin", "vision.bin"]
     assert paths[3] == tmp_path / "clip_vision" / "vision.bin"
     assert seen == {"faceid.bin", "router.bin", "backbone.bin"}
     assert len(publisher.asked) == 3
-    assert download.fetch_known("router.bin", store.home) == [tmp_path / "own" / "router.bin"]
+    assert download.fetch_known("router.bin", store.home, store.registry) == [tmp_path / "own" / "router.bin"]
 
 
 def test_unknown_names_and_one_hash_for_many_are_refused(tmp_path: Path) -> None:
-    with pytest.raises(PortraitError, match="Use one of: uniportrait"):
-        download.fetch_known("../etc", tmp_path)
+    registry = Registry(adapter_files())
+    with pytest.raises(PortraitError, match="Use one of: uniportrait, insightface, uniportrait-faceid_sd15"):
+        download.fetch_known("../etc", tmp_path, registry)
     with pytest.raises(PortraitError, match="one hash cannot be that of 4 files"):
-        download.fetch_known("uniportrait", tmp_path, sha256=SHA)
+        download.fetch_known("uniportrait", tmp_path, registry, sha256=SHA)

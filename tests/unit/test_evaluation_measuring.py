@@ -1,4 +1,4 @@
-"""From a picture to numbers, from numbers to a table: with a detector and a recogniser that say what they are told."""
+"""From a picture to numbers, from numbers to a table: with a stand-in for the detector and the recogniser."""
 
 from __future__ import annotations
 
@@ -15,109 +15,109 @@ import torch
 pytest.importorskip("skia", reason="the world is drawn with skia", exc_type=ImportError)
 
 from lib_portrait.faces.detection import Detector, Face
-from trainer.evaluation.artist import Pool
+from trainer.evaluation.generators import PictureCache
 from trainer.evaluation.instruments import Clip, Recogniser
-from trainer.evaluation.measuring import FACE, Gallery, Instruments, Seen, measure
-from trainer.evaluation.plans import Plan, Row, Shot
+from trainer.evaluation.measuring import FACE, Gallery, Instruments, Measurements, measure
+from trainer.evaluation.plans import EvaluationPlan, Sample, Variant
 from trainer.evaluation.prompts import MULTI, SINGLE
-from trainer.evaluation.report import as_json, as_lines, markdown, tabulate, verdict
+from trainer.evaluation.report import as_json, as_json_lines, markdown, tabulate, verdict
 
 LANDMARKS = np.array([[10, 12], [22, 12], [16, 18], [11, 24], [21, 24]], np.float32)
 # Three people in three directions.
 GALLERY = Gallery(np.eye(3))
 
 
-class Teller:
+class Attributes:
     """Stands for the attribute network."""
 
-    def __init__(self, **told: str):
-        self.told = told
+    def __init__(self, **predicted: str):
+        self.predicted = predicted
 
-    def tell(self, pictures: Sequence[Any]) -> list[dict[str, str]]:
-        return [self.told] * len(pictures)
+    def predict(self, pictures: Sequence[Any]) -> list[dict[str, str]]:
+        return [self.predicted] * len(pictures)
 
 
-def instruments(faces: Sequence[Sequence[float]], fid: str = "clip", **told: str) -> Instruments:
+def instruments(faces: Sequence[Sequence[float]], fid: str = "clip", **predicted: str) -> Instruments:
     """faces: the embeddings of the faces that are found, from left to right; the last is the largest."""
     boxes = [Face(np.array([i, 0, 2 * i + 8, 30], np.float32), LANDMARKS, 1.0) for i in range(len(faces))]
-    found = Detector("told", "1", lambda image: boxes)
-    recogniser = Recogniser("told", "", lambda image, seen: np.array(faces, np.float64))
+    found = Detector("fixed", "1", lambda image: boxes)
+    recogniser = Recogniser("fixed", "", lambda image, faces_found: np.array(faces, np.float64))
     clip = Clip(
-        "told",
+        "fixed",
         lambda texts: np.array([[0.6, 0.8]] * len(texts)),
         lambda images: (np.array([[1.0, 0.0]] * len(images)), np.array([[5.0]] * len(images))),
     )
-    return Instruments(found, recogniser, clip, Teller(**told) if told else None, fid)  # type: ignore[arg-type]
+    return Instruments(found, recogniser, clip, Attributes(**predicted) if predicted else None, fid)  # type: ignore[arg-type]
 
 
-def shot(people: tuple[int, ...], prompt: int = 0, seed: int = 0) -> Shot:
+def sample(people: tuple[int, ...], prompt: int = 0, seed: int = 0) -> Sample:
     words = ["woman"] * len(people)
     chosen = (SINGLE if len(people) == 1 else MULTI)[prompt]
-    return Shot(people, chosen, chosen.text(words), chosen.attributes(words), seed)
+    return Sample(people, chosen, chosen.text(words), chosen.attributes(words), seed)
 
 
 @pytest.fixture
 def picture(tmp_path: Path) -> Path:
-    pool = Pool(tmp_path)
-    pool.put(np.zeros((32, 32, 3), np.uint8), {"number": 1})
-    return pool.path({"number": 1})
+    cache = PictureCache(tmp_path)
+    cache.put(np.zeros((32, 32, 3), np.uint8), {"number": 1})
+    return cache.path({"number": 1})
 
 
 def routed(tmp_path: Path, rows: list[list[int]]) -> Path:
     """A picture whose parts belong to these people."""
-    pool = Pool(tmp_path)
-    pool.put(np.zeros((32, 32, 3), np.uint8), {"rows": rows}, torch.tensor(rows))
-    return pool.path({"rows": rows})
+    cache = PictureCache(tmp_path)
+    cache.put(np.zeros((32, 32, 3), np.uint8), {"rows": rows}, torch.tensor(rows))
+    return cache.path({"rows": rows})
 
 
 def test_faces_are_matched_greedily_each_once(picture: Path) -> None:
     """The left face is like both (0.8, 0.6), the right one like the first only (0.6, 0): the first takes the left one,
     which leaves 0 for the second, though 0.6 and 0.6 were to be had."""
-    (seen,) = measure([picture], [shot((0, 1))], GALLERY, instruments([[0.8, 0.6, 0], [0.6, 0, 0.8]]), True)
-    assert seen.similarity == pytest.approx((0.8, 0.0))
-    assert seen.lowest == pytest.approx(0)
-    assert seen.between == pytest.approx(0.48)
-    assert seen.multisim == pytest.approx((0.8 + 0) / 2 + 1 - 0.48)
+    (measured,) = measure([picture], [sample((0, 1))], GALLERY, instruments([[0.8, 0.6, 0], [0.6, 0, 0.8]]), True)
+    assert measured.similarity == pytest.approx((0.8, 0.0))
+    assert measured.lowest == pytest.approx(0)
+    assert measured.between == pytest.approx(0.48)
+    assert measured.multisim == pytest.approx((0.8 + 0) / 2 + 1 - 0.48)
     # The second person has to take a face that is more like the first.
-    assert seen.recognised == (True, False) and not seen.shows_everybody
+    assert measured.recognised == (True, False) and not measured.shows_everybody
     # The right face is most like the third person, then like the first.
-    assert seen.ranks == (1, 3)
-    assert (seen.within(1), seen.within(3), seen.found) == (0.5, 1.0, 1.0)
+    assert measured.ranks == (1, 3)
+    assert (measured.top_k(1), measured.top_k(3), measured.detection_rate) == (0.5, 1.0, 1.0)
 
 
 def test_further_faces_do_not_count(picture: Path) -> None:
-    (seen,) = measure([picture], [shot((1,))], GALLERY, instruments([[1, 0, 0], [0, 0.6, 0.8], [0, 0, 1]]), True)
-    assert (seen.faces, seen.similarity, seen.ranks) == (3, (pytest.approx(0.6),), (2,))
-    assert seen.multisim is None
+    (measured,) = measure([picture], [sample((1,))], GALLERY, instruments([[1, 0, 0], [0, 0.6, 0.8], [0, 0, 1]]), True)
+    assert (measured.faces, measured.similarity, measured.ranks) == (3, (pytest.approx(0.6),), (2,))
+    assert measured.multisim is None
 
 
 def test_a_missing_face_counts_nothing_and_is_not_identified(picture: Path) -> None:
-    (one,) = measure([picture], [shot((0, 1))], GALLERY, instruments([[0, 1, 0]]), True)
+    (one,) = measure([picture], [sample((0, 1))], GALLERY, instruments([[0, 1, 0]]), True)
     assert one.similarity == (None, pytest.approx(1)) and one.ranks == (None, 1)
-    assert (one.lowest, one.found, one.within(1), one.multisim) == (0, 0.5, 0.5, pytest.approx(0.5))
-    (nobody,) = measure([picture], [shot((2,))], GALLERY, instruments([]), True)
-    assert (nobody.faces, nobody.lowest, nobody.found, nobody.within(3)) == (0, 0, 0, 0)
+    assert (one.lowest, one.detection_rate, one.top_k(1), one.multisim) == (0, 0.5, 0.5, pytest.approx(0.5))
+    (nobody,) = measure([picture], [sample((2,))], GALLERY, instruments([]), True)
+    assert (nobody.faces, nobody.lowest, nobody.detection_rate, nobody.top_k(3)) == (0, 0, 0, 0)
 
 
 def test_the_prompt_is_measured_by_clip_and_by_its_attributes(picture: Path) -> None:
-    told = {"people": "1", "women": "1", "style": "cartoon", "background": "park", "hat": "none"}
-    (seen,) = measure([picture], [shot((0,))], GALLERY, instruments([[1, 0, 0]], **told), True)
-    assert seen.clip_t == pytest.approx(0.6)
+    predicted = {"people": "1", "women": "1", "style": "cartoon", "background": "park", "hat": "none"}
+    (measured,) = measure([picture], [sample((0,))], GALLERY, instruments([[1, 0, 0]], **predicted), True)
+    assert measured.clip_t == pytest.approx(0.6)
     # "a photo of a woman in a park" says nothing about a hat.
-    assert seen.shown == {"people": True, "women": True, "style": False, "background": True}
-    assert seen.accuracy == 0.75
-    (photo,) = measure([picture], [shot((0,))], GALLERY, instruments([[1, 0, 0]], **told), False)
+    assert measured.shown == {"people": True, "women": True, "style": False, "background": True}
+    assert measured.accuracy == 0.75
+    (photo,) = measure([picture], [sample((0,))], GALLERY, instruments([[1, 0, 0]], **predicted), False)
     assert photo.clip_t is None and photo.accuracy is None
 
 
 def test_fid_compares_pictures_or_the_largest_faces(picture: Path) -> None:
     faces = [[1, 0, 0], [0, 1, 0]]
-    (seen,) = measure([picture], [shot((0,))], GALLERY, instruments(faces), True)
-    assert seen.features is not None and seen.features.tolist() == [5.0]
-    (seen,) = measure([picture], [shot((0,))], GALLERY, instruments(faces, FACE), True)
-    assert seen.features is not None and seen.features.tolist() == [0, 1, 0]
-    (seen,) = measure([picture], [shot((0,))], GALLERY, instruments([], FACE), True)
-    assert seen.features is None
+    (measured,) = measure([picture], [sample((0,))], GALLERY, instruments(faces), True)
+    assert measured.features is not None and measured.features.tolist() == [5.0]
+    (measured,) = measure([picture], [sample((0,))], GALLERY, instruments(faces, FACE), True)
+    assert measured.features is not None and measured.features.tolist() == [0, 1, 0]
+    (measured,) = measure([picture], [sample((0,))], GALLERY, instruments([], FACE), True)
+    assert measured.features is None
 
 
 def test_a_picture_shows_both_when_each_has_a_face_that_is_more_like_them(picture: Path) -> None:
@@ -129,9 +129,9 @@ def test_a_picture_shows_both_when_each_has_a_face_that_is_more_like_them(pictur
         ((False, False), []),
     ]
     for recognised, faces in found:
-        (seen,) = measure([picture], [shot((0, 1))], GALLERY, instruments(faces), True)
-        assert (seen.recognised, seen.shows_everybody) == (recognised, all(recognised))
-        assert seen.places_everybody is None
+        (measured,) = measure([picture], [sample((0, 1))], GALLERY, instruments(faces), True)
+        assert (measured.recognised, measured.shows_everybody) == (recognised, all(recognised))
+        assert measured.places_everybody is None
 
 
 def test_a_picture_places_both_when_their_faces_lie_where_it_was_routed_to_them(tmp_path: Path) -> None:
@@ -141,34 +141,36 @@ def test_a_picture_places_both_when_their_faces_lie_where_it_was_routed_to_them(
     boxes = [Face(np.array([x - 1, 10, x + 1, 22], np.float32), LANDMARKS, 1.0) for x in (4, 20)]
     cases = [(apart, True), (left, False), (right, False), ([[-1] * 16], False), ([[1, 0, 1, 1] + [1] * 12], False)]
     for rows, placed in cases:
-        told = replace(instruments([[1, 0, 0], [0, 1, 0]]), detector=Detector("told", "1", lambda image: boxes))
-        (seen,) = measure([routed(tmp_path, rows)], [shot((0, 1))], GALLERY, told, True)
-        assert seen.shows_everybody and seen.places_everybody == placed, rows
-    told = replace(instruments([[1, 0, 0], [0.9, 0.1, 0]]), detector=Detector("told", "1", lambda image: boxes))
-    (seen,) = measure([routed(tmp_path, apart)], [shot((0, 1))], GALLERY, told, True)
-    assert seen.placed == (True, True) and not seen.places_everybody
+        fixed = replace(instruments([[1, 0, 0], [0, 1, 0]]), detector=Detector("fixed", "1", lambda image: boxes))
+        (measured,) = measure([routed(tmp_path, rows)], [sample((0, 1))], GALLERY, fixed, True)
+        assert measured.shows_everybody and measured.places_everybody == placed, rows
+    fixed = replace(instruments([[1, 0, 0], [0.9, 0.1, 0]]), detector=Detector("fixed", "1", lambda image: boxes))
+    (measured,) = measure([routed(tmp_path, apart)], [sample((0, 1))], GALLERY, fixed, True)
+    assert measured.placed == (True, True) and not measured.places_everybody
 
 
-def test_the_sheet_tells_which_pictures_show_both() -> None:
-    def told(recognised: tuple[bool, ...], placed: tuple[bool, ...] | None) -> list[str]:
-        return verdict(Seen(2, (0.5,) * len(recognised), (1, 1), 0.0, 0.2, {}, None, recognised, placed))
+def test_the_sheet_says_which_pictures_show_both() -> None:
+    def verdict_of(recognised: tuple[bool, ...], placed: tuple[bool, ...] | None) -> list[str]:
+        return verdict(Measurements(2, (0.5,) * len(recognised), (1, 1), 0.0, 0.2, {}, None, recognised, placed))
 
-    assert told((True, True), (True, True)) == ["both placed"]
-    assert told((True, True), (True, False)) == ["misplaced"]
-    assert told((True, True), None) == ["both shown"]
-    assert told((True, False), (True, True)) == ["not both shown"]
-    assert told((True,), None) == []
+    assert verdict_of((True, True), (True, True)) == ["both placed"]
+    assert verdict_of((True, True), (True, False)) == ["misplaced"]
+    assert verdict_of((True, True), None) == ["both shown"]
+    assert verdict_of((True, False), (True, True)) == ["not both shown"]
+    assert verdict_of((True,), None) == []
 
 
 def test_pairs_have_a_column_for_pictures_that_show_both(picture: Path) -> None:
-    plan = Plan("multi", "Two people", [shot((0, 1)), shot((0, 2)), shot((1, 2))], [Row("adapter", "adapter")])
-    seen = [Seen(2, (0.5, 0.5), (1, 1), 0.0, 0.2, {}, None, (True, both)) for both in (True, False, True)]
-    places = [replace(one, placed=where) for one, where in zip(seen, ((True, True), (True, True), (True, False)))]
-    for pictures, placed in ((places, "33.3 ± 33.3"), (seen, None)):
+    plan = EvaluationPlan(
+        "multi", "Two people", [sample((0, 1)), sample((0, 2)), sample((1, 2))], [Variant("adapter", "adapter")]
+    )
+    measured = [Measurements(2, (0.5, 0.5), (1, 1), 0.0, 0.2, {}, None, (True, both)) for both in (True, False, True)]
+    places = [replace(one, placed=where) for one, where in zip(measured, ((True, True), (True, True), (True, False)))]
+    for pictures, placed in ((places, "33.3 ± 33.3"), (measured, None)):
         text = markdown(tabulate(plan, {"adapter": pictures}, [], 100, []))
         names, values = ([cell.strip() for cell in line.split("|")] for line in text.splitlines()[2:6:2])
         assert values[names.index("both shown %")] == "66.7 ± 66.7"
-        # What nobody knows of any picture has no column.
+        # What is known of no picture has no column.
         assert ("both placed %" in names) == (placed is not None)
         assert placed is None or values[names.index("both placed %")].startswith("33.3 ± ")
 
@@ -176,26 +178,26 @@ def test_pairs_have_a_column_for_pictures_that_show_both(picture: Path) -> None:
 # -------------------------------------------------------------------------------------------------------------- tables
 
 
-def seen_of(similarity: float, features: float, shown: dict[str, bool]) -> Seen:
-    return Seen(1, (similarity,), (1 if similarity > 0.5 else 2,), None, 0.25, shown, np.array([features]))
+def measurements_of(similarity: float, features: float, shown: dict[str, bool]) -> Measurements:
+    return Measurements(1, (similarity,), (1 if similarity > 0.5 else 2,), None, 0.25, shown, np.array([features]))
 
 
 @pytest.fixture
-def result(picture: Path) -> tuple[Plan, dict[str, list[Seen]]]:
-    rows = [Row("text only"), Row("adapter", "adapter"), Row("real pictures", real=True)]
-    plan = Plan("single", "One person", [shot((0,)), shot((1,)), shot((2,), 2)], rows)
+def result(picture: Path) -> tuple[EvaluationPlan, dict[str, list[Measurements]]]:
+    rows = [Variant("text only"), Variant("adapter", "adapter"), Variant("real pictures", real=True)]
+    plan = EvaluationPlan("single", "One person", [sample((0,)), sample((1,)), sample((2,), 2)], rows)
     yes, no = {"style": True, "background": True}, {"style": True, "background": False}
-    seen = {
-        "text only": [seen_of(0.0, 0.0, yes) for _ in range(3)],
-        "adapter": [seen_of(0.5, 0.0, yes), seen_of(1.0, 2.0, yes), seen_of(0.0, 1.0, no)],
-        "real pictures": [seen_of(1.0, 1.0, {}) for _ in range(3)],
+    measured = {
+        "text only": [measurements_of(0.0, 0.0, yes) for _ in range(3)],
+        "adapter": [measurements_of(0.5, 0.0, yes), measurements_of(1.0, 2.0, yes), measurements_of(0.0, 1.0, no)],
+        "real pictures": [measurements_of(1.0, 1.0, {}) for _ in range(3)],
     }
-    return plan, seen
+    return plan, measured
 
 
-def test_the_table_reads_as_it_should(result: tuple[Plan, dict[str, list[Seen]]]) -> None:
-    plan, seen = result
-    table = tabulate(plan, seen, [np.array([0.0]), np.array([2.0])], 100, ["100 people."])
+def test_the_table_reads_as_it_should(result: tuple[EvaluationPlan, dict[str, list[Measurements]]]) -> None:
+    plan, measured = result
+    table = tabulate(plan, measured, [np.array([0.0]), np.array([2.0])], 100, ["100 people."])
     lines = markdown(table).splitlines()
     assert lines[0] == "## One person"
     head = "| | similarity % | top-1 % | top-5 % | face found % | CLIP-T % | prompt accuracy % | FID |"
@@ -213,13 +215,13 @@ def test_the_table_reads_as_it_should(result: tuple[Plan, dict[str, list[Seen]]]
 
 
 def test_the_json_holds_what_the_table_shows_and_what_it_was_made_with(
-    result: tuple[Plan, dict[str, list[Seen]]], picture: Path, tmp_path: Path
+    result: tuple[EvaluationPlan, dict[str, list[Measurements]]], picture: Path, tmp_path: Path
 ) -> None:
-    plan, seen = result
-    table = tabulate(plan, seen, [], 100, [])
-    told = json.loads(as_json(table, {"settings": {"steps": 15}}))
-    assert (told["protocol"], told["settings"]) == ("single", {"steps": 15})
-    (adapter,) = [row for row in told["rows"] if row["name"] == "adapter"]
+    plan, measured = result
+    table = tabulate(plan, measured, [], 100, [])
+    result_json = json.loads(as_json(table, {"settings": {"steps": 15}}))
+    assert (result_json["protocol"], result_json["settings"]) == ("single", {"steps": 15})
+    (adapter,) = [row for row in result_json["rows"] if row["name"] == "adapter"]
     assert adapter["numbers"]["similarity"] == {
         "value": 0.5,
         "error": pytest.approx(0.5 / 3**0.5),
@@ -227,7 +229,7 @@ def test_the_json_holds_what_the_table_shows_and_what_it_was_made_with(
     }
     # Nothing real to compare with: no FID.
     assert "FID" not in adapter["numbers"]
-    lines = as_lines(plan, seen, {row.name: [picture] * 3 for row in plan.rows}, tmp_path).splitlines()
+    lines = as_json_lines(plan, measured, {row.name: [picture] * 3 for row in plan.variants}, tmp_path).splitlines()
     first = json.loads(lines[3])
     assert (len(lines), first["row"], first["similarity"], first["ranks"]) == (9, "adapter", [0.5], [2])
     assert tmp_path / first["picture"] == picture

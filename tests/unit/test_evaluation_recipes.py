@@ -13,11 +13,11 @@ pytest.importorskip("accelerate", reason="the trainer's requirements are not ins
 pytest.importorskip("skia", reason="the world is drawn with skia", exc_type=ImportError)
 
 import portrait as command_line
-from lib_portrait.faces.world_detector import faces_in, world_detector
+from lib_portrait.faces.heatmap_detector import faces_in, heatmap_detector
 from trainer.attribute_network import HEADS, AttributeNetwork
 from trainer.dataset import world_sample
-from trainer.recipes.attributes import KnownPictures, scene_of
-from trainer.recipes.detector import FoundFaces, targets
+from trainer.recipes.attributes import AttributeDataset, scene_of
+from trainer.recipes.detector import DetectionDataset, targets
 from trainer.shards import Shards
 from trainer.world import render
 from trainer.world.attributes import attributes_of
@@ -41,14 +41,14 @@ def portrait(line: str) -> None:
 @pytest.mark.parametrize("seed", range(8))
 def test_a_record_leads_back_to_the_scene_it_was_drawn_from(seed: int) -> None:
     """Also of several people, whom the record names in drawing order."""
-    made = world_sample(seed, 50, 64)
-    scene = scene_of(made.record)
+    record = world_sample(seed, 50, 64).record
+    scene = scene_of(record)
     picture = render(scene, 64)
-    assert [str(face.id) for face in picture.faces] == [face.id for face in made.record.faces]
-    told = attributes_of(scene)
-    assert told["people"] == str(len(made.record.faces))
-    assert told["women"] == str(sum(face.word == "woman" for face in made.record.faces))
-    assert all(value in HEADS[name] for name, value in told.items())
+    assert [str(face.id) for face in picture.faces] == [face.id for face in record.faces]
+    attributes = attributes_of(scene)
+    assert attributes["people"] == str(len(record.faces))
+    assert attributes["women"] == str(sum(face.word == "woman" for face in record.faces))
+    assert all(value in HEADS[name] for name, value in attributes.items())
 
 
 def test_records_that_do_not_lead_back_are_refused() -> None:
@@ -63,7 +63,7 @@ def test_records_that_do_not_lead_back_are_refused() -> None:
 
 
 def test_the_attributes_of_a_picture_are_classes_where_they_are_known(home: Path) -> None:
-    pictures = KnownPictures(Shards.under(home / "shards"))
+    pictures = AttributeDataset(Shards.under(home / "shards"))
     for index in range(len(pictures)):
         sample = pictures[index, (0, 0, index)]
         alone = len(pictures.shards.record(index).faces) == 1
@@ -87,8 +87,8 @@ def test_what_the_detector_is_taught_are_the_faces_of_the_picture(home: Path) ->
         for face, truth in zip(found, expected, strict=True):
             assert np.allclose(face.box, np.ravel(truth[:2]), atol=1e-3)
             assert np.allclose(face.landmarks, truth[2:], atol=1e-3)
-    moved = FoundFaces(shards)[0, (0, 0, 1)]
-    again = FoundFaces(shards)[0, (0, 0, 1)]
+    moved = DetectionDataset(shards)[0, (0, 0, 1)]
+    again = DetectionDataset(shards)[0, (0, 0, 1)]
     assert all(torch.equal(moved[name], again[name]) for name in moved)
     assert moved["pixels"].shape == (3, 128, 128)
 
@@ -98,7 +98,7 @@ def test_both_are_trained_and_kept_as_the_evaluation_reads_them(home: Path) -> N
         portrait(f"train {recipe} --data {home}/shards --output {home}/{recipe} {QUICK}")
     picture = Shards.under(home / "shards").picture(0)
     network = AttributeNetwork.load(home / "attributes" / "export" / "world-attributes.safetensors")
-    (told,) = network.tell([picture])
-    assert set(told) == set(HEADS) and all(told[name] in HEADS[name] for name in told)
-    detector = world_detector(home / "detector" / "export" / "world-detector.safetensors")
+    (predicted,) = network.predict([picture])
+    assert set(predicted) == set(HEADS) and all(value in HEADS[name] for name, value in predicted.items())
+    detector = heatmap_detector(home / "detector" / "export" / "world-detector.safetensors")
     assert all(face.landmarks.shape == (5, 2) for face in detector.find(picture))

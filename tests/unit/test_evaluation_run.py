@@ -19,24 +19,28 @@ from safetensors.torch import load_file, save_file
 pytest.importorskip("skia", reason="the world is drawn with skia", exc_type=ImportError)
 
 import portrait as command_line
+from lib_portrait.attention import find_sites
 from lib_portrait.checkpoints.formats import read_tensors
 from lib_portrait.checkpoints.store import Folders, Store
 from lib_portrait.conditioning import Conditioner
 from lib_portrait.errors import PortraitError
 from lib_portrait.faces.detection import Detector, Face
 from lib_portrait.faces.features import pixels_of, recognition_view
+from lib_portrait.faces.heatmap_detector import DetectorNetwork, faces_in, heatmap_detector
 from lib_portrait.faces.service import FaceService
-from lib_portrait.faces.world_detector import DetectorNetwork, faces_in, world_detector
+from lib_portrait.methods.declarations import adapter_files
+from lib_portrait.methods.fusion import FaceFusion, Properties
 from lib_portrait.request import Identity, Photo, PortraitRequest
-from lib_portrait.standalone import model as model_module
+from lib_portrait.standalone import sampling
 from lib_portrait.standalone.model import save_model
-from tests.small_networks import small_kit, small_model, small_text_folder, tiny_backbone, tiny_vision
+from tests.parity.unets import diffusers_unet
+from tests.small_networks import small_kit, small_manifest, small_model, tiny_backbone, tiny_vision
 from trainer.attribute_network import AttributeNetwork
-from trainer.evaluation import artist, run
-from trainer.evaluation.instruments import faces_of, fingerprint, open_recogniser, refuse_same
-from trainer.evaluation.people import Folder
-from trainer.evaluation.plans import Extent
-from trainer.evaluation.run import Settings, evaluate
+from trainer.evaluation import generators, run
+from trainer.evaluation.instruments import find_faces, fingerprint, open_recogniser, refuse_conditioning_network
+from trainer.evaluation.plans import ProtocolSettings
+from trainer.evaluation.populations import PhotoFolder
+from trainer.evaluation.run import EvaluationSettings, evaluate
 from trainer.shards import encode_png
 
 EYES_TO_MOUTH = np.array([[0.35, 0.4], [0.65, 0.4], [0.5, 0.6], [0.38, 0.75], [0.62, 0.75]], np.float32)
@@ -54,8 +58,6 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     """A folder like models/world with small random networks, in that one's place; a detector that needs no face."""
     folder = tmp_path_factory.mktemp("world")
     with pytest.MonkeyPatch.context() as patch:
-        small_text_folder(folder / "text")
-        patch.setattr(model_module, "TEXT_FOLDER", folder / "text")
         save_model(small_model(), folder / "world.safetensors")
         small_kit(folder, "world")
         # `tiny_backbone` seeds itself, and so would be the network that conditions.
@@ -63,20 +65,21 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
         save_file(measuring, folder / "world-measuring.safetensors")
         projections = {"visual_projection.weight": torch.randn(8, 64), "text_projection.weight": torch.randn(8, 48)}
         heads = {"heads": "1", "activation": "gelu"}
-        save_file({**tiny_vision(), **projections}, folder / "world-vision.safetensors", heads)
+        save_file({**tiny_vision(), **projections}, folder / "small_vision.safetensors", heads)
         AttributeNetwork().save(folder / "world-attributes.safetensors", {})
+        small_manifest(folder, "world")
         patch.setattr(run, "WORLD", folder)
         patch.setattr(run, "MODELS", folder)
         patch.setattr(run, "open_detector", lambda name, folders: Detector("halves", "1", two_halves))
         yield folder
 
 
-def settings(world: Path, output: Path, *protocols: str, **changes: Any) -> Settings:
-    small = Settings(
+def settings(world: Path, output: Path, *protocols: str, **changes: Any) -> EvaluationSettings:
+    small = EvaluationSettings(
         output,
         protocols or ("single",),
         checkpoint=world / "world.safetensors",
-        extent=Extent(number=2, prompts=1, pictures=1),
+        protocol_settings=ProtocolSettings(number=2, prompts=1, pictures=1),
         gallery=3,
         size=64,
         steps=1,
@@ -87,98 +90,135 @@ def settings(world: Path, output: Path, *protocols: str, **changes: Any) -> Sett
 
 
 @pytest.fixture
-def drawn(monkeypatch: pytest.MonkeyPatch) -> list[int]:
-    """The sizes of the batches that were drawn."""
+def generated(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """The sizes of the batches that were generated."""
     batches: list[int] = []
-    sample = artist.sample
+    sample = sampling.sample
 
     def counted(model: Any, samplings: Sequence[Any], conditioning: Any, routing: Any) -> Any:
         batches.append(len(samplings))
         return sample(model, samplings, conditioning, routing)
 
-    monkeypatch.setattr(artist, "sample", counted)
+    monkeypatch.setattr(sampling, "sample", counted)
     return batches
 
 
-def test_tables_lines_and_sheets_are_written_and_nothing_is_drawn_twice(
-    world: Path, tmp_path: Path, drawn: list[int]
+def test_an_adapter_of_any_method_is_evaluated_by_its_own_options(
+    world: Path, tmp_path: Path, generated: list[int]
+) -> None:
+    """Two adapters of one name and of two methods; pairs with and without a region for each person."""
+    unet = diffusers_unet()
+    fusion = FaceFusion.for_sites(find_sites(unet), Properties(reference_size=64))
+    folder = tmp_path / "fusion"
+    folder.mkdir()
+    tensors = {name: tensor.contiguous() for name, tensor in fusion.state_dict().items()}
+    save_file(tensors, folder / "fusion_world.safetensors", fusion.properties.to_metadata())
+    asked = settings(world, tmp_path / "out", "single", "multi", adapters=("world", f"fused={folder}"))
+    asked = replace(asked, protocol_settings=replace(asked.protocol_settings, sides=True), options=("face_only",))
+    single, multi = evaluate(asked, lambda text: None)
+    names = ["text only", "world", "fused"]
+    assert [row.variant.name for row in single.rows] == [*names, "real pictures"]
+    sides = ["world, side by side", "fused, side by side"]
+    assert [row.variant.name for row in multi.rows] == [*names, *sides, "real pictures"]
+    told = json.loads((tmp_path / "out" / "single.json").read_text("utf-8"))
+    assert set(told["weights"]["fused"]) == {"checkpoint", "yaml", "fusion"}
+    lines = [json.loads(line) for line in (tmp_path / "out" / "multi.jsonl").read_text("utf-8").splitlines()]
+    pictures = {line["row"]: Image.open(tmp_path / "out" / line["picture"]) for line in lines}
+    requests = {
+        row: json.loads(picture.info["portrait"])["request"]
+        for row, picture in pictures.items()
+        if row in names + sides
+    }
+    assert requests["fused"]["method"] == "fusion" and requests["fused"]["face_only"] is True
+    assert "region" not in requests["fused"]["identities"][0]
+    regions = [one["region"]["box"] for one in requests["fused, side by side"]["identities"]]
+    assert regions == [[0.0, 0.0, 0.5, 1.0], [0.5, 0.0, 1.0, 1.0]]
+    made = {row: np.asarray(picture) for row, picture in pictures.items()}
+    assert (made["fused"] != made["text only"]).any() and (made["fused"] != made["fused, side by side"]).any()
+    for wrong in ("nonsense", "face_only=perhaps"):
+        with pytest.raises(PortraitError, match="option"):
+            evaluate(replace(asked, output=tmp_path / "wrong", options=(wrong,)))
+
+
+def test_tables_lines_and_sheets_are_written_and_nothing_is_generated_twice(
+    world: Path, tmp_path: Path, generated: list[int]
 ) -> None:
     wanted, said = settings(world, tmp_path, "single", "multi", "references"), []
     single, multi, references = evaluate(wanted, said.append)
     # Of two people a picture each without and with them, of their pair too, and further ones with 2 and 4 photos.
-    assert sum(drawn) == 2 * 2 + 2 * 1 + 2 * 2
-    assert [line.row.name for line in single.lines] == ["text only", "world", "real pictures"]
+    assert sum(generated) == 2 * 2 + 2 * 1 + 2 * 2
+    assert [row.variant.name for row in single.rows] == ["text only", "world", "real pictures"]
     shown = [column.name for column in multi.columns]
     assert shown[:4] == ["lowest similarity", "MultiSim", "both shown", "both placed"]
-    text_only, injected, real = multi.lines
+    text_only, injected, real = multi.rows
     assert injected.numbers["both placed"] is not None
     assert text_only.numbers["both placed"] is real.numbers["both placed"] is None
     assert "Both shown: each has a face" in (tmp_path / "multi.md").read_text("utf-8")
-    assert len(references.lines) == 5
+    assert len(references.rows) == 5
     assert said == [(tmp_path / f"{protocol}.md").read_text("utf-8") for protocol in wanted.protocols]
     for protocol in wanted.protocols:
-        told = json.loads((tmp_path / f"{protocol}.json").read_text("utf-8"))
-        assert told["settings"]["steps"] == 1 and told["settings"]["people"] == "held-out"
-        assert set(told["weights"]["instruments"]) == {"recogniser", "clip", "attributes"}
-        assert {"faceid", "backbone", "vision", "checkpoint"} <= set(told["weights"]["world"])
+        result = json.loads((tmp_path / f"{protocol}.json").read_text("utf-8"))
+        assert result["settings"]["steps"] == 1 and result["settings"]["people"] == "held-out"
+        assert set(result["weights"]["instruments"]) == {"recogniser", "clip", "attributes"}
+        assert {"faceid", "backbone", "vision", "checkpoint"} <= set(result["weights"]["world"])
         lines = [json.loads(line) for line in (tmp_path / f"{protocol}.jsonl").read_text("utf-8").splitlines()]
-        assert len(lines) == len(told["rows"]) * (1 if protocol == "multi" else 2)
+        assert len(lines) == len(result["rows"]) * (1 if protocol == "multi" else 2)
         for line in lines:
             assert Image.open(tmp_path / line["picture"]).size == (64, 64)
             assert all(-1 <= value <= 1 for value in line["similarity"])
         assert Image.open(tmp_path / f"{protocol}.png").width > 64
     before = {path: path.read_bytes() for path in tmp_path.glob("*.json*")}
-    drawn.clear()
+    generated.clear()
     evaluate(wanted)
-    assert drawn == []
+    assert generated == []
     assert {path: path.read_bytes() for path in before} == before
 
 
 def test_a_broken_run_goes_on_where_it_stopped(
-    world: Path, tmp_path: Path, drawn: list[int], monkeypatch: pytest.MonkeyPatch
+    world: Path, tmp_path: Path, generated: list[int], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    put = artist.Pool.put
+    put = generators.PictureCache.put
 
-    def breaks(pool: artist.Pool, image: Any, facts: Any, owners: Any = None) -> None:
-        if pool.drawn == 3:
+    def breaks(cache: generators.PictureCache, image: Any, facts: Any, owners: Any = None) -> None:
+        if cache.written == 3:
             raise KeyboardInterrupt
-        put(pool, image, facts, owners)
+        put(cache, image, facts, owners)
 
     with monkeypatch.context() as patch:
-        patch.setattr(artist.Pool, "put", breaks)
+        patch.setattr(generators.PictureCache, "put", breaks)
         with pytest.raises(KeyboardInterrupt):
             evaluate(settings(world, tmp_path, batch=1))
     assert not (tmp_path / "single.md").exists()
-    assert sum(drawn) == 4
+    assert sum(generated) == 4
     evaluate(settings(world, tmp_path, batch=1))
-    # The fourth was lost, the other three were not drawn again.
-    assert sum(drawn) == 5
+    # The fourth was lost, the other three were not generated again.
+    assert sum(generated) == 5
 
 
-def test_processes_share_the_drawing(
-    world: Path, tmp_path: Path, drawn: list[int], monkeypatch: pytest.MonkeyPatch
+def test_processes_share_the_generation(
+    world: Path, tmp_path: Path, generated: list[int], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(torch, "set_num_threads", lambda number: None)
-    wanted = settings(world, tmp_path, extent=Extent(number=3, prompts=2, pictures=1))
+    wanted = settings(world, tmp_path, protocol_settings=ProtocolSettings(number=3, prompts=2, pictures=1))
     assert pickle.loads(pickle.dumps(wanted)) == wanted
     shares = []
     for place in range(2):
-        assert run._draw_share(wanted, place, 2) is None
-        shares.append(sum(drawn))
+        assert run._generate_share(wanted, place, 2) is None
+        shares.append(sum(generated))
     assert shares == [8, 12]
     evaluate(wanted)
-    assert sum(drawn) == 12
+    assert sum(generated) == 12
 
 
 def test_what_goes_wrong_in_a_process_is_told_in_its_words(world: Path, tmp_path: Path) -> None:
-    problem = run._draw_share(settings(world, tmp_path, adapters=("nobody",)), 0, 2)
+    problem = run._generate_share(settings(world, tmp_path, adapters=("nobody",)), 0, 2)
     assert problem is not None and problem[0] == "checkpoint" and "nobody" in problem[1]
 
 
 # ------------------------------------------------------------------------------------------------------------- refusals
 
 
-def test_the_recogniser_that_conditions_may_not_measure(world: Path, tmp_path: Path, drawn: list[int]) -> None:
+def test_the_recogniser_that_conditions_may_not_measure(world: Path, tmp_path: Path, generated: list[int]) -> None:
     """Under whatever name, precision or prefix."""
     tensors = load_file(world / "small_backbone.safetensors")
     disguised = {
@@ -189,9 +229,9 @@ def test_the_recogniser_that_conditions_may_not_measure(world: Path, tmp_path: P
         with pytest.raises(PortraitError, match="the very network") as raised:
             evaluate(settings(world, tmp_path / "out", recogniser=str(path)))
         assert raised.value.field == "recogniser"
-    assert drawn == []
+    assert generated == []
     measuring = open_recogniser(world / "world-measuring.safetensors")
-    refuse_same(measuring, world / "small_backbone.safetensors")
+    refuse_conditioning_network(measuring, world / "small_backbone.safetensors")
     assert measuring.weights != fingerprint(read_tensors(world / "small_backbone.safetensors").tensors)
 
 
@@ -207,13 +247,13 @@ def test_the_recogniser_that_conditions_may_not_measure(world: Path, tmp_path: P
         ({"protocols": ("single", "triple")}, "protocol"),
     ],
 )
-def test_what_is_missing_is_told_before_anything_is_drawn(
-    world: Path, tmp_path: Path, drawn: list[int], changes: dict[str, Any], field: str
+def test_what_is_missing_is_told_before_anything_is_generated(
+    world: Path, tmp_path: Path, generated: list[int], changes: dict[str, Any], field: str
 ) -> None:
     with pytest.raises(PortraitError) as raised:
         evaluate(settings(world, tmp_path, **changes))
     assert raised.value.field == field
-    assert drawn == []
+    assert generated == []
 
 
 def test_photographs_are_not_measured_by_what_only_knows_drawn_people(world: Path, tmp_path: Path) -> None:
@@ -223,13 +263,13 @@ def test_photographs_are_not_measured_by_what_only_knows_drawn_people(world: Pat
             pixels = np.full((64, 64, 3), 40 * number, np.uint8)
             Image.fromarray(pixels).save(tmp_path / "photos" / person / f"{number}.png")
     nobody = Detector("none", "1", lambda image: [])
-    people = Folder(tmp_path / "photos", 1, nobody)
+    people = PhotoFolder(tmp_path / "photos", 1, nobody)
     assert [person.name for person in people.people] == ["ada", "eve"]
     with pytest.raises(PortraitError, match="FaceNet") as raised:
         evaluate(settings(world, tmp_path / "out", people=str(tmp_path / "photos")))
     assert raised.value.field == "recogniser"
     with pytest.raises(PortraitError, match="nobody in .*photos has 3 photos"):
-        Folder(tmp_path / "photos", 2, nobody)
+        PhotoFolder(tmp_path / "photos", 2, nobody)
 
 
 def test_photographs_of_a_folder_are_turned_upright_and_drawn_pictures_are_not(tmp_path: Path) -> None:
@@ -247,27 +287,27 @@ def test_photographs_of_a_folder_are_turned_upright_and_drawn_pictures_are_not(t
     for number, turns in enumerate((0, 1)):
         Image.fromarray(np.ascontiguousarray(np.rot90(upright, turns))).save(tmp_path / "ada" / f"{number}.png")
     detector, said = Detector("half", "1", find, sure=0.9), []
-    people = Folder(tmp_path, 1, detector, said.append)
+    people = PhotoFolder(tmp_path, 1, detector, said.append)
     np.testing.assert_array_equal(people.photo(0, 0).image, upright)
     for _ in range(2):
         np.testing.assert_array_equal(people.photo(0, 1).image, upright)
     assert said == [f"{tmp_path / 'ada' / '1.png'} was turned by 90° to the right."]
     lying = np.ascontiguousarray(np.rot90(upright))
-    assert {face.score for face in faces_of(lying, detector)} == {0.5}
+    assert {face.score for face in find_faces(lying, detector)} == {0.5}
 
 
 def test_the_command_line_becomes_settings(world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    asked: list[Settings] = []
-    monkeypatch.setattr(run, "evaluate", asked.append)
+    evaluated: list[EvaluationSettings] = []
+    monkeypatch.setattr(run, "evaluate", evaluated.append)
     line = f"evaluate single beta --output {tmp_path} --adapter a={world} --adapter world --number 3 --betas 0 0.5"
     line += " --recogniser r.pt --fid face --steps 7 --device cpu --processes 2"
     assert command_line.run(command_line.parse([*line.split(), "--attributes", ""])) == 0
-    (made,) = asked
-    assert made == Settings(
+    (chosen,) = evaluated
+    assert chosen == EvaluationSettings(
         tmp_path,
         ("single", "beta"),
         adapters=(f"a={world}", "world"),
-        extent=Extent(number=3, betas=(0.0, 0.5)),
+        protocol_settings=ProtocolSettings(number=3, betas=(0.0, 0.5)),
         recogniser="r.pt",
         attributes="",
         fid="face",
@@ -293,8 +333,8 @@ def test_a_detector_s_cells_tell_one_face_each(tmp_path: Path) -> None:
     assert [face.box.tolist() for face in faces] == [[36, 20, 68, 52], [12, 84, 44, 116]]
     assert faces[0].landmarks[2].tolist() == [52, 38]
     DetectorNetwork().save(tmp_path / "world-detector.safetensors", {})
-    detector = world_detector(tmp_path / "world-detector.safetensors")
-    assert detector.name == "world"
+    detector = heatmap_detector(tmp_path / "world-detector.safetensors")
+    assert detector.name == "heatmap"
     detector.find(np.zeros((64, 96, 3), np.uint8))
     shutil.copy(tmp_path / "world-detector.safetensors", tmp_path / "attributes.safetensors")
     with pytest.raises(PortraitError, match="holds no attributes network but detector"):
@@ -309,9 +349,9 @@ def test_an_adapter_trained_on_the_global_feature_is_given_that(world: Path, tmp
     faceid = folder / "uniportrait-faceid_global.safetensors"
     names = {"backbone": "small_backbone.safetensors", "vision": "small_vision.safetensors", "components": "global"}
     save_file(load_file(faceid), faceid, names)
-    store, name = Store(Folders([folder])), "global"
+    store, name = Store(Folders([folder]), adapter_files()), "global"
     photo = Photo.of(encode_png(np.full((224, 224, 3), 90, np.uint8)), aligned=True)
-    conditioner = Conditioner(run._faces(store, name, tmp_path / "cache", None), store)
+    conditioner = Conditioner(run._face_service(store.kit(name), tmp_path / "cache", "mtcnn"), store)
     encoder = conditioner._encoder(store.kit(name), "cpu", torch.float32, print)
     features = conditioner.faces.features(photo, "photo", encoder)
     with torch.no_grad():
@@ -320,4 +360,5 @@ def test_an_adapter_trained_on_the_global_feature_is_given_that(world: Path, tmp
     assert conditioner.faces.zero(encoder).intrinsic.shape == embedding.shape
     request = PortraitRequest((Identity((photo,)),), checkpoint=name)
     assert conditioner.prepare(request, (64, 64)).people[0].tokens
-    assert type(run._faces(Store(Folders([world])), "world", tmp_path / "cache", None)) is FaceService
+    local = Store(Folders([world]), adapter_files()).kit("world")
+    assert type(run._face_service(local, tmp_path / "cache", "mtcnn")) is FaceService

@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from lib_portrait.faces.alignment import align_face, fit_aligned, similarity, template
+from lib_portrait.faces.alignment import PORTRAIT, align_face, fit_aligned, portrait, similarity, template
 
 transforms = st.tuples(st.floats(0.25, 4), st.floats(-np.pi, np.pi), st.floats(-500, 500), st.floats(-500, 500))
 
@@ -118,3 +118,50 @@ def test_other_square_crops_are_resized(shape):
 def test_an_oblong_picture_is_no_aligned_crop(shape):
     with pytest.raises(ValueError, match=f"{shape[1]}x{shape[0]}"):
         fit_aligned(np.zeros((*shape, 3), np.uint8))
+
+
+def ramps(height: int, width: int) -> np.ndarray:
+    """Red tells the column, green the row of a picture."""
+    rows, columns = np.mgrid[:height, :width]
+    return np.stack([columns, rows, np.zeros_like(rows)], -1).astype(np.uint8)
+
+
+@pytest.mark.parametrize("angle", [0.0, 0.4])
+@pytest.mark.parametrize(("width", "size"), [(40, 64), (120, 48)], ids=["enlarged", "shrunk"])
+def test_the_square_about_a_face_is_centred_upright_and_of_the_faces_size(angle, width, size):
+    """A face `width` pixels wide as the template counts, in the middle of a picture, turned by any angle."""
+    placed = matrix(width / 112, angle, 0, 0)
+    placed[:, 2] = np.array([125, 110]) - placed[:, :2] @ (56, 56)
+    landmarks = (template(112) @ placed[:, :2].T + placed[:, 2]).astype(np.float32)
+    square = portrait(ramps(220, 250), landmarks, size).astype(float)
+    side = PORTRAIT * width
+    places = (np.arange(size) + 0.5 - size / 2) * side / size
+    inside = slice(2, -2)
+    np.testing.assert_allclose(square[size // 2, inside, 0], np.clip(125 + places, 0, 249)[inside], atol=2)
+    np.testing.assert_allclose(square[inside, size // 2, 1], np.clip(110 + places, 0, 219)[inside], atol=2)
+
+
+def test_beyond_the_edge_the_square_goes_on_as_the_picture_ends():
+    landmarks = template(112) * np.float32(0.5)
+    square = portrait(ramps(60, 60) + 30, landmarks, 64)
+    np.testing.assert_array_equal(square[0], square[5])
+    assert square[0, 0].tolist() == [30, 30, 30]
+
+
+def test_around_the_face_alone_all_is_grey():
+    """The oval turns with the face; its landmarks are in it, the square's corners are not."""
+    image = np.full((200, 200, 3), 255, np.uint8)
+    for angle in (0.0, 0.6):
+        placed = matrix(0.7, angle, 0, 0)
+        placed[:, 2] = 100 - placed[:, :2] @ (56, 56)
+        landmarks = (template(112) @ placed[:, :2].T + placed[:, 2]).astype(np.float32)
+        square = portrait(image, landmarks, 112, face_only=True)[:, :, 0]
+        assert square[0, 0] == square[-1, 0] == square[0, -1] == square[-1, -1] == 128
+        found = (landmarks - 100) * 112 / (PORTRAIT * 0.7 * 112) + 55.5
+        assert all(square[round(y), round(x)] == 255 for x, y in found)
+        assert 0 < ((square > 128) & (square < 255)).mean() < 0.25, "its edge is soft"
+        covered = (square > 128).mean()
+        assert covered == pytest.approx(np.pi * 46 * 58 * 1.2**2 / (PORTRAIT * 112) ** 2, rel=0.05)
+        middle = np.argwhere(square == 255)
+        tilt = np.linalg.eigh(np.cov(middle.T))[1][:, -1]
+        assert abs(np.arctan2(tilt[1], tilt[0]) % np.pi - (-angle) % np.pi) < 0.1

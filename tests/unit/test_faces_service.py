@@ -16,6 +16,7 @@ from PIL import Image
 from lib_portrait.errors import PortraitError
 from lib_portrait.faces import FaceService
 from lib_portrait.faces import service as service_module
+from lib_portrait.faces.alignment import portrait as square_about
 from lib_portrait.faces.alignment import template
 from lib_portrait.faces.detection import Detector, Face
 from lib_portrait.faces.features import FaceFeatures
@@ -222,6 +223,30 @@ def test_an_aligned_photo_is_used_as_it_is(service, looked):
     np.testing.assert_array_equal(service.crop(Photo.of(file.getvalue(), face=7, aligned=True), "photo"), pixels)
     assert service.crop(photo_of(64, 64, aligned=True), "photo").shape == (224, 224, 3)
     assert looked == []
+
+
+def test_the_square_about_a_face_is_the_same_however_the_photo_lies(tmp_path, monkeypatch):
+    """Found in the photo turned upright, cut out of that; an aligned photo is its own face."""
+    rng = np.random.default_rng(0)
+    upright = np.kron(rng.integers(0, 256, (10, 12, 3)), np.ones((10, 10, 1))).astype(np.uint8)
+    face = face_at(30, 60)
+    squares = []
+    for turn in range(4):
+        file = io.BytesIO()
+        Image.fromarray(np.rot90(upright, turn)).save(file, "PNG")
+        found = lambda image, detector, turn=turn: (turn, [face])  # noqa: E731
+        monkeypatch.setattr(service_module, "detect_in_photo", found)
+        monkeypatch.setattr(service_module, "get_detector", lambda *_: Detector("stand-in", "1", lambda image: []))
+        service = FaceService([], tmp_path / str(turn))
+        squares.append(service.portrait(Photo.of(file.getvalue()), "photo", 48))
+        whole, alone = (service.portrait(Photo.of(file.getvalue()), "photo", 48, only) for only in (False, True))
+        np.testing.assert_array_equal(whole, squares[0])
+        assert alone[0, 0].tolist() == [128, 128, 128]
+    np.testing.assert_array_equal(squares[0], square_about(upright, face.landmarks, 48))
+    aligned = service.portrait(photo_of(224, 224, aligned=True), "photo", 48)
+    np.testing.assert_array_equal(
+        aligned, square_about(service.crop(photo_of(224, 224, aligned=True), "photo"), template(), 48)
+    )
 
 
 def test_an_aligned_photo_needs_no_detector(service, monkeypatch):

@@ -24,7 +24,7 @@ from lib_portrait.faces.features import pixels_of, recognition_view
 from lib_portrait.faces.recognition import Backbone
 from trainer.faces import crop_to
 from trainer.features import global_feature
-from trainer.identity_loss import TEMPERATURE, IdentityLoss, Likeness, Others
+from trainer.identity_loss import TEMPERATURE, FaceLosses, IdentityLoss, Others
 
 WIDTH, HEIGHT = 160, 128
 WHO = torch.tensor([[1], [2]])
@@ -113,14 +113,14 @@ def test_it_is_nothing_for_the_very_face_and_its_gradient_leads_there() -> None:
     latent, one = smooth_latents(2), torch.ones(2, 1, dtype=torch.bool)
     own = features(loss, latent, names)[:, None]
     same = loss(latent, own, one, WHO)
-    assert same.unlike == pytest.approx(0, abs=1e-5) and same.found == same.known == 1
+    assert same.id_loss == pytest.approx(0, abs=1e-5) and same.found == same.top1 == 1
     other = latent.flip(0).clone().requires_grad_()
-    before = loss(other, own, one, WHO).unlike
+    before = loss(other, own, one, WHO).id_loss
     assert before > 1e-3
     for _ in range(20):
-        (gradient,) = torch.autograd.grad(loss(other, own, one, WHO).unlike, other)
+        (gradient,) = torch.autograd.grad(loss(other, own, one, WHO).id_loss, other)
         other = (other - 0.5 * gradient / gradient.norm()).detach().requires_grad_()
-    assert loss(other, own, one, WHO).unlike < 0.8 * before
+    assert loss(other, own, one, WHO).id_loss < 0.8 * before
     assert not any(parameter.requires_grad for parameter in loss.backbone.parameters())
 
 
@@ -130,14 +130,14 @@ def test_the_largest_face_counts_and_a_picture_without_one_does_not() -> None:
     own = features(loss, latent, ["turned"] * 3).detach()[:, None]
     who = torch.tensor([[1], [2], [3]])
     like = loss(latent, own, one, who)
-    assert like.unlike.item() == pytest.approx(0, abs=1e-5) and float(like.found) == pytest.approx(2 / 3)
-    (gradient,) = torch.autograd.grad(loss(latent, own.flip(0), one, who).unlike, latent)
+    assert like.id_loss.item() == pytest.approx(0, abs=1e-5) and float(like.found) == pytest.approx(2 / 3)
+    (gradient,) = torch.autograd.grad(loss(latent, own.flip(0), one, who).id_loss, latent)
     assert gradient.flatten(1).abs().sum(dim=1).ne(0).tolist() == [True, False, True]
 
     nobody = loss_with(Enlarging(), backbone(), [[], [], []])
     like = nobody(latent, own, one, who)
-    (gradient,) = torch.autograd.grad(like.unlike, latent)
-    assert like.unlike == like.mistaken == like.known == like.found == 0
+    (gradient,) = torch.autograd.grad(like.id_loss, latent)
+    assert like.id_loss == like.infonce == like.top1 == like.found == 0
     assert not gradient.any(), "a step without any face is a step still"
 
 
@@ -150,13 +150,13 @@ def test_of_several_people_each_is_held_to_the_face_most_like_them() -> None:
     intrinsic = torch.stack([upright, turned, somebody], dim=1)
     who = torch.tensor([[1, 2, -1], [-1, 2, 3]])
     like = loss(latent, intrinsic, present, who)
-    assert like.unlike == pytest.approx(0, abs=1e-5) and like.known == 1
+    assert like.id_loss == pytest.approx(0, abs=1e-5) and like.top1 == 1
     assert like.found == 0.75, "the fourth person is in no picture"
     twice = loss(latent[:1], torch.stack([turned, turned], dim=1)[:1], torch.ones(1, 2, dtype=torch.bool), who[:1, :2])
     alone = loss_with(Enlarging(), backbone(), [["upright"]])(
         latent[:1], turned[:1, None], torch.ones(1, 1).bool(), who[:1, :1]
     )
-    assert twice.unlike == pytest.approx(float(alone.unlike) / 2, rel=1e-4), "two people are never held to one face"
+    assert twice.id_loss == pytest.approx(float(alone.id_loss) / 2, rel=1e-4), "two people are never held to one face"
 
 
 def test_a_face_is_told_from_everybody_but_the_photos_of_its_own_person() -> None:
@@ -171,7 +171,7 @@ def test_a_face_is_told_from_everybody_but_the_photos_of_its_own_person() -> Non
     embeddings = torch.cat([made[None], strangers])
     one, two = torch.ones(1, 1, dtype=torch.bool), torch.ones(1, 2, dtype=torch.bool)
 
-    def told(who: Sequence[int], intrinsic: Tensor, present: Tensor, people: Sequence[int]) -> Likeness:
+    def told(who: Sequence[int], intrinsic: Tensor, present: Tensor, people: Sequence[int]) -> FaceLosses:
         others = Others(embeddings, torch.tensor(who))
         loss = loss_with(Enlarging(), network, [["upright"]], others)
         return loss(latent, intrinsic, present, torch.tensor([people]))
@@ -179,11 +179,11 @@ def test_a_face_is_told_from_everybody_but_the_photos_of_its_own_person() -> Non
     like = told([7, 8, 9, 10], own[:, None], one, [7])
     cosines = torch.cat([torch.ones(1), strangers @ made])
     expected = float(-(cosines / TEMPERATURE).log_softmax(dim=0)[0] * TEMPERATURE)
-    assert float(like.mistaken) == pytest.approx(expected, abs=1e-5) and like.known == 1
-    assert float(told([6, 8, 9, 10], own[:, None], one, [7]).mistaken) > TEMPERATURE * 0.69, "a twin is somebody else"
-    assert told([6, 8, 9, 10], second[:, None], one, [7]).known == 0, "more like number 6"
+    assert float(like.infonce) == pytest.approx(expected, abs=1e-5) and like.top1 == 1
+    assert float(told([6, 8, 9, 10], own[:, None], one, [7]).infonce) > TEMPERATURE * 0.69, "a twin is somebody else"
+    assert told([6, 8, 9, 10], second[:, None], one, [7]).top1 == 0, "more like number 6"
 
     beside = told([7, 8, 9, 10], torch.stack([own, second], dim=1), two, [7, 11])
     cosines = torch.cat([cosines, F.normalize(global_feature(network, second)) @ made])
     expected = float(-(cosines / TEMPERATURE).log_softmax(dim=0)[0] * TEMPERATURE)
-    assert float(beside.mistaken) == pytest.approx(expected, abs=1e-5), "from who else is in the picture too"
+    assert float(beside.infonce) == pytest.approx(expected, abs=1e-5), "from who else is in the picture too"

@@ -7,10 +7,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import yaml
 from hypothesis import given
 from hypothesis import strategies as st
 
-from lib_portrait.checkpoints import registry
+from lib_portrait.checkpoints import Registry
 from lib_portrait.checkpoints.hashes import file_sha256
 from lib_portrait.checkpoints.kit import (
     BYTES,
@@ -25,7 +26,9 @@ from lib_portrait.checkpoints.kit import (
     read_manifest,
     write_manifest,
 )
+from lib_portrait.checkpoints.text_encoder import TARGET
 from lib_portrait.errors import PortraitError
+from lib_portrait.methods.declarations import adapter_files
 
 
 def is_bare(name: str) -> bool:
@@ -53,6 +56,7 @@ MANIFESTS = st.builds(
     encoders=st.dictionaries(ROLES, FILES, max_size=3),
     detector=st.none() | FILES,
     measuring=st.none() | FILES,
+    attributes=st.none() | FILES,
     base=st.none() | FILES,
     text_encoder=st.none() | st.builds(TextEncoder, SIZES, SIZES, SIZES, SIZES),
     picture=st.none() | st.tuples(SIZES, SIZES),
@@ -169,11 +173,13 @@ def test_a_file_says_the_name_that_its_manifest_has(tmp_path: Path) -> None:
 
 
 def test_published_checkpoints_have_a_manifest() -> None:
-    published = registry.PUBLISHED_KITS["sd15"]
-    assert parse(dump(published)) == published
-    assert published.name == "sd15" and published.text_encoder == CLIP_L
-    files = [*published.adapter.values(), *(file.name for file in published.encoders.values())]
-    assert all(registry.select(name) for name in files)
+    registry = Registry(adapter_files())
+    kits = [files.kit for files in adapter_files() if files.kit is not None]
+    assert [(kit.name, kit.text_encoder) for kit in kits] == [("sd15", CLIP_L)]
+    for kit in kits:
+        assert parse(dump(kit)) == kit
+        names = [*kit.adapter.values(), *(file.name for file in kit.encoders.values())]
+        assert all(registry.select(name) for name in names)
 
 
 def test_the_embedded_kit_is_what_lies_beside_its_manifest() -> None:
@@ -181,8 +187,9 @@ def test_the_embedded_kit_is_what_lies_beside_its_manifest() -> None:
     kit = read_manifest(home / "kit.json")
     assert (home / "kit.json").read_bytes() == dump(kit)
     assert all((home / name).is_file() for name in kit.adapter.values())
-    for file in (*kit.encoders.values(), kit.detector, kit.measuring, kit.base):
+    for file in (*kit.encoders.values(), kit.detector, kit.measuring, kit.attributes, kit.base):
         assert file is not None
         assert (file.sha256, file.size) == (file_sha256(home / file.name), (home / file.name).stat().st_size)
-    sizes = json.loads((home / "text" / "config.json").read_text("utf-8"))
-    assert kit.text_encoder is not None and vars(kit.text_encoder).items() <= sizes.items()
+    described = yaml.safe_load((home / "world.yaml").read_text("utf-8"))["model"]["params"]["cond_stage_config"]
+    assert described["target"] == TARGET
+    assert kit.text_encoder is not None and vars(kit.text_encoder).items() <= described["params"].items()

@@ -18,6 +18,7 @@ from pathlib import Path
 import pytest
 
 import portrait
+from lib_portrait.methods.declarations import declarations
 
 ROOT = Path(__file__).resolve().parents[2]
 OWN = ("lib_portrait", "benchmarks", "scripts", "trainer", "tests")
@@ -41,8 +42,9 @@ SERIALISED = "torch safetensors"
 PICTURES = "numpy cv2 PIL"
 WEBUI = Room(
     "modules gradio ldm sgm k_diffusion networks fastapi starlette pydantic torch numpy PIL",
-    "lib_portrait.errors lib_portrait.request lib_portrait.attention lib_portrait.faces lib_portrait.checkpoints "
-    "lib_portrait.methods lib_portrait.conditioning lib_portrait.routing_picture",
+    "lib_portrait.errors lib_portrait.options lib_portrait.request lib_portrait.infotext lib_portrait.attention "
+    "lib_portrait.faces lib_portrait.checkpoints lib_portrait.methods lib_portrait.methods.declarations "
+    "lib_portrait.conditioning lib_portrait.routing_picture",
 )
 ROOMS = {
     "portrait": Room(
@@ -52,55 +54,67 @@ ROOMS = {
     "scripts": Room("modules gradio", "lib_portrait.webui lib_portrait.webui.panel"),
     "benchmarks": Room(
         "torch numpy einops ldm omegaconf diffusers transformers safetensors",
-        "lib_portrait.attention lib_portrait.methods lib_portrait.standalone trainer",
+        "lib_portrait.attention lib_portrait.methods lib_portrait.methods.declarations lib_portrait.standalone trainer",
     ),
     "tests.command": Room(),
     "trainer": Room(
         f"{SERIALISED} {PICTURES} accelerate diffusers transformers tqdm",
-        "lib_portrait.errors lib_portrait.request lib_portrait.attention lib_portrait.faces lib_portrait.checkpoints "
-        "lib_portrait.methods lib_portrait.picture_files lib_portrait.routing_picture lib_portrait.standalone "
-        "trainer.world",
+        "lib_portrait.errors lib_portrait.options lib_portrait.request lib_portrait.attention lib_portrait.faces "
+        "lib_portrait.checkpoints lib_portrait.methods lib_portrait.methods.declarations lib_portrait.picture_files "
+        "lib_portrait.routing_picture lib_portrait.standalone trainer.world",
     ),
-    "trainer.commands": Room(own="trainer trainer.evaluation"),
+    "trainer.commands": Room(own="lib_portrait.methods.declarations trainer trainer.evaluation"),
     "trainer.evaluation": Room(
         f"{SERIALISED} {PICTURES} transformers tqdm open_clip facenet_pytorch",
         "lib_portrait.errors lib_portrait.request lib_portrait.attention lib_portrait.faces lib_portrait.checkpoints "
-        "lib_portrait.methods lib_portrait.conditioning lib_portrait.standalone "
-        "trainer.attribute_network trainer.dataset trainer.features "
-        "trainer.shards trainer.world",
+        "lib_portrait.methods lib_portrait.methods.declarations lib_portrait.options lib_portrait.conditioning "
+        "lib_portrait.standalone trainer.attribute_network trainer.dataset trainer.features trainer.shards "
+        "trainer.world",
     ),
     "trainer.world": Room("numpy skia cv2 PIL", "lib_portrait.errors trainer.world"),
     "lib_portrait": Room(),
     "lib_portrait.errors": Room(),
-    "lib_portrait.request": Room(own="lib_portrait.errors"),
+    "lib_portrait.options": Room(own="lib_portrait.errors"),
+    "lib_portrait.request": Room(own="lib_portrait.errors lib_portrait.options lib_portrait.methods.declarations"),
+    "lib_portrait.infotext": Room(
+        own="lib_portrait.errors lib_portrait.options lib_portrait.request lib_portrait.methods.declarations"
+    ),
     "lib_portrait.attention": Room("torch einops", "lib_portrait.errors"),
     "lib_portrait.guidance": Room("torch", "lib_portrait.errors lib_portrait.attention"),
-    "lib_portrait.checkpoints": Room(SERIALISED, "lib_portrait.errors"),
+    "lib_portrait.checkpoints": Room(
+        SERIALISED,
+        "lib_portrait.errors",
+        # The .yaml of a checkpoint is read by the WebUI, which makes the text encoder that it names.
+        named="lib_portrait.webui.text_encoder.text_encoder lib_portrait.webui.world.text_encoder",
+    ),
     "lib_portrait.faces": Room(
         f"{SERIALISED} {PICTURES} transformers facenet_pytorch insightface onnxruntime",
         "lib_portrait.errors lib_portrait.request lib_portrait.checkpoints",
     ),
     "lib_portrait.methods": Room(
-        "torch einops",
-        "lib_portrait.errors lib_portrait.request lib_portrait.attention lib_portrait.faces",
+        "torch numpy einops",
+        "lib_portrait.errors lib_portrait.options lib_portrait.attention lib_portrait.faces lib_portrait.checkpoints "
+        "lib_portrait.methods.declarations",
+    ),
+    # What is to be known of a method where there is no torch.
+    "lib_portrait.methods.declarations": Room(
+        own="lib_portrait.errors lib_portrait.options lib_portrait.checkpoints", named="lib_portrait.methods"
     ),
     "lib_portrait.conditioning": Room(
         "torch numpy einops",
         "lib_portrait.errors lib_portrait.request lib_portrait.attention lib_portrait.faces lib_portrait.checkpoints "
-        "lib_portrait.methods",
+        "lib_portrait.methods lib_portrait.methods.declarations",
     ),
     "lib_portrait.picture_files": Room(),
     "lib_portrait.routing_picture": Room("torch numpy PIL", "lib_portrait.attention"),
     "lib_portrait.standalone": Room(
         f"{SERIALISED} {PICTURES} diffusers transformers yaml",
         "lib_portrait.errors lib_portrait.request lib_portrait.attention lib_portrait.faces lib_portrait.checkpoints "
-        "lib_portrait.methods lib_portrait.conditioning lib_portrait.routing_picture",
-        # The .yaml of a world's checkpoint is read by the WebUI, which makes the text encoder that it names.
-        named="lib_portrait.webui.world.text_encoder",
+        "lib_portrait.methods lib_portrait.methods.declarations lib_portrait.conditioning lib_portrait.routing_picture",
     ),
     "lib_portrait.commands": Room(
-        own="lib_portrait.errors lib_portrait.request lib_portrait.picture_files lib_portrait.checkpoints "
-        "lib_portrait.standalone"
+        own="lib_portrait.errors lib_portrait.options lib_portrait.request lib_portrait.picture_files "
+        "lib_portrait.checkpoints lib_portrait.methods.declarations lib_portrait.standalone"
     ),
     "lib_portrait.webui": WEBUI,
     # A door: only what builds the host's interface goes through it.
@@ -348,3 +362,68 @@ def test_importing_the_doors_of_the_packages_imports_nothing_heavy():
     )
     result = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
     assert result.stdout.split() == []
+
+
+# ------------------------------------------------------------------------------------------------------------- methods
+
+
+def names_of_methods() -> re.Pattern[str]:
+    """Finds the methods' names and titles as words, also inside of identifiers: not "fusion" in "diffusion"."""
+    words = [
+        part
+        for one in declarations()
+        for part in (
+            rf"(?<![A-Za-z]){one.name}(?![a-z])",
+            rf"(?<![A-Z]){one.title}(?![a-z])",
+            rf"(?<![A-Z]){one.name.upper()}(?![A-Z])",
+        )
+    ]
+    return re.compile("|".join(words))
+
+
+def words(source: str) -> Iterator[str]:
+    """All identifiers and strings of a file. Docstrings and comments cite papers."""
+    tree = ast.parse(source)
+    docstrings = {id(node.value) for node in ast.walk(tree) if isinstance(node, ast.Expr)}
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Constant):
+            yield from [node.value] if isinstance(node.value, str) and id(node) not in docstrings else []
+        else:
+            yield from (value for _, value in ast.iter_fields(node) if isinstance(value, str))
+
+
+def belongs_to_a_method(path: Path) -> bool:
+    """Whether it is a method's own file: its maths and declaration, its recipe, its sizes for the bench."""
+    place = path.relative_to(ROOT).as_posix()
+    own = (f"{folder}/{one.name}" for one in declarations() for folder in ("trainer/recipes", "benchmarks/methods"))
+    return place.startswith(("lib_portrait/methods/", *own))
+
+
+@pytest.mark.parametrize("path", sources(), ids=lambda path: str(path.relative_to(ROOT)))
+def test_nobody_but_its_own_files_names_a_method(path):
+    if not belongs_to_a_method(path):
+        found = names_of_methods()
+        assert [word for word in words(path.read_text(encoding="utf-8")) if found.search(word)] == []
+
+
+@pytest.mark.parametrize("file", ["javascript/portrait.js", "style.css"])
+def test_the_page_names_no_method(file):
+    assert not names_of_methods().search((ROOT / file).read_text(encoding="utf-8"))
+
+
+def test_the_check_finds_methods_in_all_that_can_name_one():
+    for one in declarations():
+        for source in (
+            f"import lib_portrait.methods.{one.name}",
+            f"from lib_portrait.methods import {one.name} as used",
+            f"class {one.title}Panel: pass",
+            f"def load_{one.name}(): pass",
+            f"run({one.name}=1)",
+            f"{one.name.upper()}_FILES = 1",
+            f"x.{one.name}",
+            f'title = "by {one.title}."',
+            f'f"{one.name}-{{name}}"',
+        ):
+            assert any(names_of_methods().search(word) for word in words(source)), source
+    innocent = 'class StableDiffusion: pass\ndiffusion = "confusions of Diffusion"'
+    assert not any(names_of_methods().search(word) for word in words(innocent))

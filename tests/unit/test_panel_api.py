@@ -13,7 +13,8 @@ from PIL import Image
 
 from lib_portrait.checkpoints import Folders, Store
 from lib_portrait.errors import PortraitError
-from lib_portrait.request import METHODS, Limits, Photo
+from lib_portrait.methods.declarations import NAMES, adapter_files
+from lib_portrait.request import Limits, Photo
 from lib_portrait.webui import api
 
 LIMITS = Limits()
@@ -204,13 +205,15 @@ def test_errors_have_the_hosts_form_and_the_field():
 
 
 def test_methods():
-    assert [method["name"] for method in api.list_methods()["methods"]] == list(METHODS)
+    assert [method["name"] for method in api.list_methods()["methods"]] == list(NAMES)
 
 
 def test_models_say_what_is_missing_and_where_it_goes(tmp_path):
-    answer = api.list_models(Store(Folders(own=[tmp_path])))
+    answer = api.list_models(Store(Folders(own=[tmp_path]), adapter_files()))
     kit = next(kit for kit in answer["checkpoints"] if kit["name"] == "sd15")
     assert not kit["usable"]
     assert {gap["role"] for gap in kit["missing"]} == {"faceid", "router", "backbone", "vision"}
     assert all(gap["folder"] == str(tmp_path) and gap["source"].startswith("https://") for gap in kit["missing"])
-    assert set(answer["roles"]) == {"faceid", "router", "backbone", "vision", "detector"}
+    parts = {part.role for files in adapter_files() for part in files.parts}
+    assert set(answer["roles"]) == parts | {"backbone", "vision", "detector"}
+    assert answer["roles"]["router"]["use"] == "ID router and LoRA for several people"

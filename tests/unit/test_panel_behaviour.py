@@ -19,12 +19,14 @@ from PIL import Image
 from safetensors.numpy import save_file
 
 from lib_portrait.checkpoints import Folders, Store
-from lib_portrait.checkpoints.kit import Manifest, Sampling
+from lib_portrait.checkpoints.hashes import file_sha256
+from lib_portrait.checkpoints.kit import Manifest, Sampling, StoredFile, TextEncoder, read_manifest, write_manifest
 from lib_portrait.errors import NoSuchFace, PortraitError
+from lib_portrait.methods.declarations import adapter_files
 from lib_portrait.request import Limits, Photo
 
 WORLD = Path(__file__).resolve().parents[2] / "models" / "world"
-MODULES = tuple(f"lib_portrait.webui.{name}" for name in ("adetailer", "panel", "services", "settings", "world"))
+MODULES = tuple(f"lib_portrait.webui.{name}" for name in ("adetailer", "checkpoint", "panel", "services", "settings"))
 
 
 def face(shade, *notices, bystander=False):
@@ -76,7 +78,7 @@ class Host:
         self.kept = []
         self.reported = []
         self.limits = Limits(photos=3)
-        self.store = Store(Folders(own=[tmp_path / "models"]))
+        self.store = Store(Folders(own=[tmp_path / "models"]), adapter_files())
         self.uploads = tmp_path / "gradio"
         self.uploads.mkdir()
 
@@ -406,18 +408,28 @@ def complete(store, name="mine", router=True):
 def complete_world(store):
     """Puts the embedded world's kit there, as it is but for the adapter itself."""
     store.home.mkdir(exist_ok=True)
-    for file in ("kit.json", "world-recognition.safetensors", "world-vision.safetensors"):
+    for file in ("kit.json", "world.safetensors", "world-recognition.safetensors", "world-vision.safetensors"):
         shutil.copyfile(WORLD / file, store.home / file)
     save_file({"x": np.zeros(1)}, store.home / "uniportrait-faceid_world.safetensors")
     (store.home / "uniportrait-router_world.safetensors").touch()
 
 
-@pytest.mark.parametrize("loaded", ["SD1.5", None])
-def test_a_new_user_is_told_loudly_which_button_to_press(panel, host, tmp_path, loaded):
+def loaded(panel, family="SD1.5", **known):
+    return panel.checkpoint.Loaded(family, **known)
+
+
+def loaded_world(panel, host):
+    """The checkpoint of `complete_world`, as the host knows it."""
+    manifest = read_manifest(WORLD / "kit.json")
+    return loaded(panel, file=host.store.home / "world.safetensors", text_encoder=manifest.text_encoder)
+
+
+@pytest.mark.parametrize("family", ["SD1.5", None])
+def test_a_new_user_is_told_loudly_which_button_to_press(panel, host, tmp_path, family):
     # The embedded world's adapter is always there, and is no use for an SD1.5 checkpoint.
     complete_world(host.store)
     assert panel.checkpoint_choices() == ["automatic", "sd15 (files missing)", "world"]
-    message, loadable = panel.weights_html("automatic", loaded)
+    message, loadable = panel.weights_html("automatic", loaded(panel, family))
     assert loadable and "portrait-warning" in message
     first, details = message.split("<details>")
     assert (
@@ -429,44 +441,69 @@ def test_a_new_user_is_told_loudly_which_button_to_press(panel, host, tmp_path, 
 
 def test_what_is_missing_is_judged_for_what_is_loaded(panel, host):
     complete_world(host.store)
-    message, loadable = panel.weights_html("automatic", "world")
+    world = loaded_world(panel, host)
+    message, loadable = panel.weights_html("automatic", world)
     assert "128 × 128 px" in message and "DDIM" in message and "missing" not in message and not loadable
-    assert "missing" in panel.weights_html("sd15 (files missing)", "world")[0]
+    assert "missing" in panel.weights_html("sd15 (files missing)", world)[0]
     complete(host.store, "sd15")
-    assert panel.weights_html("automatic", "SD1.5") == ("", False)
+    assert panel.weights_html("automatic", loaded(panel)) == ("", False)
 
 
-def test_a_kit_whose_manifest_cannot_be_read_is_told_by_the_panel(panel, host, tmp_path, monkeypatch):
-    monkeypatch.setattr(panel.world, "HOME", tmp_path)
-    (tmp_path / "kit.json").write_text("{}")
-    message, loadable = panel.weights_html("automatic", "world")
-    assert "kit.json: format: it is missing" in message and not loadable
+def test_a_kit_whose_manifest_cannot_be_read_is_told_by_the_panel(panel, host):
     complete_world(host.store)
     (host.store.home / "kit.json").rename(host.store.home / "world.kit.json")
     (host.store.home / "world.kit.json").write_text("{}")
-    assert "world.kit.json: format: it is missing" in panel.weights_html("world", "SD1.5")[0]
+    assert "world.kit.json: format: it is missing" in panel.weights_html("world", loaded(panel))[0]
 
 
-def test_the_settings_of_a_kit_go_to_the_hosts_controls(panel):
+def test_the_settings_of_a_kit_go_to_the_hosts_controls(panel, host, monkeypatch):
+    complete_world(host.store)
     values = {"sampling": "DDIM", "scheduler": "Automatic", "steps": 20, "width": 128, "height": 128, "cfg_scale": 5}
-    assert panel.world.controls() == values and tuple(values) == panel.world.CONTROLS
-    other = Manifest("mine", "uniportrait", {"faceid": "a"}, picture=(512, 768), sampling=Sampling("Euler a", 30, 7.5))
-    assert list(panel.world.controls(other).values()) == ["Euler a", "Automatic", 30, 512, 768, 7.5]
-    with pytest.raises(PortraitError, match="the kit 'mine' tells no settings"):
-        panel.world.controls(dataclasses.replace(other, sampling=None))
+    world = loaded_world(panel, host)
+    assert panel.checkpoint.controls(world.manifest()) == values and tuple(values) == panel.checkpoint.CONTROLS
+    monkeypatch.setattr(panel.checkpoint, "loaded", lambda: world)
+    assert panel.kit_settings() == list(values.values())
+    monkeypatch.setattr(panel.checkpoint, "loaded", lambda: loaded(panel))
+    with pytest.raises(PortraitError, match="no kit tells settings for the loaded checkpoint"):
+        panel.kit_settings()
+
+
+def test_settings_are_offered_of_any_kit_that_was_made_on_the_loaded_checkpoint(panel, host, tmp_path):
+    complete(host.store, "mine")
+    base = tmp_path / "renamed.safetensors"
+    base.write_bytes(b"a base")
+    mine = Manifest(
+        "mine",
+        "uniportrait",
+        {"faceid": "uniportrait-faceid_mine.bin"},
+        base=StoredFile("base.safetensors", file_sha256(base), 6),
+        picture=(512, 768),
+        sampling=Sampling("Euler a", 30, 7.5),
+    )
+    write_manifest(host.store.home / "mine.kit.json", mine)
+    manifest = loaded(panel, file=base).manifest()
+    assert list(panel.checkpoint.controls(manifest).values()) == ["Euler a", "Automatic", 30, 512, 768, 7.5]
+    complete(host.store, "sd15")
+    assert (loaded(panel, file=base).automatic(), loaded(panel).automatic()) == ("mine", "sd15")
+    assert "kit mine is loaded" in panel.weights_html("automatic", loaded(panel, file=base))[0]
+    base.write_bytes(b"b base")
+    assert loaded(panel, file=base).manifest() is None is loaded(panel).manifest()
+    base.write_bytes(b"a base")
+    write_manifest(host.store.home / "mine.kit.json", dataclasses.replace(mine, sampling=None))
+    assert loaded(panel, file=base).manifest() is None
 
 
 def test_another_complete_adapter_is_enough(panel, host):
     complete(host.store, "mine")
-    assert panel.weights_html("automatic", "SD1.5") == ("", False)
+    assert panel.weights_html("automatic", loaded(panel)) == ("", False)
     complete(host.store, "ours", router=False)
-    message, loadable = panel.weights_html("ours", "SD1.5")
+    message, loadable = panel.weights_html("ours", loaded(panel))
     assert "portrait-info" in message and "several people" in message and not loadable
-    assert "no adapter theirs." in panel.weights_html("theirs (files missing)", "SD1.5")[0]
+    assert "no adapter theirs." in panel.weights_html("theirs (files missing)", loaded(panel))[0]
 
 
 def test_a_checkpoint_of_another_family_is_named(panel, host):
-    message, loadable = panel.weights_html("automatic", "SDXL")
+    message, loadable = panel.weights_html("automatic", loaded(panel, "SDXL"))
     assert "SD1.5" in message and "SDXL" in message and "missing" not in message and not loadable
 
 
@@ -481,17 +518,17 @@ def test_a_download_that_fails_ends_with_its_message(panel, monkeypatch):
 
     monkeypatch.setattr(panel, "DOWNLOAD_PERIOD", 0.01)
     monkeypatch.setattr("lib_portrait.checkpoints.download.download", download)
-    messages = list(panel.download_missing("sd15", "SD1.5"))
+    messages = list(panel.download_missing("sd15", loaded(panel)))
     assert len(calls) == 2
     assert "cannot be reached" in messages[-1] and "portrait-error" in messages[-1]
     calls[:] = ["", ""]
-    assert "All weights are there" in list(panel.download_missing("automatic", "SD1.5"))[-1]
+    assert "All weights are there" in list(panel.download_missing("automatic", loaded(panel)))[-1]
 
 
 def test_what_no_download_brings_is_not_called_there(panel, host):
     complete(host.store, "mine")
     (host.store.home / "uniportrait-router_mine.bin").unlink()
-    last = list(panel.download_missing("mine", "SD1.5"))[-1]
+    last = list(panel.download_missing("mine", loaded(panel)))[-1]
     assert "uniportrait-router_mine" in last and "All weights" not in last
 
 
@@ -499,7 +536,7 @@ def test_what_no_download_brings_is_not_called_there(panel, host):
 
 
 def test_labels_are_told_apart_where_the_host_saves_defaults_by_them(panel):
-    first, second = (panel._Label("Scale", f"identity {number}") for number in (1, 2))
+    first, second = (panel.Label("Scale", f"identity {number}") for number in (1, 2))
     assert first == second == "Scale" and json.dumps(first) == '"Scale"'
     assert (f"txt2img/{first}", f"txt2img/{second}") == ("txt2img/Scale of identity 1", "txt2img/Scale of identity 2")
 
@@ -509,26 +546,31 @@ def test_labels_are_told_apart_where_the_host_saves_defaults_by_them(panel):
     [
         (types.SimpleNamespace(is_sd1=True), "SD1.5"),
         (types.SimpleNamespace(is_sd1=False, is_sdxl=True), "SDXL"),
-        (
-            types.SimpleNamespace(
-                is_sd1=True, cond_stage_model=types.SimpleNamespace(wrapped=types.SimpleNamespace(portrait_world=True))
-            ),
-            "world",
-        ),
         (None, None),
     ],
 )
 def test_the_family_of_the_loaded_checkpoint(panel, model, family):
     data = types.SimpleNamespace(sd_model=model, lock=threading.Lock())
     sys.modules["modules"].sd_models = types.SimpleNamespace(model_data=data)
-    assert panel.world.loaded_family() == family
+    assert panel.checkpoint.loaded().family == family
+
+
+def test_sizes_of_the_text_encoder_are_read_off_the_loaded_one(panel):
+    config = types.SimpleNamespace(
+        hidden_size=96, num_hidden_layers=4, num_attention_heads=4, max_position_embeddings=77
+    )
+    encoder = types.SimpleNamespace(transformer=types.SimpleNamespace(config=config))
+    for model in (encoder, types.SimpleNamespace(wrapped=encoder)):
+        of = panel.checkpoint.Loaded.of(types.SimpleNamespace(is_sd1=True, cond_stage_model=model))
+        assert of.text_encoder == TextEncoder(96, 4, 4, 77)
+    assert panel.checkpoint.Loaded.of(types.SimpleNamespace(is_sd1=True)).text_encoder is None
 
 
 def test_the_family_is_known_once_the_checkpoint_is_loaded(panel):
     data = types.SimpleNamespace(sd_model=None, lock=threading.Lock())
     sys.modules["modules"].sd_models = types.SimpleNamespace(model_data=data)
     found = []
-    asking = threading.Thread(target=lambda: found.append(panel.world.loaded_family()))
+    asking = threading.Thread(target=lambda: found.append(panel.checkpoint.loaded().family))
     # As the host does when it starts: the checkpoint is loaded in the background, and the page is there before it.
     with data.lock:
         asking.start()

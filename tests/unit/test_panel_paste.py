@@ -9,19 +9,23 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from lib_portrait.request import Identity, Photo, PortraitRequest, Region, parse_request, to_infotext, to_json
+from lib_portrait.infotext import to_infotext
+from lib_portrait.request import Identity, Photo, PortraitRequest, Region, parse_request, to_json
 from lib_portrait.webui import paste
-from lib_portrait.webui.values import GLOBAL_FIELDS, IDENTITY_FIELDS, request_from_values
+from lib_portrait.webui.values import GLOBAL_FIELDS, IDENTITY_FIELDS, controls, request_from_values
 
 WIDTH = len(GLOBAL_FIELDS) + 2 * len(IDENTITY_FIELDS)
 KEPT = [64 * digit for digit in "abcd"]
 REQUEST = PortraitRequest(
     identities=(
-        Identity(photos=(Photo(64 * "a"), Photo(64 * "b")), structure=0.3, region=Region(box=(0.0, 0.1, 0.5, 1.0))),
-        Identity(photos=(Photo(64 * "c", face=1),), scale=1.2, region=Region(mask=Photo(64 * "d"))),
+        Identity(
+            photos=(Photo(64 * "a"), Photo(64 * "b")),
+            region=Region(box=(0.0, 0.1, 0.5, 1.0)),
+            options={"structure": 0.3},
+        ),
+        Identity(photos=(Photo(64 * "c", face=1),), region=Region(mask=Photo(64 * "d")), options={"scale": 1.2}),
     ),
-    scale=0.5,
-    show_routing=True,
+    options={"scale": 0.5, "show_routing": True},
 )
 
 
@@ -72,8 +76,7 @@ def test_a_picture_without_portrait_switches_it_off_and_keeps_the_rest():
 
 
 def test_an_old_upload_or_drawing_does_not_stay_behind():
-    names = paste.positions(2)
-    for position, name in enumerate(names):
+    for position, name in enumerate(control.name for control in controls(2)[:WIDTH]):
         update = reader(position)({"Portrait": to_infotext(REQUEST)})
         assert update is not None
         if name.endswith("uploads") or name == "drawing":
@@ -154,7 +157,7 @@ def test_send_to_buttons_find_the_same_functions_in_both_tabs():
 
 def test_files_and_sketches_are_not_sent_from_tab_to_tab():
     # gradio 3 cannot show again what it hands out for them: the button would fail for every field.
-    assert {name for name in paste.positions(1) if not paste.sendable(name)} == {
+    assert {control.name for control in controls(1) if not paste.sendable(control.name)} == {
         "uploads",
         "mix1_uploads",
         "mix2_uploads",

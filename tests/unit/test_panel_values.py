@@ -15,14 +15,16 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from lib_portrait.checkpoints import Folders, Kit, Store
+from lib_portrait.checkpoints import Folders, Store
 from lib_portrait.errors import NoSuchFace, PortraitError
+from lib_portrait.methods.declarations import adapter_files
+from lib_portrait.methods.declarations.uniportrait import FILES
 from lib_portrait.request import Identity, Limits, Mix, Photo, PortraitRequest, Region, parse_request
+from lib_portrait.webui import inputs
 from lib_portrait.webui import values as layout
+from lib_portrait.webui.inputs import box_from_text, box_to_text
 from lib_portrait.webui.values import (
-    box_from_text,
-    box_to_text,
-    nothing_beyond,
+    divided,
     read_form,
     request_from_values,
     said_in_panel,
@@ -47,6 +49,12 @@ def panel(identities: int = 1, **given):
             block = len(layout.GLOBAL_FIELDS) + (int(number) - 1) * len(layout.IDENTITY_FIELDS)
             values[block + layout.IDENTITY_FIELDS.index(field)] = value
     return values
+
+
+def sent(values, beyond=layout.NOTHING_BEYOND):
+    """All that the page sends, with untouched controls of further methods behind these values."""
+    people = (len(values) - len(layout.GLOBAL_FIELDS)) // len(layout.IDENTITY_FIELDS)
+    return [*values, beyond, *(None for _ in layout.further_controls(people))]
 
 
 @dataclass
@@ -104,33 +112,33 @@ def test_faults_are_told_by_the_panels_tabs():
 
 def test_the_whole_panel_is_read_as_tabs_and_form():
     values = panel(4, photos_2=HASH, photos_4=HASH)
-    tabs, form = read_form([*values, layout.NOTHING_BEYOND], Limits())
+    tabs, form = read_form(sent(values), Limits())
     assert (tabs, form) == ([2, 4], request_from_values(values))
     request = {"identities": [{"photos": [HASH]}]}
-    assert read_form([request, *values[1:], layout.NOTHING_BEYOND], Limits()) == ([], request)
+    assert read_form(sent([request, *values[1:]]), Limits()) == ([], request)
 
 
 @pytest.mark.parametrize("first", [False, None, {"enabled": False, "identities": "not read"}])
 def test_of_a_panel_that_is_switched_off_nothing_is_read(first):
     values = panel(2, photos_2=HASH, region_2="circle")
-    assert read_form([first, *values[1:], layout.NOTHING_BEYOND], Limits()) == ((), None)
+    assert read_form(sent([first, *values[1:]]), Limits()) == ((), None)
 
 
 def test_what_cannot_be_read_from_the_controls_is_said_by_their_names():
-    values = panel(3, photos_3=HASH, region_3=layout.MASK)
+    values = panel(3, photos_3=HASH, region_3=inputs.MASK)
     with pytest.raises(PortraitError, match=r"^Identity 3, region, mask: nothing is painted"):
-        read_form([*values, layout.NOTHING_BEYOND], Limits())
+        read_form(sent(values), Limits())
 
 
 def test_values_beyond_the_panel_are_refused_by_their_place():
     with pytest.raises(PortraitError, match=r"^args\[\d+\]: the list is longer than the panel, which has 2 people"):
-        read_form([*panel(2, photos=HASH), HASH], Limits())
+        read_form(sent(panel(2, photos=HASH), HASH), Limits())
 
 
 def test_an_upload_beyond_the_limits_is_read_with_these_limits(gradio_folder):
     values = panel(uploads=[upload(gradio_folder, b"x" * 2000)])
     with pytest.raises(PortraitError, match=r"^Identity 1, photo 1: .*Settings"):
-        read_form([*values, layout.NOTHING_BEYOND], Limits(photo_bytes=1000, page="Settings > Portrait"))
+        read_form(sent(values), Limits(photo_bytes=1000, page="Settings > Portrait"))
 
 
 @pytest.mark.parametrize("values", [[], [False], [None], panel(enabled=False), panel(enabled=None)])
@@ -203,7 +211,7 @@ def test_a_face_that_is_not_there_is_counted_from_one(found, problem):
 
 
 def test_missing_weights_name_the_button_instead_of_folders(tmp_path):
-    store = Store(Folders(own=[tmp_path / "own"], shared={"vision": [tmp_path / "shared"]}))
+    store = Store(Folders([tmp_path / "own"], {"vision": [tmp_path / "shared"]}), adapter_files())
     with pytest.raises(PortraitError) as caught:
         store.kit()
     error = said_in_panel(caught.value, [1])
@@ -215,9 +223,13 @@ def test_missing_weights_name_the_button_instead_of_folders(tmp_path):
 
 
 def test_a_missing_router_says_whom_it_is_for(tmp_path):
+    for weight in FILES.published:
+        (tmp_path / weight.filename.replace("_sd15", "_mine")).touch()
+        (tmp_path / weight.filename).touch()
     for name, button in (("sd15", True), ("mine", False)):
+        (tmp_path / f"uniportrait-router_{name}.bin").unlink()
         with pytest.raises(PortraitError) as caught:
-            Kit(name, tmp_path / f"uniportrait-faceid_{name}.bin", None, tmp_path, tmp_path).routed()
+            Store(Folders([tmp_path]), adapter_files()).kit(name).check_people(2)
         error = said_in_panel(caught.value, [1, 2])
         assert "several people need its router" in error.problem and error.field == "Identities"
         assert ("Download missing weights" in error.remedy) is button
@@ -374,7 +386,7 @@ def test_gradios_folder_without_its_variable(monkeypatch):
     [(None, "Largest"), (0, "1st from left"), (1, "2nd from left"), (2, "3rd from left"), (10, "11th from left")],
 )
 def test_names_of_faces(index, name):
-    assert layout.face_name(index) == name
+    assert inputs.face_name(index) == name
     request = parse_request(request_from_values(panel(photos=HASH, face=name)))
     assert request.identities[0].photos[0].face == index
 
@@ -488,20 +500,19 @@ regions = st.none() | st.builds(Region, box=boxes) | st.builds(Region, mask=phot
 identities = st.builds(
     Identity,
     photos=photo_lists,
-    scale=st.floats(0, 2),
-    structure=st.floats(0, 2),
     start=st.floats(0, 0.4),
     end=st.floats(0.5, 1),
     region=regions,
     mix=st.lists(st.builds(Mix, photo_lists, st.floats(0, 0.5)), max_size=2).map(tuple),
+    options=st.fixed_dictionaries({"scale": st.floats(0, 2), "structure": st.floats(0, 2)}),
 )
 requests = st.builds(
     PortraitRequest,
     identities=st.lists(identities, min_size=1, max_size=4).map(tuple),
     checkpoint=st.sampled_from(["automatic", "sd15", "a b"]),
-    scale=st.floats(0, 2),
-    lora_scale=st.floats(0, 2),
-    show_routing=st.booleans(),
+    options=st.fixed_dictionaries(
+        {"scale": st.floats(0, 2), "lora_scale": st.floats(0, 2), "show_routing": st.booleans()}
+    ),
 )
 
 
@@ -510,8 +521,10 @@ requests = st.builds(
 def test_a_request_survives_the_panel(request):
     values, lost = values_from_request(request, 4)
     assert lost == []
-    assert len(values) == len(layout.GLOBAL_FIELDS) + 4 * len(layout.IDENTITY_FIELDS)
-    assert parse_request(request_from_values(values)) == request
+    assert len(values) == len(layout.controls(4))
+    tabs, form = read_form(values, Limits())
+    assert tabs == list(range(1, len(request.identities) + 1)) or not request.enabled
+    assert parse_request(form) == request
 
 
 def test_values_have_the_types_that_the_api_turns_them_into():
@@ -526,7 +539,7 @@ def test_what_the_panel_has_no_place_for_is_said():
     mixes = tuple(Mix((Photo(64 * "b"),), 0.1) for _ in range(3))
     request = PortraitRequest(identities=tuple(Identity((Photo(64 * "a"),), mix=mixes) for _ in range(3)))
     values, lost = values_from_request(request, 2)
-    assert len(values) == len(layout.GLOBAL_FIELDS) + 2 * len(layout.IDENTITY_FIELDS)
+    assert len(values) == len(layout.controls(2))
     assert [("has 3 people" in text, "mixes 3" in text) for text in lost] == [
         (True, False),
         (False, True),
@@ -537,14 +550,14 @@ def test_what_the_panel_has_no_place_for_is_said():
 def test_each_photo_keeps_its_own_face():
     photos = (Photo(64 * "a", face=1), Photo(64 * "b", face=1), Photo(64 * "c", aligned=True), Photo(64 * "d"))
     values, _ = values_from_request(PortraitRequest(identities=(Identity(photos),)), 1)
-    block = dict(zip(layout.IDENTITY_FIELDS, values[len(layout.GLOBAL_FIELDS) :], strict=True))
+    block = dict(zip(layout.IDENTITY_FIELDS, values[len(layout.GLOBAL_FIELDS) :]))
     assert json.loads(block["photos"]) == [
         {"image": "sha256:" + 64 * "a", "face": 1},
         {"image": "sha256:" + 64 * "b", "face": 1},
         {"image": "sha256:" + 64 * "c", "aligned": True},
         "sha256:" + 64 * "d",
     ]
-    assert (block["face"], block["aligned"]) == (layout.LARGEST_NAME, False)
+    assert (block["face"], block["aligned"]) == (inputs.LARGEST_NAME, False)
 
 
 # ------------------------------------------------------------------------------------------------- nothing is dropped
@@ -552,13 +565,14 @@ def test_each_photo_keeps_its_own_face():
 
 def test_the_control_after_the_last_is_taken_off():
     values = panel(2)
-    assert nothing_beyond([*values, layout.NOTHING_BEYOND]) == values
+    own, further = divided(sent(values))
+    assert own == values and set(further) == set(layout.further_controls(2))
 
 
 @pytest.mark.parametrize("beyond", [None, [HASH], "x", False])
 def test_a_list_longer_than_the_panel_is_refused(beyond):
     with pytest.raises(PortraitError, match="2 people") as caught:
-        nothing_beyond([*panel(2), beyond])
+        divided(sent(panel(2), beyond))
     assert caught.value.field == f"args[{len(panel(2))}]"
     assert "identities" in caught.value.remedy
 
@@ -566,9 +580,9 @@ def test_a_list_longer_than_the_panel_is_refused(beyond):
 @pytest.mark.parametrize("second", [{"identities": []}, {"nonsense": 1}, {}, [{"identities": []}]])
 @pytest.mark.parametrize("place", [1, 7, -1])
 def test_nothing_stands_beside_a_request_object(second, place):
-    values = [{"identities": [{"photos": [HASH]}]}, *panel(1)[1:], layout.NOTHING_BEYOND]
-    assert nothing_beyond(values)[0] is values[0]
+    values = sent([{"identities": [{"photos": [HASH]}]}, *panel(1)[1:]])
+    assert divided(values)[0][0] is values[0]
     values[place] = second
     with pytest.raises(PortraitError, match="one request object") as caught:
-        nothing_beyond(values)
+        divided(values)
     assert '{"identities": [{...}, {...}]}' in caught.value.remedy

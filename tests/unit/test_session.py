@@ -269,9 +269,9 @@ def test_the_same_request_gives_the_same_picture_and_leaves_the_random_numbers(h
 def test_what_is_being_prepared_is_shown_and_taken_away(host: Host, monkeypatch: pytest.MonkeyPatch) -> None:
     shown: list[str | None] = []
     host.before_call = lambda step: shown.append(host.state.textinfo)
-    load = sys.modules["lib_portrait.conditioning"].read_tensors
+    load = sys.modules["lib_portrait.checkpoints.store"].read_tensors
     monkeypatch.setattr(
-        "lib_portrait.conditioning.read_tensors", lambda *args: shown.append(host.state.textinfo) or load(*args)
+        "lib_portrait.checkpoints.store.read_tensors", lambda *args: shown.append(host.state.textinfo) or load(*args)
     )
     host.generate(Processing(host, one(), steps=1))
     *preparing, sampling = shown
@@ -323,7 +323,8 @@ def test_a_fault_is_said_in_the_panels_words_where_the_request_comes_from_there(
     blank = layout.identity_values(None)
     photos = f'["sha256:{64 * "0"}"]'
     blocks = [blank, {**blank, "photos": photos}]
-    values = (True, "UniPortrait", "small", 1.0, 1.0, False, *(block[name] for block in blocks for name in blank), "")
+    own = (True, "UniPortrait", "small", 1.0, 1.0, False, *(block[name] for block in blocks for name in blank))
+    values = (*own, layout.NOTHING_BEYOND, *(None for _ in layout.further_controls(2)))
     assert refused(host, Processing(host, values)).field == "Identity 2, photo 1"
 
 
@@ -350,7 +351,7 @@ def test_a_checkpoint_of_another_family_is_refused(host: Host) -> None:
 def test_what_breaks_while_preparing_is_reported_and_raised_as_a_fault_of_ours(
     host: Host, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("lib_portrait.conditioning.read_tensors", lambda *args: 1 / 0)
+    monkeypatch.setattr("lib_portrait.checkpoints.store.read_tensors", lambda *args: 1 / 0)
     error = refused(host, Processing(host, one(), is_api=True))
     assert (error.status_code, error.field) == (500, "Portrait") and "ZeroDivisionError" in error.problem
     assert host.reported == ["Portrait failed"]
@@ -752,13 +753,13 @@ def test_a_fault_is_raised_through_a_neighbours_wrapper(host: Host) -> None:
 
 
 def test_the_request_is_in_the_parameters_of_every_picture(host: Host) -> None:
-    from lib_portrait.request import from_infotext
+    from lib_portrait.infotext import from_infotext
 
     processed = host.generate(Processing(host, one(scale=0.5), batch_size=2, n_iter=2))
     assert len(processed.infotexts) == 4
     for text in processed.infotexts:
         request = from_infotext(text.partition("Portrait: ")[2])
-        assert request.identities[0].scale == 0.5 and request.checkpoint == "small"
+        assert request.identities[0].options["scale"] == 0.5 and request.checkpoint == "small"
 
 
 def test_notices_are_in_the_parameters_and_below_the_gallery(host: Host) -> None:
@@ -775,14 +776,15 @@ def test_notices_are_in_the_parameters_and_below_the_gallery(host: Host) -> None
 
 
 def test_notices_name_people_as_the_panel_does(host: Host) -> None:
-    services, layout = (sys.modules[f"lib_portrait.webui.{name}"] for name in ("services", "values"))
+    services, layout, inputs = (sys.modules[f"lib_portrait.webui.{name}"] for name in ("services", "values", "inputs"))
     blank = layout.identity_values(None)
     blocks = [blank]
     for seed, box in ((ADA, "0, 0, 70, 100"), (BEN, "40, 0, 100, 100")):
         sha = services.remember(base64.b64decode(seed["image"]))
         photos = f'[{{"image": "sha256:{sha}", "aligned": true}}]'
-        blocks.append({**blank, "photos": photos, "region": layout.BOX, "box": box})
-    values = (True, "UniPortrait", "small", 1.0, 1.0, False, *(block[name] for block in blocks for name in blank), "")
+        blocks.append({**blank, "photos": photos, "region": inputs.BOX, "box": box})
+    own = (True, "UniPortrait", "small", 1.0, 1.0, False, *(block[name] for block in blocks for name in blank))
+    values = (*own, layout.NOTHING_BEYOND, *(None for _ in layout.further_controls(3)))
     p = Processing(host, values)
     host.generate(p)
     assert p.extra_generation_params["Portrait notices"].startswith(
@@ -958,11 +960,13 @@ def test_a_fault_that_a_neighbour_swallows_is_raised_at_the_end(host: Host) -> N
 # ------------------------------------------------------------------------------------------------ what the host loaded
 
 
-def test_automatic_is_the_worlds_adapter_where_the_world_is_loaded(host: Host) -> None:
+def test_automatic_is_the_adapter_that_was_made_for_the_loaded_text_encoder(host: Host) -> None:
     session, request = sys.modules["lib_portrait.webui.session"], sys.modules["lib_portrait.request"]
     asked = request.parse_request(ask({"photos": [ADA]}, checkpoint=AUTOMATIC)[0])
     assert session.resolved(asked).checkpoint == "small"
-    host.shared.sd_model.cond_stage_model = SimpleNamespace(wrapped=SimpleNamespace(portrait_world=True))
+    sizes = {"hidden_size": 96, "num_hidden_layers": 4, "num_attention_heads": 4, "max_position_embeddings": 77}
+    encoder = SimpleNamespace(transformer=SimpleNamespace(config=SimpleNamespace(**sizes)))
+    host.shared.sd_model.cond_stage_model = SimpleNamespace(wrapped=encoder)
     assert session.resolved(asked).checkpoint == "world"
     named = request.parse_request(one()[0])
     assert session.resolved(named) is named

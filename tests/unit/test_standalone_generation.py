@@ -22,13 +22,13 @@ from lib_portrait.commands import generate
 from lib_portrait.errors import PortraitError
 from lib_portrait.faces import service
 from lib_portrait.faces.detection import Detector, Face
-from lib_portrait.request import Identity, PortraitRequest, from_infotext
-from lib_portrait.standalone import generation, measuring
-from lib_portrait.standalone import model as model_module
+from lib_portrait.infotext import from_infotext
+from lib_portrait.request import Identity, PortraitRequest
+from lib_portrait.standalone import generation, measuring, samples
 from lib_portrait.standalone.measuring import Measurer, greedy_pairs
 from lib_portrait.standalone.model import save_model
 from lib_portrait.standalone.sheet import Cell, Section, draw_sheet
-from tests.small_networks import small_kit, small_manifest, small_model, small_text_folder, tiny_backbone
+from tests.small_networks import small_kit, small_manifest, small_model, tiny_backbone
 
 FAST = ["--steps", "2", "--size", "64x64"]
 EYES_TO_MOUTH = np.array([[0.35, 0.4], [0.65, 0.4], [0.5, 0.6], [0.38, 0.75], [0.62, 0.75]], np.float32)
@@ -54,8 +54,7 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     """A folder like models/world with small random networks, in that one's place; a detector that needs no face."""
     folder = tmp_path_factory.mktemp("root") / "models" / "world"
     with pytest.MonkeyPatch.context() as patch:
-        small_text_folder(folder / "text")
-        patch.setattr(model_module, "TEXT_FOLDER", folder / "text")
+        folder.mkdir(parents=True)
         save_model(small_model(), folder / "world.safetensors")
         small_kit(folder, "world")
         torch.manual_seed(9)
@@ -64,14 +63,13 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
         for name in ("man-0019-0", "man-0019-1", "woman-0009-0", "woman-0009-1"):
             noise(len(name) + int(name[-1])).save(folder / "faces" / f"{name}.png")
         patch.setattr(generate, "ROOT", folder.parents[1])
-        patch.setattr(generation, "WORLD", folder)
-        patch.setattr(generation, "WORLD_CHECKPOINT", folder / "world.safetensors")
+        sheet = {"title": "Samples", "people": 6, "one": ["a photo of a {word} in a park", "a {word}"]}
+        (folder / "samples.json").write_text(json.dumps({**sheet, "two": ["a photo of {both} in a park", "{both}"]}))
         patch.setattr(generation, "CACHE", folder / "cache")
         (folder / "world-detector.safetensors").touch()
         small_manifest(folder, "world")
-        patch.setattr(generation, "world_detector", lambda path: Detector("halves", "1", two_halves))
+        patch.setattr(generation, "open_detector", lambda *_: Detector("halves", "1", two_halves))
         patch.setattr(service, "get_detector", lambda name, folders: Detector("halves", "1", two_halves))
-        patch.setattr(generation, "SINGLE_PROMPTS", generation.SINGLE_PROMPTS[:2])
         yield folder
 
 
@@ -147,8 +145,8 @@ def test_people_of_one_s_own_in_a_checkpoint_of_one_s_own(world: Path, photos: P
     assert len(first["similarity"]) == 2
     request = from_infotext(json.dumps(made["request"]), generate.LIMITS)
     eve, ada = request.identities
-    assert (request.scale, request.show_routing, request.checkpoint) == (0.6, True, "world")
-    assert (eve.scale, eve.region and eve.region.box) == (0.9, (0.0, 0.0, 0.5, 1.0))
+    assert (request.options["scale"], request.shows_maps, request.checkpoint) == (0.6, True, "world")
+    assert (eve.options["scale"], eve.region and eve.region.box) == (0.9, (0.0, 0.0, 0.5, 1.0))
     assert [(photo.face, photo.aligned) for photo in ada.photos] == [(1, False), (None, True)]
     assert (ada.structure, ada.start, ada.mix[0].weight) == (0.3, 0.1, 0.25)
     assert ada.region is not None and ada.region.mask is not None
@@ -396,14 +394,38 @@ def test_a_checkpoint_with_nan_gives_an_error_and_no_picture(
     assert not list(output.rglob("*.png"))
 
 
-@pytest.mark.parametrize("gone", ["WORLD_CHECKPOINT", "WORLD"])
-def test_a_world_that_is_not_there_is_told(
+@pytest.mark.parametrize("gone", ["world.safetensors", "kit.json", "faces", "samples.json"])
+def test_a_kit_that_is_not_whole_is_told(
     world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], gone: str
 ) -> None:
-    monkeypatch.setattr(generation, gone, tmp_path / "gone")
-    assert run("--output", tmp_path) == 1
-    assert "git checkout models/world" in capsys.readouterr().err
-    assert not list(tmp_path.iterdir())
+    for path in world.iterdir():
+        if path.name != gone:
+            (tmp_path / "models" / "world").mkdir(parents=True, exist_ok=True)
+            (tmp_path / "models" / "world" / path.name).symlink_to(path)
+    monkeypatch.setattr(generate, "ROOT", tmp_path)
+    assert run("--output", tmp_path / "out") == 1
+    assert "git checkout models`" in capsys.readouterr().err
+    assert not list((tmp_path / "out").iterdir())
+
+
+@pytest.mark.parametrize(
+    ("entries", "told"),
+    [
+        ([], "one lists no prompts with {word}"),
+        ({"one": ["{both}"], "two": ["{both}"]}, "one lists no prompts with {word}"),
+        ({"one": ["{word}"], "two": [1]}, "two lists no prompts with {both}"),
+        ({"one": ["{word}"], "two": ["{both}"], "title": "x", "people": 0}, "no number of people"),
+    ],
+)
+def test_samples_that_say_nothing_of_use_are_refused(tmp_path: Path, entries: Any, told: str) -> None:
+    (tmp_path / "faces").mkdir()
+    noise(0).save(tmp_path / "faces" / "eve.png")
+    (tmp_path / "samples.json").write_text(json.dumps(entries))
+    with pytest.raises(PortraitError, match=told):
+        samples.read_samples(tmp_path)
+    (tmp_path / "samples.json").write_text("{")
+    with pytest.raises(PortraitError, match="is no JSON"):
+        samples.read_samples(tmp_path)
 
 
 def test_an_output_that_cannot_be_written_is_told(world: Path, tmp_path: Path) -> None:
@@ -421,7 +443,7 @@ def test_an_output_that_cannot_be_written_is_told(world: Path, tmp_path: Path) -
 def test_sample_people_are_told_from_the_names_of_their_photos(tmp_path: Path) -> None:
     for name in ("woman-0019-1", "woman-0019-0", "man-0009-0", "0029-0", "woman-anna", "eve"):
         noise(0).save(tmp_path / f"{name}.png")
-    people = generation.sample_people(tmp_path)
+    people = samples.sample_people(tmp_path)
     assert [(one.name, one.word, [photo.stem for photo in one.photos]) for one in people] == [
         ("eve", "person", ["eve"]),
         ("woman-anna", "woman", ["woman-anna"]),
@@ -436,7 +458,7 @@ def test_sample_people_are_told_from_the_names_of_their_photos(tmp_path: Path) -
     [(("woman", "woman"), "two women"), (("man", "woman"), "a man and a woman"), (("person",) * 2, "two people")],
 )
 def test_two_people_are_told_as_captions_do(words: tuple[str, str], told: str) -> None:
-    assert generation.both_words(*words) == told
+    assert samples.both_words(*words) == told
 
 
 # -------------------------------------------------------------------------------------------------- measuring and sheet

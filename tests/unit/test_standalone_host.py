@@ -2,27 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-
 import numpy as np
 import pytest
 import torch
 
-from lib_portrait.standalone import model as model_module
 from lib_portrait.standalone.host import DiffusersHost
 from lib_portrait.standalone.model import Model
-from tests.small_networks import small_model, small_text_folder
+from tests.small_networks import small_model
 
 PICTURE = np.random.default_rng(3).integers(0, 256, (16, 24, 3), np.uint8)
 
 
 @pytest.fixture(scope="module")
-def model(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Model]:
-    folder = tmp_path_factory.mktemp("world") / "text"
-    small_text_folder(folder)
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(model_module, "TEXT_FOLDER", folder)
-        yield small_model()
+def model() -> Model:
+    return small_model()
 
 
 def test_a_latent_is_the_scaled_mean_and_draws_no_random_numbers(model: Model) -> None:

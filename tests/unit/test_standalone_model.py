@@ -7,7 +7,6 @@ import os
 import re
 import subprocess
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -16,26 +15,19 @@ import pytest
 import torch
 import yaml
 from safetensors.torch import load_file, save_file
+from transformers import CLIPTextConfig, CLIPTextModel
 
+from lib_portrait.checkpoints.text_encoder import FORMER_SIZES, FORMER_TARGET
 from lib_portrait.errors import PortraitError
 from lib_portrait.standalone import layout, model
 from lib_portrait.standalone.model import Model, load_model, make_model, save_model, schedule_buffers
-from tests.small_networks import small_model, small_text_folder
+from tests.small_networks import small_model
 
 ROOT = Path(__file__).resolve().parents[2]
 
 
-@pytest.fixture(scope="module", autouse=True)
-def text_folder(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
-    folder = tmp_path_factory.mktemp("world") / "text"
-    small_text_folder(folder)
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(model, "TEXT_FOLDER", folder)
-        yield folder
-
-
 @pytest.fixture(scope="module")
-def original(text_folder: Path) -> Model:
+def original() -> Model:
     return small_model()
 
 
@@ -154,7 +146,7 @@ def test_the_schedule_is_the_one_ldm_registers(saved: Path, loaded: Model) -> No
 # ------------------------------------------------------------------------------------------------------------- offline
 
 
-def test_nothing_asks_the_network(saved: Path, text_folder: Path) -> None:
+def test_nothing_asks_the_network(saved: Path) -> None:
     code = f"""
 import socket
 def refuse(*args, **kwargs):
@@ -162,7 +154,6 @@ def refuse(*args, **kwargs):
 socket.getaddrinfo = socket.socket.connect = refuse
 from pathlib import Path
 from lib_portrait.standalone import model, sampling
-model.TEXT_FOLDER = Path({str(text_folder)!r})
 loaded = model.load_model(Path({str(saved)!r}))
 print(sampling.sample(loaded, [sampling.Sampling("a woman", width=64, height=64, steps=1)])[0].shape)
 """
@@ -174,13 +165,12 @@ print(sampling.sample(loaded, [sampling.Sampling("a woman", width=64, height=64,
 def test_without_the_tokenizer_s_files_the_remedy_is_told(
     saved: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(model, "TEXT_FOLDER", tmp_path)
-    with pytest.raises(PortraitError, match="config.json cannot be read.*git checkout models/world/text") as caught:
+    monkeypatch.setattr(model, "VOCABULARY", tmp_path)
+    (tmp_path / "tokenizer_config.json").write_text("{}")
+    told = "vocab.json, merges.txt, special_tokens_map.json cannot be read.*git checkout models/text"
+    with pytest.raises(PortraitError, match=told) as caught:
         load_model(saved)
     assert caught.value.status_code == 500
-    (tmp_path / "config.json").write_text("{}")
-    with pytest.raises(PortraitError, match="vocab.json, merges.txt cannot be read"):
-        model.load_tokenizer()
 
 
 # -------------------------------------------------------------------------------------------------- what files are like
@@ -298,6 +288,9 @@ UNET_PARAMS = ("params", "unet_config", "params")
             {"target": layout.CLIP_TARGET, "params": {"layer": "hidden"}},
             "another text",
         ),
+        (("params", "cond_stage_config", "params", "hidden_size"), 0, r"no text encoder's sizes \(hidden_size: 0\)"),
+        (("params", "cond_stage_config", "params", "layers"), 2, r"no text encoder's sizes \(layers: 2\)"),
+        (("params", "cond_stage_config", "params"), [48], "another text encoder"),
         ((*UNET_PARAMS, "use_linear_in_transformer"), True, "its UNet has use_linear_in_transformer"),
         ((*UNET_PARAMS, "model_channels"), 1.5, "model_channels is 1.5"),
         ((*UNET_PARAMS, "channel_mult"), [], r"channel_mult is \[\]"),
@@ -331,6 +324,17 @@ def test_a_yaml_that_is_no_description_is_refused(saved: Path, tmp_path: Path, t
         load_model(path)
 
 
+def test_a_yaml_of_before_means_the_sizes_that_it_did_not_tell(saved: Path, tmp_path: Path) -> None:
+    """People have copied such files into their WebUI."""
+    tensors = {key: t for key, t in load_file(saved).items() if not key.startswith(layout.TEXT)}
+    text = CLIPTextModel(CLIPTextConfig(**FORMER_SIZES))
+    tensors |= {layout.text_key(name): tensor for name, tensor in text.state_dict().items()}
+    path = changed(saved, tmp_path, "params", "cond_stage_config", value={"target": FORMER_TARGET})
+    path.unlink()
+    save_file(tensors, path)
+    assert load_model(path).text_encoder.config.hidden_size == 96
+
+
 def test_v_prediction_is_passed_on_to_the_schedulers(saved: Path, tmp_path: Path) -> None:
     path = changed(saved, tmp_path, "params", "parameterization", value="v")
     assert load_model(path).schedule["prediction_type"] == "v_prediction"
@@ -338,16 +342,15 @@ def test_v_prediction_is_passed_on_to_the_schedulers(saved: Path, tmp_path: Path
 
 def test_networks_that_no_sd1_file_can_describe_are_not_saved(original: Model) -> None:
     from diffusers import UNet2DConditionModel
-    from transformers import CLIPTextConfig, CLIPTextModel
 
     config = {key: value for key, value in original.unet.config.items() if not key.startswith("_")}
     with torch.device("meta"):
         uneven = UNet2DConditionModel.from_config({**config, "block_out_channels": (64, 96, 96, 96)})
         linear = UNet2DConditionModel.from_config({**config, "use_linear_projection": True})
-        wide = CLIPTextModel(CLIPTextConfig(hidden_size=64, num_attention_heads=4))
+        other = CLIPTextModel(CLIPTextConfig(hidden_size=64, num_attention_heads=4, hidden_act="relu"))
     with pytest.raises(PortraitError, match="multiples of the first"):
         make_model(uneven, original.vae, original.text_encoder)
     with pytest.raises(PortraitError, match="use_linear_projection"):
         make_model(linear, original.vae, original.text_encoder)
-    with pytest.raises(PortraitError, match="its sizes are not those of"):
-        make_model(original.unet, original.vae, wide)
+    with pytest.raises(PortraitError, match=r"text_encoder: .*no text encoder's sizes \(hidden_act: relu\)"):
+        make_model(original.unet, original.vae, other)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import io
 import math
-from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
@@ -18,31 +17,29 @@ from lib_portrait.conditioning import Conditioner, Conditioning
 from lib_portrait.errors import PortraitError
 from lib_portrait.faces.service import FaceService
 from lib_portrait.methods.base import Rule
+from lib_portrait.methods.declarations import adapter_files
 from lib_portrait.request import Identity, Photo, PortraitRequest, Region
-from lib_portrait.standalone import model as model_module
 from lib_portrait.standalone.host import encode_prompts
 from lib_portrait.standalone.model import Model
 from lib_portrait.standalone.sampling import Sampling, sample
 from tests.parity.unets import ldm_unet
-from tests.small_networks import small_kit, small_model, small_text_folder
+from tests.small_networks import small_kit, small_model
 
 SIZE = {"width": 64, "height": 64, "steps": 3}
 
 
 @pytest.fixture(scope="module")
-def model(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Model]:
-    folder = tmp_path_factory.mktemp("world") / "text"
-    small_text_folder(folder)
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(model_module, "TEXT_FOLDER", folder)
-        yield small_model()
+def model() -> Model:
+    return small_model()
 
 
 @pytest.fixture(scope="module")
 def conditioner(tmp_path_factory: pytest.TempPathFactory) -> Conditioner:
     folder = tmp_path_factory.mktemp("kit")
     small_kit(folder, "small")
-    return Conditioner(FaceService([], folder / "cache"), Store(Folders(own=[folder]), folder / "cache"))
+    return Conditioner(
+        FaceService([], folder / "cache"), Store(Folders(own=[folder]), adapter_files(), folder / "cache")
+    )
 
 
 def face(seed: int) -> Photo:
@@ -54,8 +51,8 @@ def face(seed: int) -> Photo:
 
 def people(**changes: Any) -> PortraitRequest:
     """One person from the second third of the steps on, one in the right half."""
-    late = Identity((face(1),), scale=1.5, start=0.3)
-    right = Identity((face(2), face(3)), structure=0.5, region=Region(box=(0.5, 0.0, 1.0, 1.0)))
+    late = Identity((face(1),), start=0.3, options={"scale": 1.5})
+    right = Identity((face(2), face(3)), region=Region(box=(0.5, 0.0, 1.0, 1.0)), options={"structure": 0.5})
     return PortraitRequest((late, right), checkpoint="small", **changes)
 
 
@@ -147,7 +144,7 @@ def test_the_people_are_those_that_the_webui_s_unet_sees(
     model: Model, conditioner: Conditioner, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The request's people in ldm's UNet, put there as `lib_portrait.webui.session` does, give the same predictions."""
-    prepared = conditioner.prepare(people(scale=1.0, lora_scale=0.8), (64, 64))
+    prepared = conditioner.prepare(people(options={"scale": 1.0, "lora_scale": 0.8}), (64, 64))
     asked = [Sampling("a woman and a man", "blurry", seed=seed, **SIZE) for seed in (1, 2)]
     calls: list[Any] = []
     inside = model.unet.forward
@@ -266,5 +263,5 @@ def test_a_person_whose_window_meets_no_step_is_refused(model: Model, conditione
         sample(model, [Sampling("a woman", **SIZE)], conditioner.prepare(request, (64, 64)))
     assert caught.value.field == "identities[0].start"
     # Who is not to be drawn at all need not take part.
-    request = PortraitRequest((late,), checkpoint="small", scale=0.0)
+    request = PortraitRequest((late,), checkpoint="small", options={"scale": 0.0})
     sample(model, [Sampling("a woman", **SIZE)], conditioner.prepare(request, (64, 64)))

@@ -19,20 +19,20 @@ pytest.importorskip("accelerate", reason="the trainer's requirements are not ins
 from accelerate.state import AcceleratorState, GradientState
 
 import portrait as command_line
-from lib_portrait.checkpoints import registry
 from lib_portrait.checkpoints.formats import read_header, write_tensors
 from lib_portrait.checkpoints.hashes import file_sha256
-from lib_portrait.checkpoints.kit import StoredFile, read_manifest
+from lib_portrait.checkpoints.kit import Manifest, Sampling, StoredFile, read_manifest, write_manifest
 from lib_portrait.checkpoints.store import Folders, Store
 from lib_portrait.errors import PortraitError
 from lib_portrait.faces import service
 from lib_portrait.faces.detection import Detector, Face
+from lib_portrait.methods.declarations import adapter_files
+from lib_portrait.methods.declarations.uniportrait import FILES
 from lib_portrait.standalone import generation
-from lib_portrait.standalone import model as model_module
 from lib_portrait.standalone.model import save_model
-from tests.small_networks import small_model, small_text_folder, tiny_backbone, tiny_vision
+from tests.small_networks import small_model, tiny_backbone, tiny_vision
 from trainer import companions
-from trainer.companions import Companion, beside, encoders, named, stored_file, unnamed
+from trainer.companions import Companion, encoder_files, of_further_file, resolve, stored_file, warn_of_unnamed
 from trainer.shards import FaceRecord, Record, encode_png, writing
 
 POINTS = np.array([[0.35, 0.4], [0.65, 0.4], [0.5, 0.6], [0.38, 0.75], [0.62, 0.75]], np.float32)
@@ -55,8 +55,6 @@ def fresh_accelerate(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 @pytest.fixture
 def somewhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A checkpoint, photos and shards of small random networks; the face networks lie in a folder of their own."""
-    small_text_folder(tmp_path / "text")
-    monkeypatch.setattr(model_module, "TEXT_FOLDER", tmp_path / "text")
     monkeypatch.setattr(service, "get_detector", lambda name, folders: Detector("portrait", "1", portrait_of))
     monkeypatch.setattr(generation, "CACHE", tmp_path / "cache")
     save_model(small_model(), tmp_path / "base.safetensors")
@@ -95,10 +93,14 @@ def test_both_stages_work_at_once_where_they_were_exported(somewhere: Path) -> N
     assert portrait("dataset", "features", shards, "--checkpoint", base, *networks, "--device", "cpu") == 0
     train = ["train", "uniportrait", "--data", shards, "--checkpoint", base, "--name", "mine", "--steps", "1"]
     train += ["--batch", "1", "--rank", "2", "--tokens", "4", "--width", "48", "--depth", "1", "--warmup", "0"]
+    goes_with_it = {"detector": StoredFile("eyes.safetensors", "0" * 64), "measuring": StoredFile("third.safetensors")}
+    goes_with_it |= {"sampling": Sampling("DDIM", 20, 5)}
+    of_base = Manifest("first", "uniportrait", {"faceid": "x"}, base=stored_file(base), licence="CC0", **goes_with_it)
+    write_manifest(somewhere / "first.kit.json", of_base)
     one, two = somewhere / "one", somewhere / "two"
     assert portrait(*train, "--output", one, *networks) == 0
     faceid = one / "export" / "uniportrait-faceid_mine.safetensors"
-    assert portrait(*train, "--output", two, "--stage", "2", "--faceid", faceid) == 0
+    assert portrait(*train, "--output", two, "--stage", "2", "--faceid", faceid, "--licence", "mine alone") == 0
 
     draw = ["generate", "--checkpoint", base, "--prompt", "a woman", "--adapter", "mine", "--size", "64x64"]
     draw += ["--steps", "1", "--device", "cpu", "--output", somewhere / "out", "--face", somewhere / "eve.png"]
@@ -113,8 +115,8 @@ def test_both_stages_work_at_once_where_they_were_exported(somewhere: Path) -> N
     shutil.copyfile(own / "eyes.safetensors", later / "a.safetensors")
     shutil.copyfile(own / "clip.safetensors", later / "b.safetensors")
     save_file(dict(tiny_backbone(24).state_dict()), later / "eyes.safetensors")
-    kit = Store(Folders([later])).kit("mine")
-    assert (kit.backbone.name, kit.vision.name) == ("a.safetensors", "b.safetensors")
+    kit = Store(Folders([later]), adapter_files()).kit("mine")
+    assert [kit.files[role].name for role in ("backbone", "vision")] == ["a.safetensors", "b.safetensors"]
     assert portrait(*draw, "--models", later, "--face", somewhere / "ada.png") == 0
 
     for stage, export in ((1, one / "export"), (2, two / "export")):
@@ -125,6 +127,8 @@ def test_both_stages_work_at_once_where_they_were_exported(somewhere: Path) -> N
         eyes, clip = own / "eyes.safetensors", own / "clip.safetensors"
         assert manifest.encoders == {"backbone": stored_file(eyes), "vision": stored_file(clip)}
         assert manifest.base == stored_file(base)
+        assert {name: getattr(manifest, name) for name in goes_with_it} == goes_with_it
+        assert manifest.licence == ("CC0" if stage == 1 else "mine alone")
         assert manifest.picture == (128, 128) and manifest.text_encoder is not None
         assert manifest.training["steps"] == "1" and manifest.training["recipe"] == f"uniportrait stage {stage}"
         assert str(somewhere) not in (export / "mine.kit.json").read_text("utf-8")
@@ -132,9 +136,9 @@ def test_both_stages_work_at_once_where_they_were_exported(somewhere: Path) -> N
             assert file.stat().st_mode & 0o044 == 0o044, f"{file} is for its maker alone"
             metadata = json.dumps(read_header(file)[1])
             assert str(somewhere) not in metadata and "/" not in metadata
-    told = read_header(faceid)[1]
-    assert (told["backbone"], told["vision"]) == ("eyes.safetensors", "clip.safetensors")
-    assert file_sha256(own / "eyes.safetensors") in told["features"]
+    metadata = read_header(faceid)[1]
+    assert (metadata["backbone"], metadata["vision"]) == ("eyes.safetensors", "clip.safetensors")
+    assert file_sha256(own / "eyes.safetensors") in metadata["features"]
 
 
 @pytest.fixture
@@ -158,10 +162,10 @@ def test_only_what_the_model_folders_do_not_have_is_brought_along(tmp_path: Path
     file_of(models, "same.safetensors", 1.0)
     file_of(models, "other.safetensors", 2.0)
     for path in (same, other, lone):
-        named("backbone", str(path), {}, [models]).bring(target, [models])
+        resolve("backbone", str(path), {}, [models]).export_to(target, [models])
     assert sorted(path.name for path in target.iterdir()) == ["lone.safetensors", "other.safetensors"]
     assert (target / "other.safetensors").read_bytes() == other.read_bytes()
-    named("backbone", "same.safetensors", {}, [models]).bring(target, [models])
+    resolve("backbone", "same.safetensors", {}, [models]).export_to(target, [models])
     assert not (target / "same.safetensors").exists()
 
 
@@ -174,7 +178,7 @@ def test_where_the_file_system_has_no_second_names_it_is_a_copy(
     monkeypatch.setattr(companions.os, "link", link)
     lone = file_of(tmp_path / "own", "lone.safetensors", 1.0)
     lone.chmod(0o644)
-    Companion("vision", "lone.safetensors", lone).bring(models, [tmp_path / "none"])
+    Companion("vision", "lone.safetensors", lone).export_to(models, [tmp_path / "none"])
     assert (models / "lone.safetensors").read_bytes() == lone.read_bytes()
 
 
@@ -182,7 +186,7 @@ def test_where_the_file_system_has_no_second_names_it_is_a_copy(
 def test_what_is_brought_along_may_be_read_like_the_rest(tmp_path: Path, models: Path, rights: int) -> None:
     lone = file_of(tmp_path / "own", "lone.safetensors", 1.0)
     lone.chmod(rights)
-    Companion("vision", "lone.safetensors", lone).bring(models, [tmp_path / "none"])
+    Companion("vision", "lone.safetensors", lone).export_to(models, [tmp_path / "none"])
     brought = models / "lone.safetensors"
     assert brought.stat().st_mode & 0o044 == 0o044 and lone.stat().st_mode & 0o777 == rights
     assert brought.read_bytes() == lone.read_bytes() and brought.samefile(lone) == (rights == 0o644)
@@ -191,54 +195,57 @@ def test_what_is_brought_along_may_be_read_like_the_rest(tmp_path: Path, models:
 def test_a_path_that_leads_to_another_network_than_the_features_is_refused(tmp_path: Path, models: Path) -> None:
     lone = file_of(tmp_path / "own", "lone.safetensors", 1.0)
     hashes = {"backbone": file_sha256(lone), "vision": "0" * 64}
-    assert named("backbone", str(lone), hashes, [models]) == Companion("backbone", "lone.safetensors", lone)
+    assert resolve("backbone", str(lone), hashes, [models]) == Companion("backbone", "lone.safetensors", lone)
     with pytest.raises(PortraitError, match="vision: the features .* from another network than lone.safetensors"):
-        named("vision", str(lone), hashes, [models])
+        resolve("vision", str(lone), hashes, [models])
     with pytest.raises(PortraitError, match="there is no file .*gone.safetensors"):
-        named("vision", str(tmp_path / "gone.safetensors"), hashes, [models])
+        resolve("vision", str(tmp_path / "gone.safetensors"), hashes, [models])
 
 
-def test_a_bare_name_that_leads_nowhere_or_elsewhere_is_told(
+def test_a_bare_name_that_leads_nowhere_or_elsewhere_is_warned_of(
     tmp_path: Path, models: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert named("vision", "gone.safetensors", {}, [models]).path is None
+    assert resolve("vision", "gone.safetensors", {}, [models]).path is None
     assert "gone.safetensors is in none of the model folders; --vision PATH" in capsys.readouterr().err
     file_of(models, "there.safetensors", 1.0)
-    assert named("vision", "there.safetensors", {"vision": "0" * 64}, [models]).path is None
+    assert resolve("vision", "there.safetensors", {"vision": "0" * 64}, [models]).path is None
     assert "another file than the features'" in capsys.readouterr().err
-    assert named("vision", "there.safetensors", {}, [models]).path == models / "there.safetensors"
+    assert resolve("vision", "there.safetensors", {}, [models]).path == models / "there.safetensors"
     assert not capsys.readouterr().err
 
 
-def test_features_of_an_unnamed_network_that_is_not_the_published_one_are_told(
+def test_features_of_an_unnamed_network_that_is_not_the_published_one_are_warned_of(
     models: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    published = registry.by_role("vision")
+    published = FILES.known("vision")
+    assert published is not None
     there = file_of(models, published.filename, 1.0)
     for hashes in ({}, {"vision": file_sha256(there)}, {"vision": published.sha256 or ""}):
-        unnamed("vision", hashes, [models])
+        warn_of_unnamed("vision", hashes, [models])
     assert not capsys.readouterr().err
-    unnamed("vision", {"vision": "0" * 64}, [models])
+    warn_of_unnamed("vision", {"vision": "0" * 64}, [models])
     there.unlink()
-    unnamed("vision", {"vision": "0" * 64}, [models])
+    warn_of_unnamed("vision", {"vision": "0" * 64}, [models])
     assert capsys.readouterr().err.count("--vision FILE names theirs") == 2
 
 
 def test_a_manifest_tells_of_each_network_what_is_known(tmp_path: Path, models: Path) -> None:
     lone = file_of(tmp_path / "own", "lone.safetensors", 1.0)
-    published = file_of(models, registry.by_role("vision").filename, 2.0)
+    known = FILES.known("vision")
+    assert known is not None
+    published = file_of(models, known.filename, 2.0)
     hashes = {"backbone": file_sha256(lone), "vision": file_sha256(published), "vae": "0" * 64}
-    assert encoders([named("backbone", str(lone), hashes, [models])], hashes, [models]) == {
+    assert encoder_files(FILES, [resolve("backbone", str(lone), hashes, [models])], hashes, [models]) == {
         "backbone": stored_file(lone),
         "vision": stored_file(published),
     }
     lone.unlink()
     published.unlink()
-    assert encoders([Companion("backbone", "lone.safetensors", None)], hashes, [models]) == {
+    assert encoder_files(FILES, [Companion("backbone", "lone.safetensors", None)], hashes, [models]) == {
         "backbone": StoredFile("lone.safetensors", hashes["backbone"]),
         "vision": StoredFile(published.name, hashes["vision"]),
     }
-    assert encoders([], {}, [models]) == {}
+    assert encoder_files(FILES, [], {}, [models]) == {}
 
 
 def test_a_router_goes_with_the_faceid_of_its_first_stage_under_its_own_name(tmp_path: Path, models: Path) -> None:
@@ -248,8 +255,8 @@ def test_a_router_goes_with_the_faceid_of_its_first_stage_under_its_own_name(tmp
     write_tensors(faceid, {"a": torch.ones(1)}, {"backbone": "eyes.safetensors", "vision": "gone.safetensors"})
     target = tmp_path / "export"
     target.mkdir()
-    for companion in beside(faceid, "second"):
-        companion.bring(target, [models])
+    for companion in of_further_file(faceid, FILES, "second"):
+        companion.export_to(target, [models])
     assert sorted(path.name for path in target.iterdir()) == [
         "eyes.safetensors",
         "uniportrait-faceid_second.safetensors",

@@ -22,7 +22,17 @@ from tests.portraits import portrait
 from tests.small_networks import tiny_backbone, tiny_vision
 from trainer import dataset
 from trainer.architectures import world_vae
-from trainer.dataset import Photos, World, check, label_of, make_photos, make_world, person, square, world_sample
+from trainer.dataset import (
+    PhotoSettings,
+    WorldSettings,
+    check_shards,
+    label_of,
+    make_photos,
+    make_world,
+    square_crop,
+    training_person,
+    world_sample,
+)
 from trainer.faces import aligned
 from trainer.features import Features
 from trainer.shards import Shards, encode_png, writing
@@ -49,12 +59,12 @@ def test_the_world_s_scenes_keep_their_numbers():
 
 
 def test_only_people_of_the_training_part_appear():
-    assert [person(k) for k in (0, 8, 9, 17, 18)] == [0, 8, 10, 18, 20]
-    assert not any(held_out(person(k)) for k in range(200))
+    assert [training_person(k) for k in (0, 8, 9, 17, 18)] == [0, 8, 10, 18, 20]
+    assert not any(held_out(training_person(k)) for k in range(200))
 
 
 def test_the_number_of_processes_changes_no_byte(tmp_path):
-    world = World(0, 5, size=64, shard=2)
+    world = WorldSettings(0, 5, size=64, shard=2)
     assert make_world(tmp_path / "one", world) == 3
     assert make_world(tmp_path / "two", world, processes=2) == 3
     names = sorted(path.name for path in (tmp_path / "one").iterdir())
@@ -65,26 +75,26 @@ def test_the_number_of_processes_changes_no_byte(tmp_path):
 
 
 def test_whole_shards_of_the_world_are_kept(tmp_path):
-    make_world(tmp_path, World(0, 4, size=64, shard=2))
+    make_world(tmp_path, WorldSettings(0, 4, size=64, shard=2))
     bytes_before = (tmp_path / "world-00001.tar").read_bytes()
     (tmp_path / "world-00001.tar").unlink()
     kept = (tmp_path / "world-00000.tar").stat()
-    assert make_world(tmp_path, World(0, 6, size=64, shard=2)) == 2
+    assert make_world(tmp_path, WorldSettings(0, 6, size=64, shard=2)) == 2
     assert (tmp_path / "world-00000.tar").stat().st_mtime_ns == kept.st_mtime_ns
     assert (tmp_path / "world-00001.tar").read_bytes() == bytes_before
 
 
 @pytest.mark.parametrize("other", [{"size": 80}, {"identities": 50}, {"number": 1}])
 def test_shards_of_another_world_are_not_taken_for_these(tmp_path, other):
-    make_world(tmp_path, World(0, 2, size=64, shard=2))
+    make_world(tmp_path, WorldSettings(0, 2, size=64, shard=2))
     values = {"number": 2, "size": 64, "shard": 2, **other}
     with pytest.raises(PortraitError, match=r"world-00000\.tar is there but holds other samples"):
-        make_world(tmp_path, World(0, **values))
+        make_world(tmp_path, WorldSettings(0, **values))
 
 
 def test_a_world_that_begins_within_a_shard_is_refused():
     with pytest.raises(PortraitError, match="Begin at a whole shard"):
-        World(first=500, number=10)
+        WorldSettings(first=500, number=10)
 
 
 # ------------------------------------------------------------------------------------------------------------- photos
@@ -134,7 +144,7 @@ def records(output):
     return {shards.record(i).extra["photo"]: shards[i] for i in range(len(shards))}
 
 
-SMALL = Photos(size=128, kind="png", smallest_face=20)
+SMALL = PhotoSettings(size=128, kind="png", smallest_face=20)
 
 
 def test_photos_become_square_with_their_faces_where_they_are(folder, tmp_path):
@@ -172,7 +182,7 @@ def test_folders_label_the_face_that_must_be_meant(folder, tmp_path):
     captions = {name: sample.record.caption for name, sample in records(tmp_path / "out").items()}
     assert captions["women/carol/3.png"] == "a photo of a woman"
     assert captions["alice/1.png"] == "a photo of a group of people"
-    make_photos(folder.place, tmp_path / "unnamed", Photos(**{**vars(SMALL), "identities": False}))
+    make_photos(folder.place, tmp_path / "unnamed", PhotoSettings(**{**vars(SMALL), "identities": False}))
     assert all(f.id is None for sample in records(tmp_path / "unnamed").values() for f in sample.record.faces)
 
 
@@ -185,7 +195,7 @@ def test_the_first_folder_that_is_no_word_names_the_person():
 def test_captions_come_from_the_text_beside_the_photo(folder, tmp_path):
     folder("a.png", (256, 256), (10, 10, 80, 80)).with_suffix(".txt").write_text(" ann\n at sea \n")
     folder("b.png", (256, 256), (10, 10, 80, 80))
-    make_photos(folder.place, tmp_path / "out", Photos(**{**vars(SMALL), "caption": "{word}, {once}"}))
+    make_photos(folder.place, tmp_path / "out", PhotoSettings(**{**vars(SMALL), "caption": "{word}, {once}"}))
     captions = {name: sample.record.caption for name, sample in records(tmp_path / "out").items()}
     assert captions == {"a.png": "ann at sea", "b.png": "person, {once}"}
 
@@ -241,7 +251,7 @@ def test_bad_photos_are_skipped_counted_and_listed(folder, tmp_path, capsys):
 def test_photos_that_were_broken_off_go_on_and_end_the_same(folder, tmp_path, monkeypatch):
     for number in range(7):
         folder(f"{number}.png", (256, 256), *([(10, 10, 80, 80)] if number != 1 else []))
-    photos = Photos(**{**vars(SMALL), "shard": 2})
+    photos = PhotoSettings(**{**vars(SMALL), "shard": 2})
     make_photos(folder.place, tmp_path / "whole", photos)
     asked = []
 
@@ -270,7 +280,7 @@ def test_photos_that_were_broken_off_go_on_and_end_the_same(folder, tmp_path, mo
 def test_no_shard_is_written_of_photos_that_are_all_skipped(folder, tmp_path):
     for number in range(3):
         folder(f"{number}.png", (256, 256), *([(10, 10, 80, 80)] if number < 2 else []))
-    photos = Photos(**{**vars(SMALL), "shard": 2})
+    photos = PhotoSettings(**{**vars(SMALL), "shard": 2})
     for _ in range(2):
         made, skipped, _ = make_photos(folder.place, tmp_path / "out", photos)
         assert made == 2 and [one.photo for one in skipped] == ["2.png"]
@@ -281,7 +291,7 @@ def test_shards_of_other_photos_or_settings_are_not_taken_for_these(folder, tmp_
     photo = folder("a.png", (256, 256), (10, 10, 80, 80))
     make_photos(folder.place, tmp_path / "out", SMALL)
     with pytest.raises(PortraitError, match=r"other settings \(most_faces\)"):
-        make_photos(folder.place, tmp_path / "out", Photos(**{**vars(SMALL), "most_faces": 2}))
+        make_photos(folder.place, tmp_path / "out", PhotoSettings(**{**vars(SMALL), "most_faces": 2}))
     photo.with_suffix(".txt").write_text("ann at sea")
     with pytest.raises(PortraitError, match=r"other photos .*\(list\)"):
         make_photos(folder.place, tmp_path / "out", SMALL)
@@ -298,11 +308,11 @@ def test_a_folder_without_photos_is_refused(tmp_path):
 
 def test_the_cut_keeps_all_faces_if_it_can_and_else_the_first():
     image = np.zeros((100, 400, 3), np.uint8)
-    _, both = square(image, [face(10, 20, 40, 60), face(60, 20, 90, 60)], 100)
+    _, both = square_crop(image, [face(10, 20, 40, 60), face(60, 20, 90, 60)], 100)
     assert None not in both and both[0].box.tolist() == [9, 20, 39, 60]
-    _, first = square(image, [face(300, 20, 390, 90), face(10, 20, 40, 60)], 100)
+    _, first = square_crop(image, [face(300, 20, 390, 90), face(10, 20, 40, 60)], 100)
     assert first[1] is None and first[0].box[2] <= 100
-    _, cut = square(image, [face(300, 20, 390, 90), face(270, 20, 320, 60)], 100)
+    _, cut = square_crop(image, [face(300, 20, 390, 90), face(270, 20, 320, 60)], 100)
     assert cut[1] is None
 
 
@@ -311,7 +321,7 @@ def test_quality_decides_the_size_of_the_files(folder, tmp_path, kind):
     folder("a.png", (256, 256), (10, 10, 200, 200))
     sizes = []
     for quality in (20, 95):
-        make_photos(folder.place, tmp_path / str(quality), Photos(size=128, kind=kind, quality=quality))
+        make_photos(folder.place, tmp_path / str(quality), PhotoSettings(size=128, kind=kind, quality=quality))
         with tarfile.open(tmp_path / str(quality) / "photos-00000.tar") as tar:
             sizes.append(tar.getmember(f"00000000.{kind}").size)
         assert len(records(tmp_path / str(quality))) == 1
@@ -322,7 +332,9 @@ def test_a_real_face_is_found_and_labelled(tmp_path):
     file = portrait()
     (tmp_path / "people" / "ada").mkdir(parents=True)
     (tmp_path / "people" / "ada" / file.name).write_bytes(file.read_bytes())
-    made, skipped, notices = make_photos(tmp_path / "people", tmp_path / "out", Photos(size=256, detector="mtcnn"))
+    made, skipped, notices = make_photos(
+        tmp_path / "people", tmp_path / "out", PhotoSettings(size=256, detector="mtcnn")
+    )
     assert (made, skipped, notices) == (1, [], [])
     found = records(tmp_path / "out")[f"ada/{file.name}"].record.faces
     assert [one.id for one in found] == ["ada"]
@@ -376,7 +388,7 @@ def test_check_counts_what_cannot_be_used_and_what_a_person_may_want_to_see(tmp_
         shard._put("outside.json", json.dumps(outside).encode())
         shard.add("wide", encode_png(np.zeros((64, 72, 3), np.uint8)), "png", samples[1].record, None)
     (tmp_path / "b-00000.tar").write_bytes(b"nothing")
-    report = check(tmp_path)
+    report = check_shards(tmp_path)
     assert report.samples == 9 and report.shards == 2
     assert report.unusable == {
         "unusable mask": 1,
@@ -397,10 +409,10 @@ def test_check_counts_what_cannot_be_used_and_what_a_person_may_want_to_see(tmp_
     assert "cannot be used: 5" in capsys.readouterr().out
     assert len((tmp_path / "faults.txt").read_text().splitlines()) == 5 + sum(report.doubtful.values())
     (tmp_path / "b-00000.tar").unlink()
-    make_world(tmp_path / "good", World(0, 2, size=64))
+    make_world(tmp_path / "good", WorldSettings(0, 2, size=64))
     assert command_line.run(command_line.parse(["dataset", "check", str(tmp_path / "good"), "--processes", "1"])) == 0
     with pytest.raises(PortraitError, match="holds no shards"):
-        check(tmp_path / "nowhere")
+        check_shards(tmp_path / "nowhere")
 
 
 # ----------------------------------------------------------------------------------------------------------- features
@@ -463,7 +475,7 @@ def test_features_are_those_of_the_picture_the_caption_and_the_faces(tmp_path, n
 
 
 def test_features_that_are_there_are_kept_and_those_of_other_networks_made_again(tmp_path, networks, capsys):
-    make_world(tmp_path, World(0, 2, size=64, shard=1))
+    make_world(tmp_path, WorldSettings(0, 2, size=64, shard=1))
     kept, again = tmp_path / "world-00000.features.safetensors", tmp_path / "world-00001.features.safetensors"
     assert features(networks, tmp_path, "vae") == 0
     before = kept.stat().st_mtime_ns
@@ -485,7 +497,7 @@ def test_latents_stay_where_only_the_networks_of_faces_are_new(tmp_path, network
     assert features(networks, tmp_path, "vae") == 0
     first = load_file(tmp_path / "world-00000.features.safetensors")
     with monkeypatch.context() as patch:
-        patch.setattr("trainer.features.Encode.__call__", lambda *_: pytest.fail("latents were made again"))
+        patch.setattr("trainer.features.LatentEncoder.__call__", lambda *_: pytest.fail("latents were made again"))
         assert features(networks, tmp_path, "vae", "backbone", "vision") == 0
     second = load_file(tmp_path / "world-00000.features.safetensors")
     assert all(torch.equal(first[name].nan_to_num(), second[name].nan_to_num()) for name in first)
@@ -510,13 +522,13 @@ def test_latents_stay_where_only_the_networks_of_faces_are_new(tmp_path, network
     ],
 )
 def test_networks_that_are_not_complete_are_refused(tmp_path, networks, capsys, names, problem):
-    make_world(tmp_path, World(0, 1, size=64))
+    make_world(tmp_path, WorldSettings(0, 1, size=64))
     assert features(networks, tmp_path, *names) == 1
     assert problem in capsys.readouterr().err
 
 
 def test_a_file_that_holds_another_network_is_refused_by_name(tmp_path, networks, capsys):
-    make_world(tmp_path, World(0, 1, size=64))
+    make_world(tmp_path, WorldSettings(0, 1, size=64))
     words = ["dataset", "features", str(tmp_path), "--vae", str(networks / "backbone.safetensors")]
     assert command_line.run(command_line.parse(words)) == 1
     assert "backbone.safetensors does not hold the world's VAE" in capsys.readouterr().err

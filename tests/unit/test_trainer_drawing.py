@@ -10,7 +10,7 @@ pytest.importorskip("accelerate", reason="the trainer's requirements are not ins
 
 from lib_portrait.errors import PortraitError
 from trainer.diffusion import NoiseSchedule
-from trainer.drawing import draw, guided
+from trainer.drawing import ddim_sample, guided
 
 # The schedule of a checkpoint that predicts v, and betas that are not SD1's.
 OTHER = {"num_train_timesteps": 800, "beta_start": 0.0005, "beta_end": 0.02, "prediction_type": "v_prediction"}
@@ -33,7 +33,7 @@ def test_drawing_goes_to_each_rows_own_time_along_ddim(schedule: NoiseSchedule) 
         return schedule.target(picture, noise_in(x, t), t)
 
     first = torch.full((3,), end)
-    made = draw(noise, last, 6, schedule, predict)
+    made = ddim_sample(noise, last, 6, schedule, predict)
     assert torch.allclose(made, schedule(picture, noise_in(noise, first), last), atol=1e-3)
     times = torch.stack([*seen, last])
     assert len(seen) == 6 and (times[0] == end).all() and (times.diff(dim=0) < 0).all()
@@ -67,5 +67,5 @@ def test_what_nothing_here_predicts_is_refused() -> None:
 
 
 def test_guidance_goes_beyond_what_the_caption_says() -> None:
-    without, told = torch.tensor(1.0), torch.tensor(2.0)
-    assert guided(without, told, guidance=5) == 6 and guided(without, told, guidance=1) == 2
+    uncond, cond = torch.tensor(1.0), torch.tensor(2.0)
+    assert guided(uncond, cond, guidance=5) == 6 and guided(uncond, cond, guidance=1) == 2

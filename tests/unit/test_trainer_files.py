@@ -11,13 +11,15 @@ import pytest
 import torch
 from torch import nn
 
+from lib_portrait.attention import find_sites
 from lib_portrait.checkpoints import read_tensors, write_tensors
 from lib_portrait.checkpoints.kit import StoredFile, read_manifest, write_manifest
 from lib_portrait.errors import PortraitError
+from tests.parity.unets import diffusers_unet
 from trainer.frozen import frozen_networks
+from trainer.recipes.uniportrait_start import begin_with_faceid, begin_with_router, second_stage
 from trainer.recipes.vision import VisionRecipe
-from trainer.release import between, checkpoint, reduced, renew_manifest
-from trainer.uniportrait_start import begin_with_faceid, begin_with_router, second_stage
+from trainer.release import interpolate_adapters, reduce_rank, renew_manifest, write_checkpoint
 
 WORLD = Path(__file__).parents[2] / "models" / "world"
 PARITY = Path(__file__).parents[1] / "data" / "parity"
@@ -45,8 +47,12 @@ READERS: dict[str, tuple[str, str, Callable[[Path], object]]] = {
     "stage 2": ("faceid", "to_v_faceid", lambda file: second_stage(file, [])),
     "router": ("router", "aggr_router", lambda file: begin_with_router(nn.Module(), file)),
     "VAE": ("faceid", "latents", lambda file: frozen_networks(None, file, None, None, "cpu")),
-    "between": ("faceid", "latents", lambda file: between(file, file, 0.5, file.with_name("out.safetensors"))),
-    "reduced": ("faceid", "lora", lambda file: reduced(file, 2, file.with_name("out.safetensors"))),
+    "between": (
+        "faceid",
+        "latents",
+        lambda file: interpolate_adapters(file, file, 0.5, file.with_name("out.safetensors")),
+    ),
+    "reduced": ("faceid", "lora", lambda file: reduce_rank(file, 2, file.with_name("out.safetensors"))),
 }
 
 
@@ -60,7 +66,7 @@ def test_values_that_are_not_finite_are_refused_by_file_and_tensor(case: str, tm
 
 
 @pytest.mark.parametrize(
-    "load", [lambda file: VisionRecipe(file.parent, file), lambda file: checkpoint(file, file, file)]
+    "load", [lambda file: VisionRecipe(file.parent, file), lambda file: write_checkpoint(file, file, file)]
 )
 def test_a_file_of_another_kind_is_refused_by_name(load: Callable[[Path], object], tmp_path: Path) -> None:
     path = tmp_path / "base.safetensors"
@@ -74,7 +80,7 @@ def test_a_first_stage_without_lora_is_refused(tmp_path: Path) -> None:
     path = tmp_path / "uniportrait-faceid_mine.safetensors"
     write_tensors(path, {name: tensor for name, tensor in tensors.items() if "lora" not in name})
     with pytest.raises(PortraitError, match="mine.safetensors holds no LoRA"):
-        second_stage(path, [])
+        second_stage(path, find_sites(diffusers_unet()))
 
 
 def test_a_manifest_is_renewed_from_the_files_beside_it(tmp_path: Path) -> None:
@@ -91,5 +97,5 @@ def test_a_manifest_is_renewed_from_the_files_beside_it(tmp_path: Path) -> None:
     for name in ("world-recognition.safetensors", "world.safetensors", "world.yaml"):
         shutil.copyfile(WORLD / name, tmp_path / name)
     renew_manifest(tmp_path)
-    # The detector is not there: what was told of it stays.
+    # The detector is not there: what the manifest said of it stays.
     assert read_manifest(tmp_path / "kit.json") == dataclasses.replace(shipped, detector=stale.detector)

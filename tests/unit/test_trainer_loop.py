@@ -23,6 +23,7 @@ import portrait as command_line
 from benchmarks import train as bench
 from lib_portrait.attention.sites import find_sites
 from lib_portrait.errors import PortraitError
+from lib_portrait.methods.declarations import NAMES
 from tests.tiny_recipe import Numbers, Tiny, settings
 from trainer.dataset import world_sample
 from trainer.loop import _Watch, rate_at, seeded, train
@@ -444,7 +445,8 @@ def test_when_one_of_two_processes_is_asked_to_end_both_save_after_that_step(tmp
 # -------------------------------------------------------------------------------------------------------------- bench
 
 
-def test_the_bench_measures_the_loop_beside_an_untouched_unet_with_the_same_weights(monkeypatch, capsys):
+@pytest.mark.parametrize("method", NAMES)
+def test_the_bench_measures_the_loop_beside_an_untouched_unet_with_the_same_weights(monkeypatch, capsys, method):
     bares = []
 
     class Noted(bench.Bare):
@@ -462,14 +464,17 @@ def test_the_bench_measures_the_loop_beside_an_untouched_unet_with_the_same_weig
 
     def forward(recipe, batch, draws):
         sites = find_sites(recipe.recipe.model.unet)
-        assert all("forward" in vars(site.module.to_q) for site in sites if site.cross)
+        for site in sites:
+            injected = any("forward" in vars(module) for module in site.module.modules())
+            assert injected or not site.cross
         return paired(recipe, batch, draws)
 
     paired = bench.Paired.forward
     monkeypatch.setattr(bench.Paired, "forward", forward)
     monkeypatch.setattr(bench, "Bare", Noted)
     monkeypatch.setattr(bench.subprocess, "run", alone)
-    assert command_line.run(command_line.parse(["bench", "train", "--batch", "1", "--steps", "1", "--pairs", "5"])) == 0
+    words = ["bench", "train", "--method", method, "--batch", "1", "--steps", "1", "--pairs", "5"]
+    assert command_line.run(command_line.parse(words)) == 0
     (line,) = capsys.readouterr().out.splitlines()
     figures = json.loads(line)
     ((unet, steps),) = [(bare.unet, bare.steps) for bare in bares]

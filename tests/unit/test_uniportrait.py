@@ -12,14 +12,19 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from torch import nn
 
-from lib_portrait.attention import NEGATIVE, POSITIVE, Injection, RoutingMaps, Row, find_sites, mark
+from lib_portrait.attention import NEGATIVE, POSITIVE, Injection, RoutingMaps, Row, Site, find_sites, mark
+from lib_portrait.attention.injection import Call
+from lib_portrait.attention.lora import FusedLinear
 from lib_portrait.errors import PortraitError
 from lib_portrait.faces.weights import STRETCH, all_finite
 from lib_portrait.methods.uniportrait import (
     ROUTER_LAYERS,
     Adapter,
+    BatchRule,
     IDEmbedding,
+    Identities,
     Person,
+    SiteLayers,
     UniPortraitRule,
     interpolate,
 )
@@ -306,19 +311,19 @@ class Watched(UniPortraitRule):
 
     def __init__(self, *args, **kwargs):
         super().__init__(*args, **kwargs)
-        self.added: dict[int, torch.Tensor] = {}
+        self.of_row: dict[int, torch.Tensor] = {}
 
-    def _add_identities(self, site, call, state, hidden, q, attended):
-        out = super()._add_identities(site, call, state, hidden, q, attended)
+    def added(self, site, call, hidden, q):
+        added = super().added(site, call, hidden, q)
         if site.index == 1:
-            self.added |= dict(zip(call.numbers, out - attended, strict=True))
-        return out
+            self.of_row |= dict(zip(call.numbers, added, strict=True))
+        return added
 
 
 def added(unet: nn.Module, adapter: Adapter, people: list[Person], *slices: Sequence[int]) -> dict[int, torch.Tensor]:
     rule = Watched(adapter, people, lora_scale=0.0)
     composed(Injection(unet, rule, rows=COMPOSED), *slices)
-    return rule.added
+    return rule.of_row
 
 
 def nothing(row: torch.Tensor) -> torch.Tensor:
@@ -379,11 +384,11 @@ def test_a_negative_row_without_its_positive_row_has_everybody_s_mean_scale(unet
     for sampling in ([[4]], [[0, 1], [4]]):
         rule.begin()
         composed(injection, *sampling)
-        assert torch.allclose(rule.added[4], whole / 2, atol=1e-5)
+        assert torch.allclose(rule.of_row[4], whole / 2, atol=1e-5)
         composed(injection, range(5))
-        assert nothing(rule.added[4]).any()
+        assert nothing(rule.of_row[4]).any()
     composed(injection, [4], side=8)
-    assert not nothing(rule.added[4]).any()
+    assert not nothing(rule.of_row[4]).any()
 
 
 def test_equal_scales_leave_negative_rows_as_they_are_alone(unet, adapter) -> None:
@@ -686,3 +691,106 @@ def test_a_weight_that_lies_where_another_lay_is_seen(adapter: Adapter) -> None:
         assert other._version == layer.weight._version, "the counter does not tell them apart"
         layer.weight = other
         assert not torch.equal(run(own), before)
+
+
+def plain(
+    adapter: Adapter, site: Site, own: Identities, hidden: torch.Tensor, q: torch.Tensor, noise: torch.Tensor | None
+) -> torch.Tensor:
+    """Eq. 3, eq. 2 (straight through where there is noise) and lambda * identity attention, one by one as printed."""
+    w = {**dict(adapter.router_at(site).named_parameters()), **dict(adapter.faceid_at(site).named_parameters())}
+    rows = []
+    for b, ids in enumerate(own.id_tokens):
+        theta = F.gelu(hidden[b] @ w["to_q_router.0.weight"].T + w["to_q_router.0.bias"]) @ w["to_q_router.2.weight"].T
+        pooled = torch.einsum("t,ntd->nd", w["aggr_router.weight"][0], ids) + w["aggr_router.bias"]
+        phi = F.gelu(pooled @ w["to_k_router.0.weight"].T + w["to_k_router.0.bias"]) @ w["to_k_router.2.weight"].T
+        logits = torch.where(own.present[b], theta @ phi.T, -torch.inf)
+        soft = (logits + (0 if noise is None else noise[b])).softmax(dim=-1)
+        m = F.one_hot(soft.argmax(dim=-1), len(ids)) + (0 if noise is None else soft - soft.detach())
+        attended = []
+        for i, person in enumerate(ids):
+            k, v = (
+                (person @ w[name].T).chunk(site.heads, dim=-1) for name in ("to_k_faceid.weight", "to_v_faceid.weight")
+            )
+            of_heads = [
+                (q_h @ k_h.T / q_h.shape[-1] ** 0.5).softmax(dim=-1) @ v_h
+                for q_h, k_h, v_h in zip(q[b].chunk(site.heads, dim=-1), k, v)
+            ]
+            attended.append(m[:, i : i + 1] * torch.cat(of_heads, dim=-1))
+        rows.append(own.scale[b] * sum(attended))
+    return torch.stack(rows)
+
+
+@pytest.mark.parametrize(("people", "by_chance"), [(1, False), (3, False), (3, True)])
+def test_what_is_trained_has_the_output_and_the_gradients_of_the_printed_equations(
+    unet, people: int, by_chance: bool
+) -> None:
+    adapter = Adapter.from_tensors(*files()).requires_grad_(True)
+    site = [site for site in find_sites(unet) if site.cross][1]
+    torch.manual_seed(8)
+    hidden, q = (
+        torch.randn(2, 20, site.channels, requires_grad=True),
+        torch.randn(2, 20, site.inner, requires_grad=True),
+    )
+    present = torch.tensor([[True] * people, [True, True, False][:people]])
+    own = Identities(
+        torch.randn(2, people, TOKENS, WIDTH, requires_grad=True), present, torch.tensor([0.7, 1.2])[:, None, None]
+    )
+    noise = torch.randn(2, 20, people) * 3 if by_chance else None
+    rule = BatchRule(adapter, several=people > 1)
+    rule.begin(own, None if noise is None else lambda index, shape: noise)
+    found = rule.added(site, Call(), hidden, q)
+    expected = plain(adapter, site, own, hidden, q, noise)
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
+    layers = [adapter.faceid_at(site).to_k_faceid, adapter.faceid_at(site).to_v_faceid]
+    router = adapter.router_at(site)
+    learned = [q, own.id_tokens, *(layer.weight for layer in layers)]
+    if by_chance:
+        routing = (router.to_q_router, router.to_k_router, router.aggr_router)
+        learned += [hidden, *(parameter for module in routing for parameter in module.parameters())]
+        assert set(rule.logits) == {site.index} and (rule.logits[site.index] == -torch.inf)[1, :, 2].all()
+    weight = torch.randn_like(found)
+    wanted, got = (torch.autograd.grad((out * weight).sum(), learned) for out in (expected, found))
+    for one, other in zip(got, wanted, strict=True):
+        assert other.abs().max() > 0
+        torch.testing.assert_close(one, other, rtol=1e-3, atol=1e-5 * float(other.abs().max()) + 1e-6)
+
+
+@pytest.mark.parametrize("count", [1, 2])
+def test_what_is_kept_from_step_to_step_is_made_anew_while_it_is_trained(unet, monkeypatch, count: int) -> None:
+    """Identities' keys and values, the router's keys, and fused LoRA."""
+    made: dict[str, int] = {}
+
+    def counted(owner: type, name: str) -> None:
+        original = getattr(owner, name)
+
+        def call(*args, **kwargs):
+            made[name] = made.get(name, 0) + 1
+            return original(*args, **kwargs)
+
+        monkeypatch.setattr(owner, name, call)
+
+    for name in ("keys_values", "router_keys"):
+        counted(SiteLayers, name)
+    counted(FusedLinear, "_fuse")
+    cross = sum(site.cross for site in find_sites(unet))
+    once = {"keys_values": 2 * cross, **({"router_keys": 2 * cross} if count > 1 else {})}
+    twice = {name: 2 * calls for name, calls in once.items()}
+    adapter = Adapter.from_tensors(*files())
+
+    def calls_of(people: list[Person]) -> dict[str, int]:
+        made.clear()
+        outputs = []
+        with Injection(unet, UniPortraitRule(adapter, people)):
+            outputs = [run(unet) for _ in range(2)]
+        assert torch.equal(*outputs)
+        return dict(made)
+
+    people = [person(seed) for seed in range(1, count + 1)]
+    fused = {"_fuse": 4 * len(find_sites(unet))}
+    assert calls_of(people) == {**once, **fused}
+    learned = [Person({kind: own.clone().requires_grad_() for kind, own in one.tokens.items()}) for one in people]
+    assert calls_of(learned) == {**twice, **fused}
+    adapter.faceid.requires_grad_(True)
+    assert calls_of(people) == (twice if count == 1 else {**twice, **fused})
+    adapter.requires_grad_(False).router.requires_grad_(True)
+    assert calls_of(people) == ({**once, **fused} if count == 1 else twice)

@@ -8,8 +8,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from lib_portrait.errors import PortraitError
 from lib_portrait.attention.windows import check_window, takes_part
+from lib_portrait.errors import PortraitError
 
 
 def steps(count: int) -> list[float]:

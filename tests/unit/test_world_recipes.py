@@ -56,7 +56,7 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
     portrait(f"dataset features {home}/shards --vae {vae}")
     base = train("base", "base", f"--vae {vae}") / "base.safetensors"
     vision = train("vision", "vision", f"--base {base}") / "world-vision.safetensors"
-    release.checkpoint(vae, base, home / "world.safetensors")
+    release.write_checkpoint(vae, base, home / "world.safetensors")
     portrait(f"dataset features {home}/shards --vae {vae} --backbone {recognition} --vision {vision}")
     adapter = f"--checkpoint {home}/world.safetensors --name world --rank 4 --tokens 4 --width 64 --depth 1"
     faceid = train("uniportrait", "stage-1", adapter) / "uniportrait-faceid_world.safetensors"
@@ -128,7 +128,7 @@ def test_both_stages_fit_the_base_model(runs: Path) -> None:
 
 
 def test_photos_of_held_out_people_lie_beside_the_weights(tmp_path: Path) -> None:
-    release.photos(tmp_path, 1)
+    release.write_photos(tmp_path, 1)
     assert sorted(path.name for path in tmp_path.iterdir()) == [f"man-0009-{k}.png" for k in range(release.PHOTOS)]
 
 
@@ -160,7 +160,7 @@ def test_an_adapter_can_be_taken_between_two(
     lacking = dict(list(stored.tensors.items())[1:])
     write_tensors(second, lacking, stored.metadata)
     with pytest.raises(PortraitError, match="other layers"):
-        release.between(first, second, 0.5, tmp_path / "none.safetensors")
+        release.interpolate_adapters(first, second, 0.5, tmp_path / "none.safetensors")
 
 
 def test_an_adapter_can_be_brought_down_to_a_rank(runs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

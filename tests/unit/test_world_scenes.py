@@ -14,7 +14,7 @@ import pytest
 pytest.importorskip("skia", reason="skia-python needs the system's libEGL and libGL", exc_type=ImportError)
 
 from lib_portrait.errors import PortraitError
-from trainer.world import Picture, held_out, identity, render, sample_scene
+from trainer.world import Picture, held_out, render, sample_scene, world_person
 from trainer.world.__main__ import main
 from trainer.world.bench import bench
 from trainer.world.situations import CLOTHES_COLOURS, EXPRESSIONS
@@ -47,23 +47,23 @@ def test_another_seed_is_another_picture():
 
 
 def test_the_population_is_numbered_and_unlimited():
-    assert identity(7) == identity(7)
-    assert identity(7) != identity(8)
-    assert identity(10**12).number == 10**12
-    assert 0.35 < sum(identity(index).woman for index in range(200)) / 200 < 0.65
+    assert world_person(7) == world_person(7)
+    assert world_person(7) != world_person(8)
+    assert world_person(10**12).number == 10**12
+    assert 0.35 < sum(world_person(index).woman for index in range(200)) / 200 < 0.65
 
 
 def test_scenes_draw_nobody_held_out():
     assert [index for index in range(30) if held_out(index)] == [9, 19, 29]
-    numbers = [person.identity.number for scene in SCENES for person in scene.people]
+    numbers = [placement.person.number for scene in SCENES for placement in scene.people]
     assert not any(held_out(number) for number in numbers)
 
 
 def test_a_situation_does_not_depend_on_who_is_in_it():
-    women = [person for person in map(identity, range(30)) if person.woman][:2]
+    women = [person for person in map(world_person, range(30)) if person.woman][:2]
     for seed in range(20):
         one, other = (sample_scene(seed, [person]) for person in women)
-        assert one.people[0].identity == women[0] and other.people[0].identity == women[1]
+        assert one.people[0].person == women[0] and other.people[0].person == women[1]
         assert one.people[0].situation == other.people[0].situation
         assert (one.background, one.style, one.light) == (other.background, other.style, other.light)
         assert (one.people[0].x, one.people[0].y, one.people[0].size) == (
@@ -74,9 +74,9 @@ def test_a_situation_does_not_depend_on_who_is_in_it():
 
 
 def test_a_person_is_the_same_in_every_situation():
-    person = identity(3)
+    person = world_person(3)
     scenes = [sample_scene(seed, [person]) for seed in range(10)]
-    assert {scene.people[0].identity for scene in scenes} == {person}
+    assert {scene.people[0].person for scene in scenes} == {person}
     assert len({scene.people[0].situation for scene in scenes}) == 10
     assert {render(scene, 64).faces[0].id for scene in scenes[:3]} == {3}
 
@@ -84,34 +84,34 @@ def test_a_person_is_the_same_in_every_situation():
 @pytest.mark.parametrize("seed", range(0, 300, 3))
 def test_a_caption_says_what_its_attributes_say(seed):
     picture = render(SCENES[seed], 64)
-    people, said = SCENES[seed].people, picture.attributes
+    people, stated = SCENES[seed].people, picture.attributes
     text = picture.caption
     words = re.findall(r"[a-z]+", text)
-    assert text == said.text
-    assert sum(said.people.values()) == len(people)
+    assert text == stated.text
+    assert sum(stated.people.values()) == len(people)
     for word, plural in (("woman", "women"), ("man", "men")):
-        number = sum(person.identity.word == word for person in people)
-        assert said.people.get(word, 0) == number
-        told = (
+        number = sum(placement.person.word == word for placement in people)
+        assert stated.people.get(word, 0) == number
+        counted = (
             words.count(word)
             + {"two": 2, "three": 3, "four": 4}.get(words[words.index(plural) - 1], 0) * (plural in words)
             if plural in words
             else words.count(word)
         )
-        assert told == number, text
-    for index, facts in said.faces.items():
+        assert counted == number, text
+    for index, facts in stated.faces.items():
         situation = people[index].situation
         for name, value in facts.items():
             assert getattr(situation, name) == value, "a caption tells the truth"
             assert ("glasses" if value is True else value) in text
     # And nothing that the attributes keep back.
-    every = [fact for facts in said.faces.values() for fact in facts.items()]
+    every = [fact for facts in stated.faces.values() for fact in facts.items()]
     for word in EXPRESSIONS:
         assert words.count(word) == sum(fact == ("expression", word) for fact in every)
     assert words.count("glasses") == sum(name == "glasses" for name, _ in every)
     for colour in CLOTHES_COLOURS:
         assert words.count(colour) == sum(name.endswith("_colour") and value == colour for name, value in every)
-    assert (said.style is None) == (not re.search("photo|painting|drawing|sketch|watercolour|cartoon", text))
+    assert (stated.style is None) == (not re.search("photo|painting|drawing|sketch|watercolour|cartoon", text))
 
 
 def test_captions_are_worded_in_many_ways():
@@ -123,8 +123,8 @@ def test_captions_are_worded_in_many_ways():
 
 @pytest.mark.parametrize("people", [0, 5])
 def test_a_crowd_and_nobody_are_refused(people):
-    with pytest.raises(PortraitError, match="identities"):
-        sample_scene(0, [identity(index) for index in range(people)])
+    with pytest.raises(PortraitError, match="people"):
+        sample_scene(0, [world_person(index) for index in range(people)])
 
 
 @pytest.mark.parametrize("size", [0, 63, 4096])

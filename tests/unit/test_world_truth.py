@@ -10,13 +10,13 @@ import pytest
 
 pytest.importorskip("skia", reason="skia-python needs the system's libEGL and libGL", exc_type=ImportError)
 
-from trainer.world import Identity, Mole, Picture, Placement, Scene, Situation, identity, render, sample_scene
-from trainer.world.figure import Figure
+from trainer.world import Mole, Picture, Placement, Scene, Situation, WorldPerson, render, sample_scene, world_person
 from trainer.world.light import Light
+from trainer.world.person_renderer import PersonRenderer
 from trainer.world.skin import FACE_SIDE, FACE_TOP, HEAD_LON, HEAD_Y
 
 SIZE = 256
-PEOPLE = [identity(index) for index in range(60)]
+PEOPLE = [world_person(index) for index in range(60)]
 HAIRY = [person for person in PEOPLE if person.hair_line < 0.5][:6]
 PLAIN = replace(
     next(person for person in PEOPLE if not person.woman),
@@ -32,7 +32,7 @@ PLAIN = replace(
 FRONT = Light((0.0, 0.0, 1.0), 0.4, (1.0, 1.0, 1.0))
 
 
-def portrait(person: Identity, situation: Situation | None = None, size: int = SIZE) -> Picture:
+def portrait(person: WorldPerson, situation: Situation | None = None, size: int = SIZE) -> Picture:
     placement = Placement(person, situation or Situation(), x=0.5, y=0.45, size=0.3)
     return render(Scene((placement,), contrast=0.4), size)
 
@@ -53,14 +53,14 @@ def near(points: np.ndarray, radius: float, size: int = SIZE) -> np.ndarray:
 def test_the_mask_is_where_the_face_was_painted(person, yaw, monkeypatch):
     person = replace(person, beard=0.0)
     plain = portrait(person, Situation(yaw=yaw))
-    tints = Figure._skin_tints
+    tints = PersonRenderer._skin_tints
 
-    def paint(figure):
+    def paint(renderer):
         # One cell in from the edge: colours run on to the next points of the lattice.
         face = (np.abs(HEAD_LON) < FACE_SIDE - 0.1) & (HEAD_Y > FACE_TOP + 0.1)
-        return np.where(face, 1 - tints(figure) * 0.5, tints(figure))
+        return np.where(face, 1 - tints(renderer) * 0.5, tints(renderer))
 
-    monkeypatch.setattr(Figure, "_skin_tints", paint)
+    monkeypatch.setattr(PersonRenderer, "_skin_tints", paint)
     painted = changed(plain, portrait(person, Situation(yaw=yaw)), by=20)
     mask = plain.faces[0].mask
     wide = cv2.dilate(mask.astype(np.uint8), np.ones((7, 7))).astype(bool)
@@ -123,8 +123,8 @@ def test_a_mole_is_drawn_where_the_surface_carries_it(place, yaw):
     difference = changed(portrait(PLAIN, Situation(yaw=yaw)), portrait(marked, Situation(yaw=yaw)))
     rows, columns = np.nonzero(difference)
     assert rows.size > 3
-    figure = Figure(marked, Situation(yaw=yaw), (128.0, 0.45 * 256), 0.3 * 256, FRONT)
-    expected = figure.outline_of("moles")[:2, 0]
+    renderer = PersonRenderer(marked, Situation(yaw=yaw), (128.0, 0.45 * 256), 0.3 * 256, FRONT)
+    expected = renderer.outline_of("moles")[:2, 0]
     assert np.hypot(columns.mean() + 0.5 - expected[0], rows.mean() + 0.5 - expected[1]) < 2
     assert not (difference & ~near(expected[None], 7)).any()
 

@@ -200,13 +200,13 @@ def test_the_worlds_checkpoint_offers_its_settings(
         assert "missing" not in page.text(f"{page.panel}_weights")
         page.show(page.panel)
         page.save("16-world")
-        page.click(f"{page.panel}_world_settings")
+        page.click(f"{page.panel}_kit_settings")
         wanted = {"width": "128", "height": "128", "steps": "20", "cfg_scale": "5"}
         for name, value in wanted.items():
             field = page.one(f"#txt2img_{name} input[type=number]")
             page.wait(lambda field=field, value=value: field.get_property("value") == value, f"{name} {value}")
         assert page.one("#txt2img_sampling input").get_property("value") == "DDIM"
-        driver.execute_script("document.querySelector('#img2img_portrait_world_settings').click()")
+        driver.execute_script("document.querySelector('#img2img_portrait_kit_settings').click()")
         field = page.one("#img2img_width input[type=number]")
         page.wait(lambda: field.get_property("value") == "128", "the other tab's size")
         page.upload(1, portrait())

@@ -18,7 +18,8 @@ from PIL import Image
 
 from lib_portrait.request import Limits, PortraitRequest, parse_request
 from lib_portrait.standalone import generation
-from lib_portrait.standalone.generation import Studio, sample_people
+from lib_portrait.standalone.generation import Studio
+from lib_portrait.standalone.samples import both_words, read_samples, sample_people
 from lib_portrait.standalone.sampling import SAMPLERS
 from tests.webui.browser import Page
 from tests.webui.server import Client, photo
@@ -40,6 +41,7 @@ NEEDED = (
     "world.safetensors",
     "world.yaml",
     "kit.json",
+    "samples.json",
     "uniportrait-faceid_world.safetensors",
     "uniportrait-router_world.safetensors",
     "world-recognition.safetensors",
@@ -51,7 +53,7 @@ NEEDED = (
 @pytest.fixture(scope="module")
 def shipped() -> Path:
     """The folder of the world."""
-    folder = generation.WORLD
+    folder = Path(__file__).resolve().parents[2] / "models" / "world"
     missing = [name for name in NEEDED if not (folder / name).is_file()]
     if missing or not list((folder / "faces").glob("*.png")):
         pytest.skip(f"{folder} is not complete, missing: {', '.join(missing) or 'pictures in faces'}")
@@ -79,7 +81,7 @@ def studio(shipped: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[
 @pytest.fixture(scope="module")
 def everyone(shipped: Path) -> PortraitRequest:
     """All sample people of the world that the sheet of `portrait.py generate` shows."""
-    people = sample_people(shipped / "faces")[: generation.PEOPLE_SHOWN]
+    people = read_samples(shipped).people
     identities = [{"photos": [photo(person.photos[0])]} for person in people]
     return parse_request({"identities": identities, "checkpoint": "world"}, Limits(identities=len(people)))
 
@@ -100,7 +102,7 @@ def as_json(request: PortraitRequest, **changes: Any) -> dict[str, Any]:
 def prompt_of(shipped: Path, pair: tuple[int, int] = PAIRS[0]) -> str:
     people = sample_people(shipped / "faces")
     first, second = (people[place].word for place in pair)
-    return f"a photo of {generation.both_words(first, second)} in a park"
+    return f"a photo of {both_words(first, second)} in a park"
 
 
 def pictures(images: Sequence[str]) -> list[np.ndarray]:

@@ -50,6 +50,13 @@ def configure(parser: argparse.ArgumentParser) -> None:
     features.add_argument("--vae", type=Path, help="instead: vae.safetensors, as exported by the recipe vae")
     features.add_argument("--backbone", type=Path, help="recognition network; with --vision, for faces")
     features.add_argument("--vision", type=Path, help="image encoder")
+    features.add_argument(
+        "--references",
+        type=int,
+        default=0,
+        metavar="SIZE",
+        help="also the latents of the square about each face, of so many pixels; default: none",
+    )
     features.add_argument("--batch", type=int, default=16, help="pictures at once, default 16")
     features.add_argument("--device", help="default: cuda where there is one")
     check = _kind(kinds, "check", _check, "what shards hold")
@@ -70,9 +77,9 @@ def run(options: argparse.Namespace) -> int:
 
 
 def _photos(options: argparse.Namespace) -> int:
-    from trainer.dataset import Photos, make_photos
+    from trainer.dataset import PhotoSettings, make_photos
 
-    photos = Photos(
+    photos = PhotoSettings(
         size=options.size,
         caption=options.caption,
         kind=options.kind,
@@ -95,9 +102,9 @@ def _photos(options: argparse.Namespace) -> int:
 
 
 def _world(options: argparse.Namespace) -> int:
-    from trainer.dataset import World, make_world
+    from trainer.dataset import WorldSettings, make_world
 
-    world = World(options.first, options.number, options.identities, options.size, options.shard)
+    world = WorldSettings(options.first, options.number, options.identities, options.size, options.shard)
     made = make_world(options.output, world, options.name, options.processes)
     print(f"{made} shards were made, {-(-options.number // options.shard) - made} were there already")
     return 0
@@ -109,7 +116,9 @@ def _features(options: argparse.Namespace) -> int:
     from trainer.shards import Shards
 
     device = options.device or default_device()
-    frozen = frozen_networks(options.checkpoint, options.vae, options.backbone, options.vision, device)
+    frozen = frozen_networks(
+        options.checkpoint, options.vae, options.backbone, options.vision, device, options.references
+    )
     counts = precompute(Shards.under(options.data).paths, frozen, options.batch)
     print(f"{counts['shards']} shards: {counts['pictures']} pictures, {counts['faces']} faces")
     if counts["unusable"]:
@@ -119,9 +128,9 @@ def _features(options: argparse.Namespace) -> int:
 
 def _check(options: argparse.Namespace) -> int:
     """1 when there is something that cannot be used."""
-    from trainer.dataset import check
+    from trainer.dataset import check_shards
 
-    report = check(options.data, options.processes)
+    report = check_shards(options.data, options.processes)
     people = ", ".join(f"{count} with {number}" for number, count in sorted(report.people.items()))
     print(f"{report.samples} samples in {report.shards} shards; by number of faces: {people}")
     print(f"{report.faces} faces, {report.unlabelled} of them of nobody known; {len(report.identities)} people")

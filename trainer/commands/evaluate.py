@@ -4,8 +4,8 @@ portrait.py evaluate single --output RESULTS              one person, beside the
 portrait.py evaluate multi --output RESULTS               all pairs of people
 portrait.py evaluate references beta --output RESULTS     1, 2, 4 photos of a person; the face structure scale
 
-Tables are written as RESULTS/PROTOCOL.md and .json, what was seen in each picture as .jsonl, some pictures as .png.
-Broken off, the same command goes on: pictures are kept and never drawn twice with the same settings.
+Tables are written as RESULTS/PROTOCOL.md and .json, the measurements of each picture as .jsonl, some pictures as .png.
+Broken off, the same command goes on: pictures are kept and never generated twice with the same settings.
 """
 
 from __future__ import annotations
@@ -35,44 +35,49 @@ def configure(parser: argparse.ArgumentParser) -> None:
     made.add_argument("--negative-prompt", metavar="TEXT")
     made.add_argument("--scale", type=float, help="ID scale, default 0.7")
     made.add_argument("--structure", type=float, help="face structure scale β, default 0.1")
+    made.add_argument(
+        "--option", action="append", metavar="NAME=VALUE", help="of the adapter's method; repeated for several"
+    )
     made.add_argument("--batch", type=int, help="pictures at once, default 8")
     made.add_argument("--device", help="default: cuda where there is one, else cpu")
-    made.add_argument("--processes", type=int, help="that draw at once; default: a core each for the world, else 1")
-    asked = parser.add_argument_group("whom and how many")
-    asked.add_argument("--people", metavar="held-out|train|FOLDER", help="of the world, or photos; default held-out")
-    asked.add_argument("--number", type=int, help="of people; default: see below")
-    asked.add_argument("--prompts", type=int, help="for each person or pair, of 40 or, for pairs, 21")
-    asked.add_argument("--pictures", type=int, help="for each prompt")
-    asked.add_argument("--gallery", type=int, help="people of the world to be told apart, at least; default 100")
-    asked.add_argument("--references", type=int, nargs="+", metavar="N", help="numbers of photos, default 1 2 4")
-    asked.add_argument("--betas", type=float, nargs="+", metavar="β", help="default 0 0.1 0.3 0.6 1")
+    made.add_argument("--processes", type=int, help="that generate at once; default: a core each for the world, else 1")
+    whom = parser.add_argument_group("whom and how many")
+    whom.add_argument("--people", metavar="held-out|train|FOLDER", help="of the world, or photos; default held-out")
+    whom.add_argument("--number", type=int, help="of people; default: see below")
+    whom.add_argument("--prompts", type=int, help="for each person or pair, of 40 or, for pairs, 21")
+    whom.add_argument("--pictures", type=int, help="for each prompt")
+    whom.add_argument("--gallery", type=int, help="people of the world in the gallery, at least; default 100")
+    whom.add_argument("--references", type=int, nargs="+", metavar="N", help="numbers of photos, default 1 2 4")
+    whom.add_argument("--sides", action="store_true", help="multi: also with a region for each person, side by side")
+    whom.add_argument("--betas", type=float, nargs="+", metavar="β", help="default 0 0.1 0.3 0.6 1")
     parser.epilog = (
         "People x prompts x pictures: for photos 15 x 40 x 4 and 15 x 21 x 4 (pairs) as in the paper; for the world "
         "100 x 5 x 1 (single, references), 15 x 4 x 1 (multi), 50 x 5 x 1 (beta)."
     )
-    seen = parser.add_argument_group("what measures them; for people of the world its own where nothing is said")
-    seen.add_argument("--detector", metavar="mtcnn|insightface|FILE", help="finds faces")
-    seen.add_argument("--recogniser", metavar="FILE", help="FaceNet or an IR network, never the one that conditions")
-    seen.add_argument("--clip", metavar="NAME:FILE", help="open_clip's name of a model and its weights")
-    seen.add_argument("--attributes", metavar="FILE", help="tells the world's attributes; '' for none")
-    seen.add_argument("--fid", choices=("clip", "face"), help="whose features FID compares, default clip")
+    by = parser.add_argument_group("what measures them; for people of the world its own by default")
+    by.add_argument("--detector", metavar="mtcnn|insightface|FILE", help="finds faces")
+    by.add_argument("--recogniser", metavar="FILE", help="FaceNet or an IR network, never the one that conditions")
+    by.add_argument("--clip", metavar="NAME:FILE", help="open_clip's name of a model and its weights")
+    by.add_argument("--attributes", metavar="FILE", help="predicts the world's attributes; '' for none")
+    by.add_argument("--fid", choices=("clip", "face"), help="whose features FID compares, default clip")
 
 
 def run(options: argparse.Namespace) -> int:
     import dataclasses
 
-    from trainer.evaluation.plans import Extent
-    from trainer.evaluation.run import Settings, evaluate
+    from trainer.evaluation.plans import ProtocolSettings
+    from trainer.evaluation.run import EvaluationSettings, evaluate
     from trainer.frozen import default_device
 
     given = {name: value for name, value in vars(options).items() if value is not None}
-    given |= {"adapters": given.pop("adapter", None), "device": options.device or default_device()}
-    forms = {name: tuple(value) if isinstance(value, list) else value for name, value in given.items()}
+    given |= {"adapters": given.pop("adapter", None), "options": given.pop("option", None)}
+    given |= {"device": options.device or default_device()}
+    values = {name: tuple(value) if isinstance(value, list) else value for name, value in given.items()}
 
     def part(form: type) -> dict[str, object]:
-        return {
-            field.name: forms[field.name] for field in dataclasses.fields(form) if forms.get(field.name) is not None
-        }
+        names = [field.name for field in dataclasses.fields(form)]
+        return {name: values[name] for name in names if values.get(name) is not None}
 
-    evaluate(Settings(**{**part(Settings), "extent": Extent(**part(Extent))}))  # type: ignore[arg-type]
+    protocols = ProtocolSettings(**part(ProtocolSettings))  # type: ignore[arg-type]
+    evaluate(EvaluationSettings(**{**part(EvaluationSettings), "protocol_settings": protocols}))  # type: ignore[arg-type]
     return 0

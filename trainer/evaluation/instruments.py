@@ -1,4 +1,4 @@
-"""What measures pictures: a face detector, a recogniser, CLIP and the attribute network, each chosen by its file."""
+"""The networks that measure pictures: face detector, recogniser and CLIP, each chosen by its file."""
 
 from __future__ import annotations
 
@@ -10,7 +10,6 @@ from pathlib import Path
 import cv2
 import numpy as np
 import torch
-from numpy.typing import NDArray
 from PIL import Image as PILImage
 from torch import Tensor
 from torch.nn import functional
@@ -23,28 +22,30 @@ from lib_portrait.faces.detection import DETECTORS, Detector, Face, detect_faces
 from lib_portrait.faces.features import clip_view, pixels_of, recognition_view
 from lib_portrait.faces.recognition import backbone_from_state_dict
 from lib_portrait.faces.weights import beside, check_finite, fill
-from trainer.evaluation.people import Image, Picture
+from trainer.evaluation.metrics import Floats
+from trainer.evaluation.populations import SubjectPhoto
+from trainer.world.render import Image
 
-Floats = NDArray[np.floating]
 # Faces of smaller pictures are sought in an enlarged one: detectors for photographs look for 20 pixels and more.
-SMALL = 256
+ENLARGED_BELOW = 256
 CROP, FACENET_CROP = 224, 160
 
 
 # --------------------------------------------------------------------------------------------------------------- faces
 
 
-def faces_of(image: Image, detector: Detector) -> list[Face]:
+def find_faces(image: Image, detector: Detector) -> list[Face]:
     """The faces of a picture (H, W, 3) uint8, in its pixels, from left to right."""
-    scale = 2 if detector.name in DETECTORS and min(image.shape[:2]) < SMALL else 1
-    seen = cv2.resize(image, None, fx=scale, fy=scale, interpolation=cv2.INTER_CUBIC) if scale > 1 else image
-    faces = detect_faces(np.asarray(seen, np.uint8), detector)
+    scale = 2 if detector.name in DETECTORS and min(image.shape[:2]) < ENLARGED_BELOW else 1
+    enlarged = cv2.resize(image, None, fx=scale, fy=scale, interpolation=cv2.INTER_CUBIC) if scale > 1 else image
+    faces = detect_faces(np.asarray(enlarged, np.uint8), detector)
     return [Face(face.box / scale, face.landmarks / scale, face.score) for face in faces]
 
 
 @dataclass(frozen=True)
 class Recogniser:
-    """Tells faces apart. embed: faces of a picture to embeddings (n, d) of unit length. weights: see `fingerprint`."""
+    """A face recognition network. embed: faces of a picture to embeddings (n, d) of unit length. weights: their
+    `fingerprint`."""
 
     name: str
     weights: str
@@ -65,7 +66,7 @@ def open_recogniser(path: Path, device: torch.device | str = "cpu") -> Recognise
     @torch.no_grad()
     def embed(image: Image, faces: Sequence[Face]) -> Floats:
         crops = [align_face(image, face.landmarks, CROP) for face in faces]
-        return _unit(network(recognition_view(pixels_of(crops), network.image_size).to(device))[0])
+        return _unit_length(network(recognition_view(pixels_of(crops), network.image_size).to(device))[0])
 
     return Recogniser(path.stem, fingerprint(tensors), embed)
 
@@ -81,13 +82,13 @@ def _facenet(path: Path, tensors: dict[str, Tensor], device: torch.device | str)
 
     @torch.no_grad()
     def embed(image: Image, faces: Sequence[Face]) -> Floats:
-        crops = pixels_of([_boxed(image, face) for face in faces]) * 255
-        return _unit(network(((crops - 127.5) / 128).to(device)))
+        crops = pixels_of([_box_crop(image, face) for face in faces]) * 255
+        return _unit_length(network(((crops - 127.5) / 128).to(device)))
 
     return Recogniser(path.stem, fingerprint(tensors), embed)
 
 
-def _boxed(image: Image, face: Face) -> Image:
+def _box_crop(image: Image, face: Face) -> Image:
     """The face's box stretched to a square, as facenet-pytorch cuts faces out."""
     height, width = image.shape[:2]
     left, top, right, bottom = (int(value) for value in face.box)
@@ -96,7 +97,7 @@ def _boxed(image: Image, face: Face) -> Image:
     return np.asarray(cv2.resize(cut, (FACENET_CROP, FACENET_CROP), interpolation=cv2.INTER_AREA), np.uint8)
 
 
-def _unit(embeddings: Tensor) -> Floats:
+def _unit_length(embeddings: Tensor) -> Floats:
     return functional.normalize(embeddings.float(), dim=-1).cpu().numpy().astype(np.float64)
 
 
@@ -111,10 +112,10 @@ def fingerprint(tensors: dict[str, Tensor]) -> str:
     return sha.hexdigest()
 
 
-def refuse_same(measuring: Recogniser, conditioning: Path) -> None:
+def refuse_conditioning_network(measuring: Recogniser, conditioning: Path) -> None:
     """Raises PortraitError when the recogniser that measures is the one that conditions, under whatever name.
 
-    An adapter is made to please the network it was trained with: similarities measured by that say little.
+    An adapter is fitted to the network it was trained with: similarities measured by that say little.
     """
     if fingerprint(read_tensors(conditioning).tensors) == measuring.weights:
         raise PortraitError(
@@ -124,7 +125,7 @@ def refuse_same(measuring: Recogniser, conditioning: Path) -> None:
         )
 
 
-def embedding_of(picture: Picture, recogniser: Recogniser, detector: Detector) -> Floats | None:
+def embedding_of(picture: SubjectPhoto, recogniser: Recogniser, detector: Detector) -> Floats | None:
     """The embedding (d) of a photo's person: of the face at its known landmarks, or of the largest that is found.
 
     None where none is found.
@@ -136,7 +137,7 @@ def embedding_of(picture: Picture, recogniser: Recogniser, detector: Detector) -
         box = np.concatenate([middle - reach, middle + reach]).astype(np.float32)
         faces = [Face(box, picture.landmarks, 1.0)]
     else:
-        found = faces_of(picture.image, detector)
+        found = find_faces(picture.image, detector)
         faces = [max(found, key=lambda face: face.area)] if found else []
     return recogniser.embed(picture.image, faces)[0] if faces else None
 
@@ -146,15 +147,15 @@ def embedding_of(picture: Picture, recogniser: Recogniser, detector: Detector) -
 
 @dataclass(frozen=True)
 class Clip:
-    """Compares pictures with texts. texts, pictures: to (n, d) of unit length; features: pictures to (n, d'), pooled
-    but not projected, for FID."""
+    """Compares pictures with texts. encode_text: to embeddings (n, d) of unit length; encode_image: to those, and to
+    features (n, d') for FID, which are pooled but not projected."""
 
     name: str
-    texts: Callable[[Sequence[str]], Floats]
-    pictures: Callable[[Sequence[Image]], tuple[Floats, Floats]]
+    encode_text: Callable[[Sequence[str]], Floats]
+    encode_image: Callable[[Sequence[Image]], tuple[Floats, Floats]]
 
 
-def open_clip_of(
+def load_clip(
     choice: str, text_encoder: CLIPTextModel, tokenizer: CLIPTokenizer, device: torch.device | str = "cpu"
 ) -> Clip:
     """CLIP by "NAME:FILE", open_clip's name of a model and its weights ("ViT-L-14:ViT-L-14.pt"), or by the path of a
@@ -186,23 +187,23 @@ def _world_clip(path: Path, text_encoder: CLIPTextModel, tokenizer: CLIPTokenize
     last = tokenizer.eos_token_id
 
     @torch.no_grad()
-    def texts(captions: Sequence[str]) -> Floats:
-        tokens = tokenizer(
+    def encode_text(captions: Sequence[str]) -> Floats:
+        ids = tokenizer(
             list(captions), padding="max_length", max_length=77, truncation=True, return_tensors="pt"
         ).input_ids
-        states = text_encoder(tokens.to(text_encoder.device)).last_hidden_state.float().to(device)
-        ends = (tokens == last).int().argmax(dim=1).to(device)
-        return _unit(states[torch.arange(len(ends)), ends] @ text.T)
+        states = text_encoder(ids.to(text_encoder.device)).last_hidden_state.float().to(device)
+        ends = (ids == last).int().argmax(dim=1).to(device)
+        return _unit_length(states[torch.arange(len(ends)), ends] @ text.T)
 
     @torch.no_grad()
-    def pictures(images: Sequence[Image]) -> tuple[Floats, Floats]:
+    def encode_image(images: Sequence[Image]) -> tuple[Floats, Floats]:
         side = tower.config.image_size
         # As the tower was trained: plain bilinear, without anti-aliasing.
         small = [cv2.resize(image, (side, side), interpolation=cv2.INTER_LINEAR) for image in images]
         pooled = tower(pixel_values=clip_view(pixels_of(small)).to(device)).pooler_output.float()
-        return _unit(pooled @ visual.T), pooled.cpu().numpy().astype(np.float64)
+        return _unit_length(pooled @ visual.T), pooled.cpu().numpy().astype(np.float64)
 
-    return Clip(path.stem, texts, pictures)
+    return Clip(path.stem, encode_text, encode_image)
 
 
 def _tower(tensors: dict[str, Tensor], settings: dict[str, str], path: Path) -> CLIPVisionModel:
@@ -250,16 +251,16 @@ def _open_clip(name: str, path: Path, device: torch.device | str) -> Clip:
     tokenizer = open_clip.get_tokenizer(name)
 
     @torch.no_grad()
-    def texts(captions: Sequence[str]) -> Floats:
-        return _unit(model.encode_text(tokenizer(list(captions)).to(device)))
+    def encode_text(captions: Sequence[str]) -> Floats:
+        return _unit_length(model.encode_text(tokenizer(list(captions)).to(device)))
 
     @torch.no_grad()
-    def pictures(images: Sequence[Image]) -> tuple[Floats, Floats]:
-        seen = torch.stack([preprocess(PILImage.fromarray(image)) for image in images]).to(device)
-        features = model.encode_image(seen).float()
-        return _unit(features), features.cpu().numpy().astype(np.float64)
+    def encode_image(images: Sequence[Image]) -> tuple[Floats, Floats]:
+        batch = torch.stack([preprocess(PILImage.fromarray(image)) for image in images]).to(device)
+        features = model.encode_image(batch).float()
+        return _unit_length(features), features.cpu().numpy().astype(np.float64)
 
-    return Clip(f"{name} ({path.stem})", texts, pictures)
+    return Clip(f"{name} ({path.stem})", encode_text, encode_image)
 
 
 def _file(text: str | Path, field: str, wanted: str) -> Path:

@@ -1,4 +1,4 @@
-"""From pictures to what was seen in each."""
+"""From pictures to the measurements of each."""
 
 from __future__ import annotations
 
@@ -10,21 +10,20 @@ from typing import Any
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor
 
 from lib_portrait.errors import PortraitError
 from lib_portrait.faces.detection import Detector
 from lib_portrait.standalone.measuring import greedy_pairs, owner, recognised_people
 from trainer.attribute_network import AttributeNetwork
-from trainer.evaluation.artist import Pool
-from trainer.evaluation.instruments import Clip, Recogniser, embedding_of, faces_of
-from trainer.evaluation.metrics import multisim, rank
-from trainer.evaluation.people import Image, Population
-from trainer.evaluation.plans import Shot
+from trainer.evaluation.generators import PictureCache
+from trainer.evaluation.instruments import Clip, Recogniser, embedding_of, find_faces
+from trainer.evaluation.metrics import Floats, multisim, rank
+from trainer.evaluation.plans import Sample
+from trainer.evaluation.populations import Population
 from trainer.world.attributes import Attributes
+from trainer.world.render import Image
 
-Floats = NDArray[np.floating]
 CLIP, FACE = "clip", "face"
 BATCH = 32
 
@@ -41,23 +40,23 @@ class Instruments:
     fid: str = CLIP
 
     @property
-    def features(self) -> str:
-        """What the features of FID are, for people."""
+    def fid_features(self) -> str:
+        """What the features of FID are, in words."""
         if self.fid == FACE:
             return f"embeddings of the largest face by {self.recogniser.name}"
         return f"pooled features of {self.clip.name}"
 
 
 @dataclass(frozen=True)
-class Seen:
-    """What was seen in one picture of one or several people, in the order of `Shot.people`.
+class Measurements:
+    """The measurements of one picture of one or several people, in the order of `Sample.people`.
 
-    faces: how many were found. similarity: of each person's face to their reference, None where no face was left for
+    faces: how many were detected. similarity: of each person's face to their reference, None where no face was left for
     them. ranks: place of that person among the people of the gallery, from 1. between: similarity of the two people's
     faces to each other. clip_t: cosine of picture and prompt. shown: whether each attribute that the prompt states is
     there. features (d) for FID, None where there is no face to take them from. recognised: whether each person has a
-    face that is most similar to them among the picture's people. placed: whether the centre of each
-    one's face lies where the picture was routed to them; None where nobody knows how it was routed.
+    face that is most similar to them among the picture's people. placed: whether the centre of each one's face lies
+    where the picture was routed to them; None where it is not known how it was routed.
     """
 
     faces: int
@@ -89,21 +88,21 @@ class Seen:
 
     @property
     def places_everybody(self) -> bool | None:
-        """Whether that is so with each face where the picture was routed to that person; None where nobody knows."""
+        """Whether, besides, each face lies where the picture was routed to that person; None where that is unknown."""
         return None if self.placed is None else self.shows_everybody and all(self.placed)
 
-    def within(self, places: int) -> float:
-        """Share of the people who are among the first of the gallery by their face; who has none is not."""
-        return _share(place is not None and place <= places for place in self.ranks)
+    def top_k(self, k: int) -> float:
+        """Top-k identification: share of the people whose face has a rank of at most k; who has no face has no rank."""
+        return _share(place is not None and place <= k for place in self.ranks)
 
     @property
-    def found(self) -> float:
+    def detection_rate(self) -> float:
         """Share of the people for whom there is a face."""
         return _share(value is not None for value in self.similarity)
 
     @property
     def accuracy(self) -> float | None:
-        """Share of the stated attributes that the picture shows; None where nothing is stated or none can be told."""
+        """Share of the stated attributes that the picture shows; None where nothing is stated or predicted."""
         return _share(self.shown.values()) if self.shown else None
 
     def to_json(self) -> dict[str, Any]:
@@ -112,8 +111,8 @@ class Seen:
 
 
 def _share(values: Any) -> float:
-    told = [bool(value) for value in values]
-    return sum(told) / len(told)
+    flags = [bool(value) for value in values]
+    return sum(flags) / len(flags)
 
 
 @dataclass(frozen=True)
@@ -138,42 +137,42 @@ class Gallery:
 
 def measure(
     paths: Sequence[Path],
-    shots: Sequence[Shot],
+    samples: Sequence[Sample],
     gallery: Gallery,
     instruments: Instruments,
-    obeys: bool,
+    prompted: bool,
     progress: Callable[[int], object] = lambda number: None,
-) -> list[Seen]:
-    """What is seen in the pictures of the shots. obeys: whether they were made to show what the prompts say."""
+) -> list[Measurements]:
+    """The measurements of the samples' pictures. prompted: whether these were made to show what the prompts state."""
     clip = instruments.clip
-    captions = sorted({shot.text for shot in shots})
+    captions = sorted({sample.text for sample in samples})
     texts: dict[str, Floats] = {}
     for start in range(0, len(captions), BATCH):
         part = captions[start : start + BATCH]
-        texts.update(zip(part, clip.texts(part)))
-    seen = []
+        texts.update(zip(part, clip.encode_text(part)))
+    measurements = []
     for start in range(0, len(paths), BATCH):
-        images = [Pool.read(path) for path in paths[start : start + BATCH]]
-        embeddings, features = clip.pictures(images)
-        told = instruments.attributes.tell(images) if instruments.attributes is not None and obeys else None
-        for place, (image, shot, path) in enumerate(zip(images, shots[start:], paths[start:])):
-            seen.append(
-                _seen(
+        images = [PictureCache.read(path) for path in paths[start : start + BATCH]]
+        embeddings, features = clip.encode_image(images)
+        predicted = instruments.attributes.predict(images) if instruments.attributes is not None and prompted else None
+        for place, (image, sample, path) in enumerate(zip(images, samples[start:], paths[start:])):
+            measurements.append(
+                _measure_picture(
                     image,
-                    shot.people,
+                    sample.people,
                     gallery,
                     instruments,
-                    float(embeddings[place] @ texts[shot.text]) if obeys else None,
-                    agreement(shot.attributes, told[place]) if told is not None else {},
+                    float(embeddings[place] @ texts[sample.text]) if prompted else None,
+                    agreement(sample.attributes, predicted[place]) if predicted is not None else {},
                     features[place],
-                    Pool.owners(path),
+                    PictureCache.read_owners(path),
                 )
             )
         progress(len(images))
-    return seen
+    return measurements
 
 
-def _seen(
+def _measure_picture(
     image: Image,
     people: Sequence[int],
     gallery: Gallery,
@@ -182,8 +181,8 @@ def _seen(
     shown: dict[str, bool],
     features: Floats | None,
     owners: Tensor | None,
-) -> Seen:
-    faces = faces_of(image, instruments.detector)
+) -> Measurements:
+    faces = find_faces(image, instruments.detector)
     similarity: list[float | None] = [None] * len(people)
     ranks: list[int | None] = [None] * len(people)
     recognised = (False,) * len(people)
@@ -203,7 +202,7 @@ def _seen(
     if instruments.fid == FACE:
         largest = max(range(len(faces)), key=lambda number: faces[number].area, default=None)
         features = None if largest is None or embeddings is None else embeddings[largest]
-    return Seen(
+    return Measurements(
         len(faces),
         tuple(similarity),
         tuple(ranks),
@@ -216,6 +215,6 @@ def _seen(
     )
 
 
-def agreement(stated: Attributes, told: Attributes) -> dict[str, bool]:
+def agreement(stated: Attributes, predicted: Attributes) -> dict[str, bool]:
     """For each attribute that a caption states and the network knows: whether the picture shows it."""
-    return {name: told[name] == value for name, value in stated.items() if name in told}
+    return {name: predicted[name] == value for name, value in stated.items() if name in predicted}

@@ -36,7 +36,7 @@ def multisim(own: Sequence[float | None], between: float | None) -> float:
 
     own: similarity of each of the two references to its face, None where it has none; between: of the two faces to
     each other. The paper does not say what a missing face counts. Here its similarity is 0, and the second term too,
-    as if the two faces were one and the same: leaving somebody out must not pass for keeping people apart.
+    as if the two faces were one and the same: a missing person must not pass for people kept apart.
     """
     one, other = (value or 0.0 for value in own)
     return (one + other) / 2 + (0.0 if between is None else 1 - between)
@@ -56,18 +56,18 @@ def jackknife(statistic: Callable[[NDArray[np.bool_]], float], members: Members)
 
     statistic: of the pictures that a mask (n) lets in. For the mean of single people's means this is the familiar
     deviation of those means over sqrt(N); it also holds for pairs, which share people, and for what is no mean (FID).
-    None where leaving somebody out leaves too little.
+    None where too little is left without a person.
     """
     people = sorted({person for group in members for person in group})
-    without = [np.array([person not in group for group in members]) for person in people]
-    if len(people) < 2 or not all(mask.any() for mask in without):
+    masks = [np.array([person not in group for group in members]) for person in people]
+    if len(people) < 2 or not all(mask.any() for mask in masks):
         return None
-    values = np.array([statistic(mask) for mask in without])
+    values = np.array([statistic(mask) for mask in masks])
     count = len(people)
     return float(np.sqrt((count - 1) / count * ((values - values.mean()) ** 2).sum()))
 
 
-def clustered(values: Sequence[float | None], members: Members) -> Estimate | None:
+def cluster_mean(values: Sequence[float | None], members: Members) -> Estimate | None:
     """The mean over people (or pairs) of their pictures' mean value, with its error. None values are left out.
 
     Returns None where nothing is left.
@@ -89,9 +89,9 @@ def clustered(values: Sequence[float | None], members: Members) -> Estimate | No
 # ---------------------------------------------------------------------------------------------------------------- FID
 
 
-def frechet(one: Floats, other: Floats) -> float:
+def frechet_distance(one: Floats, other: Floats) -> float:
     """Fréchet distance of two sets of features (n, d), (m, d), taken for normal (FID, arXiv 1706.08500, eq. 6)."""
-    return frechet_of(*moments(one), *moments(other))
+    return frechet_from_moments(*moments(one), *moments(other))
 
 
 def moments(features: Floats) -> tuple[Floats, Floats]:
@@ -100,7 +100,7 @@ def moments(features: Floats) -> tuple[Floats, Floats]:
     return features.mean(axis=0), np.atleast_2d(np.cov(features, rowvar=False))
 
 
-def frechet_of(mean: Floats, covariance: Floats, other_mean: Floats, other_covariance: Floats) -> float:
+def frechet_from_moments(mean: Floats, covariance: Floats, other_mean: Floats, other_covariance: Floats) -> float:
     """|m - m'|^2 + tr(C + C' - 2 (C C')^(1/2)).
 
     The trace of the root is the sum of the roots of the eigenvalues of C^(1/2) C' C^(1/2), which is symmetric: that
@@ -116,15 +116,15 @@ def frechet_of(mean: Floats, covariance: Floats, other_mean: Floats, other_covar
 def fid(features: Floats, real: Floats, members: Members) -> Estimate | None:
     """FID of pictures' features (n, d) to real ones' (m, d), with its error. None below two pictures on either side.
 
-    The error tells how much it moves with the people chosen. It does not tell the bias, which every FID of few pictures
-    has: only those of equally many pictures can be compared.
+    The error is that of the choice of people. It does not include the bias, which every FID of few pictures has: only
+    those of equally many pictures can be compared.
     """
     if min(len(features), len(real)) < 2:
         return None
     reference = moments(real)
 
     def distance(mask: NDArray[np.bool_]) -> float:
-        return frechet_of(*moments(features[mask]), *reference)
+        return frechet_from_moments(*moments(features[mask]), *reference)
 
     everything = np.ones(len(features), dtype=bool)
     counts = [sum(person not in group for group in members) for person in {p for group in members for p in group}]

@@ -1,4 +1,4 @@
-"""What is asked for: two fixed lists of captions in the world's wording, and what each of them says, as data.
+"""The prompts: two fixed lists of captions in the world's wording, and what each of them states, as data.
 
 Like FastComposer's benchmark (UniPortrait, sec. 4.2) the first has 40 prompts for one person, that put the person into
 other places, styles, clothes, accessories and moods, and the second 21 for two people.
@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from trainer.world.attributes import Attributes
-from trainer.world.captions import NUMBERS, PLACES, PLURALS, STYLE_PHRASES
+from trainer.world.captions import PLACES, STYLE_PHRASES, counted_people, enumeration, with_article
 
 BACKGROUND_OF = {phrase: name for name, phrases in PLACES.items() for phrase in phrases}
 STYLE_OF = {phrase: name for name, phrases in STYLE_PHRASES.items() for phrase in phrases}
@@ -37,59 +37,40 @@ class Prompt:
 
     def text(self, words: Sequence[str]) -> str:
         """The caption for people of these class words, "woman", "man" or, where it is not known, "person"."""
-        who = _counted(words) if len(words) > 1 else self._person(words[0])
+        who = counted_people(Counter(words)) if len(words) > 1 else self._person(words[0])
         return " ".join(part for part in (self.opening, who, self.place) if part)
 
     def _person(self, word: str) -> str:
         wears = [
-            *([_article(f"{self.clothes_colour} {self.garment}")] if self.garment else []),
-            *([_article(f"{self.hat_colour} {self.hat}")] if self.hat else []),
-            *([_article(f"{self.scarf_colour} scarf")] if self.scarf_colour else []),
+            *([with_article(f"{self.clothes_colour} {self.garment}")] if self.garment else []),
+            *([with_article(f"{self.hat_colour} {self.hat}")] if self.hat else []),
+            *([with_article(f"{self.scarf_colour} scarf")] if self.scarf_colour else []),
             *(["glasses"] if self.glasses else []),
         ]
-        phrase = _article(f"{self.expression} {word}".strip())
-        return f"{phrase} wearing {_and(wears)}" if wears else phrase
+        phrase = with_article(f"{self.expression} {word}".strip())
+        return f"{phrase} wearing {enumeration(wears)}" if wears else phrase
 
     def attributes(self, words: Sequence[str]) -> Attributes:
-        """What the caption says, in the words of the attribute network. Of a "person" it does not say which sex."""
-        told = {"people": str(len(words))}
+        """What the caption states, in the words of the attribute network. Of a "person" it does not state the sex."""
+        stated = {"people": str(len(words))}
         if "person" not in words:
-            told["women"] = str(list(words).count("woman"))
-        # "a portrait of" is an opening for photographs, but does not say so.
+            stated["women"] = str(list(words).count("woman"))
+        # "a portrait of" is an opening for photographs, but does not state that.
         if STYLE_OF[self.opening] != "photo" or "photo" in self.opening:
-            told["style"] = STYLE_OF[self.opening]
+            stated["style"] = STYLE_OF[self.opening]
         if self.place:
-            told["background"] = BACKGROUND_OF[self.place]
+            stated["background"] = BACKGROUND_OF[self.place]
         for name in ("expression", "garment", "clothes_colour", "hat"):
             if getattr(self, name):
-                told[name] = getattr(self, name)
+                stated[name] = getattr(self, name)
         if self.scarf_colour:
-            told["scarf"] = "yes"
+            stated["scarf"] = "yes"
         if self.glasses:
-            told["glasses"] = "yes"
-        return told
+            stated["glasses"] = "yes"
+        return stated
 
 
-def _article(words: str) -> str:
-    return f"{'an' if words[0] in 'aeiou' else 'a'} {words}"
-
-
-def _and(parts: list[str]) -> str:
-    return parts[0] if len(parts) == 1 else f"{', '.join(parts[:-1])} and {parts[-1]}"
-
-
-def _counted(words: Sequence[str]) -> str:
-    """ "two women", "a man and a woman": people as the world's captions count them."""
-    plurals = {**PLURALS, "person": "people"}
-    return _and(
-        [
-            _article(word) if number == 1 else f"{NUMBERS[number]} {plurals[word]}"
-            for word, number in Counter(words).items()
-        ]
-    )
-
-
-# Any eight that follow one another hold places, styles, clothes, accessories and moods: see `dealt`.
+# Any eight that follow one another hold places, styles, clothes, accessories and moods: see `assigned_prompts`.
 SINGLE = (
     Prompt("a photo of", "in a park"),
     Prompt("a photo of", expression="smiling", garment="shirt", clothes_colour="red"),
@@ -161,9 +142,9 @@ MULTI = tuple(
 )
 
 
-def dealt(prompts: Sequence[Prompt], place: int, number: int) -> list[int]:
-    """Which of the prompts person (or pair) number `place` is asked with, when each is asked with `number` of them.
+def assigned_prompts(prompts: Sequence[Prompt], place: int, number: int) -> list[int]:
+    """Which of the prompts person (or pair) number `place` is assigned, when each gets `number` of them.
 
-    The list is dealt out like cards: where nobody gets all prompts, all prompts are used about equally often.
+    In turn, round the list: where nobody gets all prompts, all prompts are used about equally often.
     """
-    return [(place * number + card) % len(prompts) for card in range(min(number, len(prompts)))]
+    return [(place * number + k) % len(prompts) for k in range(min(number, len(prompts)))]

@@ -1,4 +1,4 @@
-"""Tables of what was seen, in Markdown and JSON, and a sheet of some of the pictures."""
+"""Tables of measurements, in Markdown and JSON, and a contact sheet of some of the pictures."""
 
 from __future__ import annotations
 
@@ -14,13 +14,13 @@ import numpy as np
 from PIL import Image as PILImage
 
 from lib_portrait.standalone.sheet import Cell, Section, draw_sheet
-from trainer.evaluation.measuring import Seen
-from trainer.evaluation.metrics import Estimate, Floats, clustered, fid
-from trainer.evaluation.people import Population
-from trainer.evaluation.plans import Plan, Row
+from trainer.evaluation.measuring import Measurements
+from trainer.evaluation.metrics import Estimate, Floats, cluster_mean, fid
+from trainer.evaluation.plans import EvaluationPlan, Variant
+from trainer.evaluation.populations import Population
 
-# Lines of the sheet: one shot each, of different people as far as there are.
-SHEET_LINES = 8
+# Rows of the sheet: one sample each, of different people as far as there are.
+SHEET_ROWS = 8
 
 
 @dataclass(frozen=True)
@@ -28,41 +28,41 @@ class Column:
     """A number of the table. of: what one picture contributes, or None for nothing. percent: shown times 100."""
 
     name: str
-    of: Callable[[Seen], float | None]
+    of: Callable[[Measurements], float | None]
     percent: bool = True
 
 
-def columns(plan: Plan, first: int) -> list[Column]:
-    """The columns that are means over pictures. first: how many places of the gallery count as among the first."""
-    told = [
-        Column("top-1", lambda seen: seen.within(1)),
-        Column(f"top-{first}", lambda seen: seen.within(first)),
-        Column("face found", lambda seen: seen.found),
-        Column("CLIP-T", lambda seen: seen.clip_t),
-        Column("prompt accuracy", lambda seen: seen.accuracy),
+def columns(plan: EvaluationPlan, k: int) -> list[Column]:
+    """The columns that are means over pictures. k: of the second top-k identification."""
+    common = [
+        Column("top-1", lambda one: one.top_k(1)),
+        Column(f"top-{k}", lambda one: one.top_k(k)),
+        Column("face found", lambda one: one.detection_rate),
+        Column("CLIP-T", lambda one: one.clip_t),
+        Column("prompt accuracy", lambda one: one.accuracy),
     ]
     if plan.protocol == "multi":
-        pair = Column("MultiSim", lambda seen: seen.multisim, percent=False)
-        both = Column("both shown", lambda seen: seen.shows_everybody)
-        placed = Column("both placed", lambda seen: seen.places_everybody)
-        return [Column("lowest similarity", lambda seen: seen.lowest), pair, both, placed, *told]
-    return [Column("similarity", lambda seen: seen.lowest), *told]
+        pair = Column("MultiSim", lambda one: one.multisim, percent=False)
+        both = Column("both shown", lambda one: one.shows_everybody)
+        placed = Column("both placed", lambda one: one.places_everybody)
+        return [Column("lowest similarity", lambda one: one.lowest), pair, both, placed, *common]
+    return [Column("similarity", lambda one: one.lowest), *common]
 
 
 @dataclass(frozen=True)
-class Line:
+class TableRow:
     """A row of the table with its numbers: by column, and by attribute the share of pictures that show it."""
 
-    row: Row
+    variant: Variant
     numbers: dict[str, Estimate | None]
     attributes: dict[str, Estimate | None]
 
 
 @dataclass(frozen=True)
 class Difference:
-    """By how much one row's pictures differ from another's with the same people, prompts and seeds."""
+    """By how much one variant's pictures differ from another's with the same people, prompts and seeds."""
 
-    row: str
+    variant: str
     minus: str
     numbers: dict[str, Estimate | None]
 
@@ -71,58 +71,61 @@ class Difference:
 class Table:
     """A protocol's result. notes: what has to be known to read it."""
 
-    plan: Plan
+    plan: EvaluationPlan
     columns: list[Column]
-    lines: list[Line]
+    rows: list[TableRow]
     differences: list[Difference]
     notes: list[str]
 
 
 def tabulate(
-    plan: Plan,
-    seen: Mapping[str, Sequence[Seen]],
+    plan: EvaluationPlan,
+    measurements: Mapping[str, Sequence[Measurements]],
     real: Sequence[Floats],
     gallery: int,
     notes: Sequence[str],
 ) -> Table:
-    """The table of a plan. seen: by row, in the order of its shots. real: features of real pictures, for FID.
-    gallery: how many people there were to be told apart."""
-    members = [shot.people for shot in plan.shots]
-    first = min(5, gallery)
-    shown = columns(plan, first)
-    stated = list(dict.fromkeys(name for shot in plan.shots for name in shot.attributes))
-    lines = []
-    for row in plan.rows:
-        pictures = seen[row.name]
-        numbers = {column.name: clustered([column.of(one) for one in pictures], members) for column in shown}
+    """The table of a plan.
+
+    measurements: by variant, in the order of the samples. real: FID features of real pictures. gallery: its people.
+    """
+    members = [sample.people for sample in plan.samples]
+    shown = columns(plan, min(5, gallery))
+    stated = list(dict.fromkeys(name for sample in plan.samples for name in sample.attributes))
+    rows = []
+    for variant in plan.variants:
+        pictures = measurements[variant.name]
+        numbers = {column.name: cluster_mean([column.of(one) for one in pictures], members) for column in shown}
         own = [(one.features, group) for one, group in zip(pictures, members) if one.features is not None]
         if own and len(real):
             numbers["FID"] = fid(
                 np.stack([features for features, _ in own]), np.stack(real), [group for _, group in own]
             )
         shares = {name: [float(one.shown[name]) if name in one.shown else None for one in pictures] for name in stated}
-        lines.append(Line(row, numbers, {name: clustered(values, members) for name, values in shares.items()}))
-    made = [row.name for row in plan.rows if not row.real]
+        rows.append(
+            TableRow(variant, numbers, {name: cluster_mean(values, members) for name, values in shares.items()})
+        )
+    generated = [variant.name for variant in plan.variants if not variant.real]
     differences = []
-    for minus, name in itertools.pairwise(made):
+    for minus, name in itertools.pairwise(generated):
         numbers = {}
         for column in shown:
-            pairs = [(column.of(one), column.of(other)) for one, other in zip(seen[name], seen[minus])]
-            numbers[column.name] = clustered(
+            pairs = [(column.of(one), column.of(other)) for one, other in zip(measurements[name], measurements[minus])]
+            numbers[column.name] = cluster_mean(
                 [None if one is None or other is None else one - other for one, other in pairs], members
             )
         differences.append(Difference(name, minus, numbers))
     shown = [*shown, Column("FID", lambda _: None, percent=False)]
-    # What nothing could measure needs no column.
-    shown = [column for column in shown if any(line.numbers.get(column.name) for line in lines)]
-    return Table(plan, shown, lines, differences, list(notes))
+    # What was measured of no variant needs no column.
+    shown = [column for column in shown if any(row.numbers.get(column.name) for row in rows)]
+    return Table(plan, shown, rows, differences, list(notes))
 
 
 # ------------------------------------------------------------------------------------------------------------- writing
 
 
 def markdown(table: Table) -> str:
-    """The table, the differences from row to row, and the attributes one by one."""
+    """The table, the differences from variant to variant, and the attributes one by one."""
     scales = {column.name: 100.0 if column.percent else 1.0 for column in table.columns}
     digits = {column.name: 2 if column.name == "MultiSim" else 1 for column in table.columns}
 
@@ -134,22 +137,24 @@ def markdown(table: Table) -> str:
         return f"{estimate.value * scale:{sign}.{places}f}{error}"
 
     names = [column.name for column in table.columns]
-    parts = [f"## {table.plan.title}", "", _grid(["", *(_heading(column) for column in table.columns)])]
-    parts += [_line([line.row.name, *(number(name, line.numbers.get(name)) for name in names)]) for line in table.lines]
+    parts = [f"## {table.plan.title}", "", _header(["", *(_heading(column) for column in table.columns)])]
+    parts += [
+        _cells([row.variant.name, *(number(name, row.numbers.get(name)) for name in names)]) for row in table.rows
+    ]
     parts += ["", *table.notes]
     if table.differences:
         means = [name for name in names if name != "FID"]
-        parts += ["", "Differences, paired by person, prompt and seed:", "", _grid(["", *means])]
+        parts += ["", "Differences, paired by person, prompt and seed:", "", _header(["", *means])]
         parts += [
-            _line([f"{one.row} − {one.minus}", *(number(name, one.numbers.get(name), "+") for name in means)])
+            _cells([f"{one.variant} − {one.minus}", *(number(name, one.numbers.get(name), "+") for name in means)])
             for one in table.differences
         ]
-    told = [name for name in table.lines[0].attributes if any(line.attributes[name] for line in table.lines)]
-    if told:
+    stated = [name for name in table.rows[0].attributes if any(row.attributes[name] for row in table.rows)]
+    if stated:
         parts += ["", "Attributes of the prompt that were found, in %:", ""]
-        parts += [_grid(["", *(name.replace("_", " ") for name in told)])]
+        parts += [_header(["", *(name.replace("_", " ") for name in stated)])]
         parts += [
-            _line([line.row.name, *(number(name, line.attributes[name]) for name in told)]) for line in table.lines
+            _cells([row.variant.name, *(number(name, row.attributes[name]) for name in stated)]) for row in table.rows
         ]
     return "\n".join(parts) + "\n"
 
@@ -158,11 +163,11 @@ def _heading(column: Column) -> str:
     return f"{column.name} %" if column.percent else column.name
 
 
-def _grid(cells: Sequence[str]) -> str:
-    return _line(cells) + "\n" + _line(["---"] * len(cells))
+def _header(cells: Sequence[str]) -> str:
+    return _cells(cells) + "\n" + _cells(["---"] * len(cells))
 
 
-def _line(cells: Sequence[str]) -> str:
+def _cells(cells: Sequence[str]) -> str:
     return f"| {' | '.join(cells)} |"
 
 
@@ -173,11 +178,11 @@ def as_json(table: Table, facts: Mapping[str, Any]) -> str:
         **facts,
         "notes": table.notes,
         "rows": [
-            {**dataclasses.asdict(line.row), "numbers": _plain(line.numbers), "attributes": _plain(line.attributes)}
-            for line in table.lines
+            {**dataclasses.asdict(row.variant), "numbers": _plain(row.numbers), "attributes": _plain(row.attributes)}
+            for row in table.rows
         ],
         "differences": [
-            {"row": one.row, "minus": one.minus, "numbers": _plain(one.numbers)} for one in table.differences
+            {"row": one.variant, "minus": one.minus, "numbers": _plain(one.numbers)} for one in table.differences
         ],
     }
     return json.dumps(plain, indent=1, ensure_ascii=False) + "\n"
@@ -187,60 +192,68 @@ def _plain(numbers: Mapping[str, Estimate | None]) -> dict[str, Any]:
     return {name: None if one is None else dataclasses.asdict(one) for name, one in numbers.items()}
 
 
-def as_lines(plan: Plan, seen: Mapping[str, Sequence[Seen]], paths: Mapping[str, Sequence[Path]], folder: Path) -> str:
-    """One JSON object a picture: where it lies below `folder`, what it should show, what was seen."""
+def as_json_lines(
+    plan: EvaluationPlan,
+    measurements: Mapping[str, Sequence[Measurements]],
+    paths: Mapping[str, Sequence[Path]],
+    folder: Path,
+) -> str:
+    """One JSON object a picture: where it lies below `folder`, what it should show, its measurements."""
     return "".join(
         json.dumps(
             {
-                "row": row.name,
+                "row": variant.name,
                 "picture": path.relative_to(folder).as_posix(),
-                "people": shot.people,
-                "prompt": shot.text,
-                "seed": shot.seed,
-                "attributes": shot.attributes,
+                "people": sample.people,
+                "prompt": sample.text,
+                "seed": sample.seed,
+                "attributes": sample.attributes,
                 **one.to_json(),
             },
             ensure_ascii=False,
         )
         + "\n"
-        for row in plan.rows
-        for path, shot, one in zip(paths[row.name], plan.shots, seen[row.name])
+        for variant in plan.variants
+        for path, sample, one in zip(paths[variant.name], plan.samples, measurements[variant.name])
     )
 
 
-def verdict(seen: Seen) -> list[str]:
+def verdict(measurements: Measurements) -> list[str]:
     """Whether a picture of a pair shows both, and where they were routed, in a line; none for one person."""
-    if len(seen.similarity) < 2:
+    if len(measurements.similarity) < 2:
         return []
-    if not seen.shows_everybody:
+    if not measurements.shows_everybody:
         return ["not both shown"]
-    return ["both shown" if seen.places_everybody is None else "both placed" if seen.places_everybody else "misplaced"]
+    placed = measurements.places_everybody
+    return ["both shown" if placed is None else "both placed" if placed else "misplaced"]
 
 
-def sheet(
-    plan: Plan, population: Population, seen: Mapping[str, Sequence[Seen]], paths: Mapping[str, Sequence[Path]]
+def sample_sheet(
+    plan: EvaluationPlan,
+    population: Population,
+    measurements: Mapping[str, Sequence[Measurements]],
+    paths: Mapping[str, Sequence[Path]],
 ) -> PILImage.Image:
-    """A few shots, a line each: the photos that were given, then what each row of the table made of them."""
-    groups = list(dict.fromkeys(shot.people for shot in plan.shots))
-    step = max(1, len(groups) // SHEET_LINES)
+    """A few samples, a row each: the photos that were given, then the picture of each variant."""
+    groups = list(dict.fromkeys(sample.people for sample in plan.samples))
+    step = max(1, len(groups) // SHEET_ROWS)
     chosen: list[int] = []
-    for turn, group in enumerate(groups[::step][:SHEET_LINES]):
-        own = [number for number, shot in enumerate(plan.shots) if shot.people == group]
-        chosen.append(own[turn % len(own)])
-    lines = []
+    for place, group in enumerate(groups[::step][:SHEET_ROWS]):
+        own = [number for number, sample in enumerate(plan.samples) if sample.people == group]
+        chosen.append(own[place % len(own)])
+    sections = []
     for number in chosen:
-        shot = plan.shots[number]
+        sample = plan.samples[number]
         cells = [
             Cell(PILImage.fromarray(population.photo(person, 0).image), [population.people[person].name])
-            for person in shot.people
+            for person in sample.people
         ]
-        for row in plan.rows:
-            with PILImage.open(paths[row.name][number]) as picture:
-                similar = ", ".join(
-                    "no face" if value is None else f"{100 * value:.0f} %"
-                    for value in seen[row.name][number].similarity
-                )
-                cells.append(Cell(picture.convert("RGB"), [similar, *verdict(seen[row.name][number])]))
-        lines.append(Section(shot.text, [cells], ["photo"] * len(shot.people) + [row.name for row in plan.rows]))
-    notes = ["Below each picture: similarity of the person's face to the photo they are held against."]
-    return draw_sheet(plan.title, notes, lines)
+        for variant in plan.variants:
+            with PILImage.open(paths[variant.name][number]) as picture:
+                one = measurements[variant.name][number]
+                values = ["no face" if value is None else f"{100 * value:.0f} %" for value in one.similarity]
+                cells.append(Cell(picture.convert("RGB"), [", ".join(values), *verdict(one)]))
+        headings = ["photo"] * len(sample.people) + [variant.name for variant in plan.variants]
+        sections.append(Section(sample.text, [cells], headings))
+    notes = ["Below each picture: similarity of the person's face to the photo it is compared with."]
+    return draw_sheet(plan.title, notes, sections)

@@ -6,7 +6,7 @@ import dataclasses
 import multiprocessing
 import os
 import platform
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -18,58 +18,68 @@ from tqdm import tqdm
 from lib_portrait import __version__
 from lib_portrait.checkpoints.formats import read_header, read_tensors
 from lib_portrait.checkpoints.hashes import file_sha256
-from lib_portrait.checkpoints.store import ADAPTER, Folders, Store
+from lib_portrait.checkpoints.kit import ALONE, StoredFile, read_manifest
+from lib_portrait.checkpoints.store import Folders, Kit, Store
 from lib_portrait.conditioning import Conditioner
 from lib_portrait.errors import PortraitError
-from lib_portrait.faces.detection import DETECTORS
+from lib_portrait.faces.detection import DETECTORS, Detector
+from lib_portrait.faces.heatmap_detector import open_detector
 from lib_portrait.faces.recognition import backbone_from_state_dict
 from lib_portrait.faces.service import FaceService
-from lib_portrait.faces.world_detector import open_detector
+from lib_portrait.methods.declarations import Declaration, adapter_files, declaration
+from lib_portrait.options import Value
 from lib_portrait.standalone.model import Model, load_model
 from trainer.attribute_network import AttributeNetwork
-from trainer.evaluation.artist import Artist, GlobalFaces, ModelArtist, Pool, Studio, Style
-from trainer.evaluation.instruments import (
-    open_clip_of,
-    open_recogniser,
-    refuse_same,
+from trainer.evaluation.generators import (
+    Generator,
+    GlobalFeatureService,
+    PictureCache,
+    SampleProvider,
+    SamplingSettings,
+    StandaloneGenerator,
 )
+from trainer.evaluation.instruments import load_clip, open_recogniser, refuse_conditioning_network
 from trainer.evaluation.measuring import CLIP, Gallery, Instruments, measure
-from trainer.evaluation.people import HELD_OUT, TRAINED, Folder, Population, World
-from trainer.evaluation.plans import BRIEF, REAL, Extent, Plan, plan
-from trainer.evaluation.report import Table, as_json, as_lines, markdown, sheet, tabulate
+from trainer.evaluation.plans import BRIEF, REAL, EvaluationPlan, ProtocolSettings, make_plan
+from trainer.evaluation.populations import HELD_OUT, TRAINED, PhotoFolder, Population, WorldPopulation
+from trainer.evaluation.report import Table, as_json, as_json_lines, markdown, sample_sheet, tabulate
 
 MODELS = Path(__file__).resolve().parents[2] / "models"
+# The kit of the drawn people: what they are drawn and measured with where nothing else is said.
 WORLD = MODELS / "world"
-# People to be told from those that pictures are made of, so that chance is 1 % at most.
+# People of the gallery, so that chance is 1 % at most.
 GALLERY = 100
 MOST_PROCESSES = 4
+# Weights of a UNet that is small enough to be in memory several times; Stable Diffusion 1's has 860 million.
+SMALL = 100e6
 
 
 @dataclass(frozen=True)
-class Settings:
+class EvaluationSettings:
     """All that decides an evaluation.
 
-    protocols: of PROTOCOLS. checkpoint: a single-file SD1 model. adapters: "NAME", "FOLDER" or "LABEL=FOLDER", a
-    folder holding one adapter. people: HELD_OUT or TRAINED people of the world, or a folder of photos. gallery: at
-    least how many people of the world a face is told from. size: 0 for the checkpoint's own. detector, recogniser,
-    clip, attributes: see `instruments`; for people of the world the world's own where nothing is said; attributes ""
-    for none. fid: whose features, CLIP or FACE. processes: how many draw at once, 0 for as many as suit the machine and
-    the model.
+    protocols: of PROTOCOLS. checkpoint: a single-file SD1 model. adapters: "NAME", "FOLDER" or "LABEL=FOLDER", a folder
+    holding one adapter. options: of their methods, NAME=VALUE each. people: HELD_OUT or TRAINED people of the world, or
+    a folder of photos. gallery: at least how many people of the world. size: 0 for the checkpoint's own. detector,
+    recogniser, clip, attributes: see `instruments`; for people of the world the world's own by default; attributes ""
+    for none. fid: whose features, CLIP or FACE. processes: how many generate at once, 0 for as many as suit the machine
+    and the model.
     """
 
     output: Path
     protocols: tuple[str, ...]
-    checkpoint: Path = WORLD / "world.safetensors"
-    adapters: tuple[str, ...] = ("world",)
+    checkpoint: Path = field(default_factory=lambda: _named_file("base"))
+    adapters: tuple[str, ...] = field(default_factory=lambda: (read_manifest(WORLD / ALONE).name,))
     people: str = HELD_OUT
     gallery: int = GALLERY
-    extent: Extent = field(default_factory=Extent)
+    protocol_settings: ProtocolSettings = field(default_factory=ProtocolSettings)
     size: int = 0
     steps: int = 20
     guidance: float = 5.0
     sampler: str = "ddim"
     negative_prompt: str = ""
     scale: float = 0.7
+    options: tuple[str, ...] = ()
     batch: int = 8
     detector: str = ""
     recogniser: str = ""
@@ -80,40 +90,43 @@ class Settings:
     processes: int = 0
 
 
-def evaluate(settings: Settings, say: Callable[[str], object] = print) -> list[Table]:
-    """Draws, measures and writes OUTPUT/PROTOCOL.{md,json,jsonl,png}; goes on where an earlier call was broken off.
+def evaluate(settings: EvaluationSettings, say: Callable[[str], object] = print) -> list[Table]:
+    """Generates, measures and writes OUTPUT/PROTOCOL.{md,json,jsonl,png}; goes on where an earlier call was broken off.
 
     Raises PortraitError for anything that is missing or does not fit, as far as possible before the first picture.
     """
-    made = _prepare(settings)
-    instruments = open_instruments(settings, made.model)
-    for store, name in made.stores.values():
-        refuse_same(instruments.recogniser, store.kit(name).backbone)
-    missing = sum(made.studio.missing(row, one.shots) for one in made.plans for row in one.rows)
-    processes = settings.processes or _processes(made.model)
-    # To start a process takes as long as to draw a few pictures.
+    prepared = _prepare(settings)
+    instruments = open_instruments(settings, prepared.model)
+    for kit in prepared.kits.values():
+        for role in kit.files.keys() & {"backbone"}:
+            refuse_conditioning_network(instruments.recogniser, kit.files[role])
+    missing = sum(prepared.provider.missing(row, one.samples) for one in prepared.plans for row in one.variants)
+    processes = settings.processes or _default_processes(prepared.model)
+    # To start a process takes as long as to generate a few pictures.
     if processes > 1 and missing > processes * settings.batch:
-        say(f"{missing} pictures are drawn by {processes} processes; the bars show the share of the first one.")
-        _draw_apart(settings, processes)
-    facts = {"weights": {**made.weights, "instruments": _instrument_hashes(settings)}}
+        say(f"{missing} pictures are generated by {processes} processes; the bars show the share of the first one.")
+        _generate_in_processes(settings, processes)
+    facts = {"weights": {**prepared.weights, "instruments": _instrument_hashes(settings)}}
     return [
-        run(one, made.studio, instruments, facts | _facts(settings, made, one), settings.output, say)
-        for one in made.plans
+        evaluate_plan(
+            one, prepared.provider, instruments, facts | _facts(settings, prepared, one), settings.output, say
+        )
+        for one in prepared.plans
     ]
 
 
 @dataclass(frozen=True)
 class _Prepared:
-    """What draws. stores: by the adapter's label, with its name there. weights: hashes, by the adapter's label."""
+    """What generates. kits: by the adapter's label. weights: hashes, by the adapter's label."""
 
     model: Model
-    studio: Studio
-    plans: list[Plan]
-    stores: dict[str, tuple[Store, str]]
+    provider: SampleProvider
+    plans: list[EvaluationPlan]
+    kits: dict[str, Kit]
     weights: dict[str, dict[str, str]]
 
 
-def _prepare(settings: Settings) -> _Prepared:
+def _prepare(settings: EvaluationSettings) -> _Prepared:
     for name, value in (("batch", settings.batch), ("gallery", settings.gallery)):
         if value < 1:
             raise PortraitError(name, f"{value} was given", "Give a whole number of 1 or more.")
@@ -126,11 +139,12 @@ def _prepare(settings: Settings) -> _Prepared:
     stores = dict(_adapter(text, cache) for text in settings.adapters)
     if len(stores) < len(settings.adapters):
         raise PortraitError("adapter", "two have the same label", "Give them labels: --adapter LABEL=FOLDER.")
-    artists: dict[str | None, Artist] = {None: ModelArtist(model, hashes, None)}
-    for label, (store, name) in stores.items():
-        faces = _faces(store, name, cache, _service_detector(settings))
-        artists[label] = ModelArtist(model, hashes, Conditioner(faces, store), name)
-    style = Style(
+    generators: dict[str | None, Generator] = {None: StandaloneGenerator(model, hashes, None)}
+    kits = {label: store.kit(name, method) for label, (store, name, method) in stores.items()}
+    for label, (store, name, method) in stores.items():
+        faces = _face_service(kits[label], cache, _reference_detector(settings))
+        generators[label] = StandaloneGenerator(model, hashes, Conditioner(faces, store), name, method)
+    sampling = SamplingSettings(
         settings.size or model.size,
         settings.steps,
         settings.guidance,
@@ -138,111 +152,138 @@ def _prepare(settings: Settings) -> _Prepared:
         settings.negative_prompt,
         settings.scale,
         settings.batch,
+        _options(settings.options, [declaration(kit.method) for kit in kits.values()]),
     )
-    population = open_people(settings, style.size)
-    studio = Studio(population, artists, style, Pool(settings.output / "pictures"))
-    # Everything that could be wrong with one of the protocols comes to light before the first one is drawn.
-    plans = [plan(protocol, population.people, list(stores), _extent(settings)) for protocol in settings.protocols]
+    population = open_population(settings, sampling.size)
+    provider = SampleProvider(population, generators, sampling, PictureCache(settings.output / "pictures"))
+    # Everything that could be wrong with one of the protocols comes to light before the first picture of any.
+    plans = [
+        make_plan(protocol, population.people, list(stores), _protocol_settings(settings))
+        for protocol in settings.protocols
+    ]
     people = 2 if "multi" in settings.protocols else 1
-    weights = {"text only": hashes, **{label: dict(artists[label].weights(people)) for label in stores}}
-    return _Prepared(model, studio, plans, stores, weights)
+    weights = {"text only": hashes, **{label: dict(generators[label].weights(people)) for label in stores}}
+    return _Prepared(model, provider, plans, kits, weights)
 
 
-def _faces(store: Store, name: str, cache: Path, detector: str | None) -> FaceService:
-    """The faces as the adapter was trained to see them."""
-    kit = store.kit(name)
-    if kit.faceid.suffix != ".safetensors" or read_header(kit.faceid)[1].get("components") != "global":
+def _options(texts: Sequence[str], methods: Sequence[Declaration]) -> dict[str, Value]:
+    """The options that are given as NAME=VALUE. Raises PortraitError for one that none of the methods has."""
+    declared = {one.name: one for method in methods for one in (*method.options, *method.identity_options)}
+    chosen = {}
+    for text in texts:
+        name, _, value = text.partition("=")
+        if name not in declared:
+            raise PortraitError("option", f"{name!r} is not known", f"Use one of: {', '.join(declared) or 'none'}.")
+        try:
+            chosen[name] = declared[name].check(declared[name].from_text(value), f"option {name}")
+        except ValueError:
+            raise PortraitError(f"option {name}", f"{value!r} is no value of it", declared[name].help) from None
+    return chosen
+
+
+def _face_service(kit: Kit, cache: Path, detector: str | Detector) -> FaceService:
+    """The face service that gives the features the adapter was trained on."""
+    first = next(iter(kit.files.values()))
+    if first.suffix != ".safetensors" or read_header(first)[1].get("components") != "global":
         return FaceService([MODELS], cache, detector=detector)
-    faces = GlobalFaces([MODELS], cache, detector=detector)
-    faces.backbone = backbone_from_state_dict(read_tensors(kit.backbone, "backbone").tensors).float()
+    faces = GlobalFeatureService([MODELS], cache, detector=detector)
+    faces.backbone = backbone_from_state_dict(read_tensors(kit.files["backbone"], "backbone").tensors).float()
     return faces
 
 
-def _processes(model: Model) -> int:
-    """How many draw at once where nobody said: one for each core, where a model is small enough to be there so often.
+def _default_processes(model: Model) -> int:
+    """How many processes generate by default: one for each core, where a model is small enough to be there so often.
 
     The layers of such a model are too small to be worth sharing between cores.
     """
-    return min(os.cpu_count() or 1, MOST_PROCESSES) if model.of_world and model.device.type == "cpu" else 1
+    small = sum(parameter.numel() for parameter in model.unet.parameters()) < SMALL
+    return min(os.cpu_count() or 1, MOST_PROCESSES) if small and model.device.type == "cpu" else 1
 
 
-def _draw_apart(settings: Settings, processes: int) -> None:
-    """Draws what is missing into the pool, each process its share of the people. Raises what one of them raises."""
+def _generate_in_processes(settings: EvaluationSettings, processes: int) -> None:
+    """Generates what the cache lacks, each process for its share of the people. Raises what one of them raises."""
     with ProcessPoolExecutor(processes, multiprocessing.get_context("spawn")) as pool:
-        shares = [pool.submit(_draw_share, settings, place, processes) for place in range(processes)]
+        shares = [pool.submit(_generate_share, settings, place, processes) for place in range(processes)]
         for problem in [share.result() for share in shares]:
             if problem is not None:
                 raise PortraitError(*problem)
 
 
-def _draw_share(settings: Settings, place: int, processes: int) -> tuple[str, str, str] | None:
+def _generate_share(settings: EvaluationSettings, place: int, processes: int) -> tuple[str, str, str] | None:
     """One process's share of the pictures; what went wrong, as a PortraitError's words."""
     torch.set_num_threads(max(1, (os.cpu_count() or 1) // processes))
     try:
-        made = _prepare(settings)
-        for one in made.plans:
-            groups = list(dict.fromkeys(shot.people for shot in one.shots))[place::processes]
-            shots = [shot for shot in one.shots if shot.people in groups]
-            rows = [row for row in one.rows if not row.real]
-            title = f"{one.protocol}: drawing"
-            with tqdm(total=len(shots) * len(rows), unit="picture", desc=title, disable=place > 0) as bar:
-                for row in rows:
-                    made.studio.make(row, shots, bar.update)
+        prepared = _prepare(settings)
+        for one in prepared.plans:
+            groups = list(dict.fromkeys(sample.people for sample in one.samples))[place::processes]
+            samples = [sample for sample in one.samples if sample.people in groups]
+            variants = [variant for variant in one.variants if not variant.real]
+            title = f"{one.protocol}: generating"
+            with tqdm(total=len(samples) * len(variants), unit="picture", desc=title, disable=place > 0) as bar:
+                for variant in variants:
+                    prepared.provider.provide(variant, samples, bar.update)
     except PortraitError as error:
         return error.field, error.problem, error.remedy
     return None
 
 
-def run(
-    plan: Plan,
-    studio: Studio,
+def evaluate_plan(
+    plan: EvaluationPlan,
+    provider: SampleProvider,
     instruments: Instruments,
     facts: Mapping[str, Any],
     output: Path,
     say: Callable[[str], object] = print,
 ) -> Table:
-    """Draws what is missing of a plan, measures all of it, and writes its files."""
-    population = studio.population
-    gallery = Gallery.of(population, plan.against, instruments)
-    count = len(plan.shots)
-    with tqdm(total=count * len(plan.rows), unit="picture", desc=f"{plan.protocol}: drawing") as bar:
-        paths = {row.name: studio.make(row, plan.shots, bar.update) for row in plan.rows}
-    with tqdm(total=count * len(plan.rows), unit="picture", desc=f"{plan.protocol}: measuring") as bar:
-        seen = {
-            row.name: measure(
-                paths[row.name], plan.shots, gallery, instruments, population.obeys or not row.real, bar.update
+    """Generates what is missing of a plan, measures all of it, and writes its files."""
+    population = provider.population
+    gallery = Gallery.of(population, plan.compared_photo, instruments)
+    count = len(plan.samples)
+    with tqdm(total=count * len(plan.variants), unit="picture", desc=f"{plan.protocol}: generating") as bar:
+        paths = {variant.name: provider.provide(variant, plan.samples, bar.update) for variant in plan.variants}
+    with tqdm(total=count * len(plan.variants), unit="picture", desc=f"{plan.protocol}: measuring") as bar:
+        measurements = {
+            variant.name: measure(
+                paths[variant.name],
+                plan.samples,
+                gallery,
+                instruments,
+                population.follows_prompts or not variant.real,
+                bar.update,
             )
-            for row in plan.rows
+            for variant in plan.variants
         }
-    compared = studio.real(plan.shots, lambda number: None, again=1)
-    # Where there is but one real picture of somebody, it is the same for all their shots.
-    distinct = dict(zip(compared, plan.shots))
+    compared = provider.real(plan.samples, lambda number: None, repeat=1)
+    # Where there is but one real picture of somebody, it is the same for all their samples.
+    distinct = dict(zip(compared, plan.samples))
     real = [
         one.features
-        for one in measure(list(distinct), list(distinct.values()), gallery, instruments, population.obeys)
+        for one in measure(list(distinct), list(distinct.values()), gallery, instruments, population.follows_prompts)
         if one.features is not None
     ]
-    if not population.obeys:
+    if not population.follows_prompts:
         # The same photos stand in that row: their distance to themselves says nothing.
-        seen[REAL] = [dataclasses.replace(one, features=None) for one in seen[REAL]]
+        measurements[REAL] = [dataclasses.replace(one, features=None) for one in measurements[REAL]]
     notes = _notes(plan, population, instruments, len(gallery.embeddings), len(real))
-    table = tabulate(plan, seen, real, len(gallery.embeddings), notes)
+    table = tabulate(plan, measurements, real, len(gallery.embeddings), notes)
     output.mkdir(parents=True, exist_ok=True)
     text = markdown(table)
     (output / f"{plan.protocol}.md").write_text(text, "utf-8")
     (output / f"{plan.protocol}.json").write_text(as_json(table, facts), "utf-8")
-    (output / f"{plan.protocol}.jsonl").write_text(as_lines(plan, seen, paths, output), "utf-8")
-    sheet(plan, population, seen, paths).save(output / f"{plan.protocol}.png")
+    (output / f"{plan.protocol}.jsonl").write_text(as_json_lines(plan, measurements, paths, output), "utf-8")
+    sample_sheet(plan, population, measurements, paths).save(output / f"{plan.protocol}.png")
     say(text)
     return table
 
 
-def _notes(plan: Plan, population: Population, instruments: Instruments, gallery: int, real: int) -> list[str]:
-    people = {person for shot in plan.shots for person in shot.people}
-    groups = len({shot.people for shot in plan.shots})
+def _notes(
+    plan: EvaluationPlan, population: Population, instruments: Instruments, gallery: int, real: int
+) -> list[str]:
+    people = {person for sample in plan.samples for person in sample.people}
+    groups = len({sample.people for sample in plan.samples})
     pairs = f", {groups} pairs" if plan.protocol == "multi" else ""
-    held = "another photo than the references" if plan.against else "the reference"
-    obeys = " Real pictures show what the prompt says." if population.obeys else ""
+    held = "another photo than the references" if plan.compared_photo else "the reference"
+    prompted = " Real pictures show what the prompt says." if population.follows_prompts else ""
     both = ""
     if plan.protocol == "multi":
         both = (
@@ -250,98 +291,115 @@ def _notes(plan: Plan, population: Population, instruments: Instruments, gallery
             "both placed: and where the picture was routed to them."
         )
     return [
-        f"{len(people)} {population.source}{pairs}, {len(plan.shots)} pictures a row; mean ± standard error over "
+        f"{len(people)} {population.source}{pairs}, {len(plan.samples)} pictures a row; mean ± standard error over "
         f"people. Similarity is to {held}, by {instruments.recogniser.name}; a face that is not found counts 0. "
         f"Top-k: among {gallery} people (chance {100 / gallery:.3g} % for top-1). Faces by "
         f"{instruments.detector.name}, CLIP-T by {instruments.clip.name}. FID to {real} real pictures, from "
-        f"{instruments.features}.{both}{obeys}"
+        f"{instruments.fid_features}.{both}{prompted}"
     ]
 
 
 # ------------------------------------------------------------------------------------------------------------ settings
 
 
-def open_people(settings: Settings, size: int) -> Population:
+def open_population(settings: EvaluationSettings, size: int) -> Population:
     """The population: people of the world with a gallery of at least `settings.gallery`, or of a folder."""
     if _of_world(settings):
-        asked = [_extent(settings).counts(protocol).people for protocol in settings.protocols]
-        return World(settings.people, max(*asked, settings.gallery), size)
+        numbers = [_protocol_settings(settings).counts(protocol).people for protocol in settings.protocols]
+        return WorldPopulation(settings.people, max(*numbers, settings.gallery), size)
     folder = Path(settings.people)
     if not folder.is_dir():
         raise PortraitError(
             "people", f"there is no folder {folder}", f"Give {HELD_OUT}, {TRAINED} or a folder of photos."
         )
     detector = open_detector(_detector(settings), [MODELS])
-    return Folder(folder, settings.extent.photos(settings.protocols), detector)
+    return PhotoFolder(folder, settings.protocol_settings.photos(settings.protocols), detector)
 
 
-def _of_world(settings: Settings) -> bool:
+def _of_world(settings: EvaluationSettings) -> bool:
     return settings.people in (TRAINED, HELD_OUT)
 
 
-def _extent(settings: Settings) -> Extent:
-    """The extent, with what is usual for these people where nothing was said."""
-    return dataclasses.replace(settings.extent, usual=BRIEF) if _of_world(settings) else settings.extent
+def _protocol_settings(settings: EvaluationSettings) -> ProtocolSettings:
+    """The protocols' settings, with the default sizes for these people."""
+    given = settings.protocol_settings
+    return dataclasses.replace(given, defaults=BRIEF) if _of_world(settings) else given
 
 
-def open_instruments(settings: Settings, model: Model) -> Instruments:
-    """What measures, from the settings. Raises PortraitError for photographs where nobody said by what."""
+def open_instruments(settings: EvaluationSettings, model: Model) -> Instruments:
+    """What measures, from the settings. Raises PortraitError for photographs whose instruments are not given."""
     attributes = _attributes(settings)
     return Instruments(
         open_detector(_detector(settings), [MODELS]),
         open_recogniser(Path(_recogniser(settings)), settings.device),
-        open_clip_of(_clip(settings), model.text_encoder, model.tokenizer, settings.device),
+        load_clip(_clip(settings), model.text_encoder, model.tokenizer, settings.device),
         AttributeNetwork.load(Path(attributes)).to(settings.device) if attributes else None,
         settings.fid,
     )
 
 
-def _detector(settings: Settings) -> str:
-    own = WORLD / "world-detector.safetensors"
-    return settings.detector or (str(own) if _of_world(settings) and own.is_file() else "mtcnn")
+def _detector(settings: EvaluationSettings) -> str:
+    if settings.detector:
+        return settings.detector
+    own = _named_file("detector") if _of_world(settings) else None
+    return str(own) if own is not None and own.is_file() else "mtcnn"
 
 
-def _recogniser(settings: Settings) -> str:
-    return settings.recogniser or _own(settings, "recogniser", "measuring", "FaceNet's file")
+def _recogniser(settings: EvaluationSettings) -> str:
+    return settings.recogniser or _world_file(settings, "recogniser", "measuring", "FaceNet's file")
 
 
-def _clip(settings: Settings) -> str:
-    return settings.clip or _own(settings, "clip", "vision", "ViT-L-14:FILE")
+def _clip(settings: EvaluationSettings) -> str:
+    return settings.clip or _world_file(settings, "clip", "vision", "ViT-L-14:FILE")
 
 
-def _attributes(settings: Settings) -> str:
+def _attributes(settings: EvaluationSettings) -> str:
     if settings.attributes is not None:
         return settings.attributes
-    return str(WORLD / "world-attributes.safetensors") if _of_world(settings) else ""
+    return str(_named_file("attributes")) if _of_world(settings) else ""
 
 
-def _own(settings: Settings, name: str, file: str, real: str) -> str:
-    """The world's own file. Raises PortraitError where the people are not the world's."""
+def _named_file(role: str) -> Path:
+    """The file that the world's kit names for a role: an entry of the manifest, or one of its encoders.
+
+    Raises PortraitError where it names none, and where the manifest cannot be read."""
+    kit = read_manifest(WORLD / ALONE)
+    file: StoredFile | None = kit.encoders.get(role) or getattr(kit, role, None)
+    if file is None:
+        raise PortraitError(role, f"the kit {kit.name} names none", "Get the kit anew: `git checkout models`.")
+    return WORLD / file.name
+
+
+def _world_file(settings: EvaluationSettings, name: str, role: str, real: str) -> str:
+    """The file of the world's kit for a role. Raises PortraitError where the people are not the world's."""
     if not _of_world(settings):
         raise PortraitError(name, "the world's own does not know photographs", f"Give one that does, such as {real}.")
-    return str(WORLD / f"world-{file}.safetensors")
+    return str(_named_file(role))
 
 
-def _service_detector(settings: Settings) -> str | None:
-    """The detector for photos that are given; those of the world come cut to the face already."""
+def _reference_detector(settings: EvaluationSettings) -> str | Detector:
+    """The detector for reference photos that do not come aligned already."""
     chosen = _detector(settings)
-    return chosen if chosen in DETECTORS else None
+    return chosen if chosen in DETECTORS else open_detector(chosen, [MODELS])
 
 
-def _adapter(text: str, cache: Path) -> tuple[str, tuple[Store, str]]:
-    """The label of an adapter, the store that finds its files, and its name there. cache: for hashes."""
+def _adapter(text: str, cache: Path) -> tuple[str, tuple[Store, str, str]]:
+    """The label of an adapter, the store that finds its files, its name there and its method. cache: for hashes."""
     label, _, place = text.rpartition("=")
     folder = Path(place)
     if not folder.is_dir():
-        return label or place, (Store(Folders([WORLD, MODELS]), cache), place)
-    names = {match.group(2) for entry in folder.iterdir() if (match := ADAPTER.fullmatch(entry.name))}
-    if len(names) != 1:
-        what = f"holds {', '.join(sorted(names))}" if names else "holds no adapter"
+        store = Store(Folders([WORLD, MODELS]), adapter_files(), cache)
+        return label or place, (store, place, store.kit(place).method)
+    alone = Store(Folders([folder]), adapter_files())
+    found = {(name, files.method) for files in adapter_files() for name in alone.names(files.method)}
+    if len(found) != 1:
+        what = f"holds {', '.join(sorted(name for name, _ in found))}" if found else "holds no adapter"
         raise PortraitError("adapter", f"{folder} {what}", "Give a folder with one adapter's files.")
-    return label or folder.name, (Store(Folders([folder, WORLD, MODELS]), cache), names.pop())
+    store = Store(Folders([folder, WORLD, MODELS]), adapter_files(), cache)
+    return label or folder.name, (store, *found.pop())
 
 
-def _instrument_hashes(settings: Settings) -> dict[str, str]:
+def _instrument_hashes(settings: EvaluationSettings) -> dict[str, str]:
     given = {
         "detector": _detector(settings),
         "recogniser": _recogniser(settings),
@@ -351,8 +409,8 @@ def _instrument_hashes(settings: Settings) -> dict[str, str]:
     return {name: file_sha256(Path(text)) for name, text in given.items() if text and Path(text).is_file()}
 
 
-def _facts(settings: Settings, made: _Prepared, plan: Plan) -> dict[str, Any]:
-    """What the JSON tells beside the numbers. Files go by their names: their hashes stand beside them."""
+def _facts(settings: EvaluationSettings, prepared: _Prepared, plan: EvaluationPlan) -> dict[str, Any]:
+    """What the JSON says beside the numbers. Files go by their names: their hashes stand beside them."""
     model, colon, file = _clip(settings).rpartition(":")
     files = {
         "checkpoint": settings.checkpoint.name,
@@ -363,11 +421,11 @@ def _facts(settings: Settings, made: _Prepared, plan: Plan) -> dict[str, Any]:
     }
     chosen = {
         "people": settings.people if _of_world(settings) else Path(settings.people).name,
-        "adapters": list(made.stores),
+        "adapters": list(prepared.kits),
         "fid": settings.fid,
         **files,
-        "counts": dataclasses.asdict(_extent(settings).counts(plan.protocol)),
-        **dataclasses.asdict(made.studio.style),
+        "counts": dataclasses.asdict(_protocol_settings(settings).counts(plan.protocol)),
+        **dataclasses.asdict(prepared.provider.settings),
     }
     return {
         "version": __version__,

@@ -5,7 +5,10 @@ from __future__ import annotations
 import importlib
 from types import ModuleType
 
-RECIPES = ("vae", "recognition", "vision", "base", "uniportrait", "attributes", "detector")
+from lib_portrait.methods.declarations import NAMES
+
+# Those of the world's own networks, and one for each method, of its name.
+RECIPES = ("vae", "recognition", "vision", "base", *NAMES, "attributes", "detector")
 
 
 def recipe_module(name: str) -> ModuleType:

@@ -1,6 +1,6 @@
-"""The network that tells a picture's attributes, for the prompt accuracy of `portrait.py evaluate`.
+"""The network that predicts a picture's attributes, for the prompt accuracy of `portrait.py evaluate`.
 
-Trained on shards of the world: their scenes are drawn up again from their seeds, which tells more than captions do.
+Trained on shards of the world: their scenes are sampled again from their seeds, which say more than captions do.
 Needs no other network.
 """
 
@@ -20,16 +20,16 @@ import torch.nn.functional as F
 from numpy.typing import NDArray
 from torch import Tensor
 
-from lib_portrait.faces.world_networks import GRID, view
+from lib_portrait.faces.trunk import GRID, view
 from trainer.attribute_network import HEADS, OF_THE_FACE, AttributeNetwork
 from trainer.draws import Draws
 from trainer.loop import Recipe
 from trainer.shards import Record, Shards
-from trainer.world import Identity, Scene, caption, identity, sample_scene
+from trainer.world import Scene, WorldPerson, caption, sample_scene, world_person
 from trainer.world.attributes import attributes_of
 
 UNKNOWN = -1
-# Made pictures are softer than drawn ones, and their colours are a little off.
+# Generated pictures are softer than rendered ones, and their colours are a little off.
 COARSEST, SOFTENED = 0.6, 0.4
 SHADE, NOISE = 0.06, 0.03
 # Weight of looking at the face in the loss: without it the expression is not found within the first thousands of steps.
@@ -42,20 +42,20 @@ def scene_of(record: Record) -> Scene:
     seed = world.get("seed") if isinstance(world, dict) else None
     if not isinstance(seed, int) or any(face.id is None or not face.id.isdecimal() for face in record.faces):
         raise ValueError("it does not say which scene of the world it is")
-    faces = [identity(int(str(face.id))) for face in record.faces]
-    # The record names people in drawing order; a scene is drawn up from them in the order before it was shuffled.
+    faces = [world_person(int(str(face.id))) for face in record.faces]
+    # The record names people in drawing order; a scene is sampled from them in the order before it was shuffled.
     nobody = [replace(faces[0], number=place) for place in range(len(faces))]
-    before: list[Identity] = list(faces)
+    before: list[WorldPerson] = list(faces)
     for placement, person in zip(sample_scene(seed, nobody).people, faces):
-        before[placement.identity.number] = person
+        before[placement.person.number] = person
     scene = sample_scene(seed, before)
     if caption(scene).text != record.caption:
         raise ValueError("its caption is not that of its scene")
     return scene
 
 
-class KnownPictures:
-    """ "pixels" (3, 128, 128) in [-1, 1], softened and shaded as made pictures may be, each head's class or -1, and
+class AttributeDataset:
+    """ "pixels" (3, 128, 128) in [-1, 1], degraded as generated pictures may be, each head's class or -1, and
     "face" (16, 16): 1 where a single person's face is, 0 elsewhere."""
 
     def __init__(self, shards: Shards):
@@ -67,20 +67,21 @@ class KnownPictures:
     def __getitem__(self, draw: tuple[int, tuple[int, int, int]]) -> dict[str, Tensor]:
         index, seed = draw
         record, image = self.shards.record(index), self.shards.picture(index)
-        told = attributes_of(scene_of(record))
-        pixels = weathered(image, np.random.default_rng(seed))
+        attributes = attributes_of(scene_of(record))
+        pixels = degraded(image, np.random.default_rng(seed))
         cells = torch.zeros(GRID, GRID)
         if len(record.faces) == 1:
             left, top, right, bottom = (value * GRID / len(image) for value in record.faces[0].box)
             cells[int(top) : math.ceil(bottom), int(left) : math.ceil(right)] = 1
         classes = {
-            name: torch.tensor(words.index(told[name]) if name in told else UNKNOWN) for name, words in HEADS.items()
+            name: torch.tensor(words.index(attributes[name]) if name in attributes else UNKNOWN)
+            for name, words in HEADS.items()
         }
         return {"pixels": pixels, "face": cells, **classes}
 
 
-def weathered(image: NDArray[Any], rng: np.random.Generator) -> Tensor:
-    """What the networks see of a picture (H, W, 3) uint8 that was softened and shaded at random."""
+def degraded(image: NDArray[Any], rng: np.random.Generator) -> Tensor:
+    """The networks' view of a picture (H, W, 3) uint8, degraded at random: softened, its colours shifted, noisy."""
     sides = image.shape[1::-1]
     if rng.random() < SOFTENED:
         share = rng.uniform(COARSEST, 1)
@@ -99,10 +100,10 @@ class AttributesRecipe(Recipe):
 
     def __init__(self, data: Path):
         super().__init__()
-        self.data = KnownPictures(Shards.under(data))
+        self.data = AttributeDataset(Shards.under(data))
         self.network = AttributeNetwork().to(memory_format=torch.channels_last)
 
-    def samples(self) -> KnownPictures:
+    def samples(self) -> AttributeDataset:
         return self.data
 
     def forward(self, batch: dict[str, Tensor], draws: Draws) -> dict[str, Tensor]:

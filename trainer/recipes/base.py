@@ -17,8 +17,8 @@ from lib_portrait.checkpoints.formats import read_header, read_tensors, write_te
 from lib_portrait.errors import PortraitError
 from lib_portrait.faces.weights import fitting
 from trainer.architectures import world_text_encoder, world_unet, world_vae
-from trainer.diffusion import NoiseSchedule, add_face_weight, emphasised
-from trainer.drawing import STEPS, draw, guided
+from trainer.diffusion import NoiseSchedule, add_face_weight, face_weighted
+from trainer.drawing import STEPS, ddim_sample, guided
 from trainer.draws import Draws
 from trainer.faces import faces_of, region_of
 from trainer.features import Features, uncaptioned
@@ -27,7 +27,7 @@ from trainer.shards import FaceRecord, Shards
 
 
 class Latents:
-    """ "latent" (4, h, w) scaled to unit deviation, "tokens" (77), "faces" (h, w) the part that faces cover."""
+    """ "latent" (4, h, w) scaled to unit deviation, "caption_ids" (77), "faces" (h, w) the part that faces cover."""
 
     def __init__(self, shards: Shards, scale: float):
         self.features, self.scale = Features(shards), scale
@@ -47,7 +47,7 @@ class Latents:
         regions = [region_of(face, size, shape) for face in self.faces.get(index, ())]
         return {
             "latent": latent,
-            "tokens": self.features.tokens[index].long(),
+            "caption_ids": self.features.tokens[index].long(),
             "faces": torch.stack([torch.zeros(shape), *regions]).amax(dim=0),
         }
 
@@ -95,26 +95,27 @@ class BaseRecipe(Recipe):
         return self.data
 
     def forward(self, batch: dict[str, Tensor], draws: Draws) -> dict[str, Tensor]:
-        latent, tokens = batch["latent"], batch["tokens"]
-        tokens = torch.where(draws.rand()[:, None] < self.dropped, uncaptioned(tokens), tokens)
+        latent, caption_ids = batch["latent"], batch["caption_ids"]
+        caption_ids = torch.where(draws.rand()[:, None] < self.dropped, uncaptioned(caption_ids), caption_ids)
         noise, t = draws.randn(*latent.shape[1:]), draws.randint(1000)
-        text = self.text_encoder(tokens).last_hidden_state
+        text = self.text_encoder(caption_ids).last_hidden_state
         predicted = self.unet(self.schedule(latent, noise, t), t, text).sample
         squared = (predicted.float() - noise).square()
-        error = emphasised(squared, batch["faces"], self.face_weight)
+        error = face_weighted(squared, batch["faces"], self.face_weight)
         return {"loss": (self.schedule.weights(t, self.gamma) * error).mean(), "noise_error": squared.mean()}
 
     @torch.no_grad()
     def pictures(self, draws: Draws) -> dict[str, Tensor]:
         """Eight pictures of the first captions, as a request with default settings draws them."""
-        tokens = torch.stack([self.data[i, (0, 0, 0)]["tokens"] for i in range(8)]).to(draws.device)
-        text = self.text_encoder(torch.cat([uncaptioned(tokens), tokens])).last_hidden_state
+        caption_ids = torch.stack([self.data[i, (0, 0, 0)]["caption_ids"] for i in range(8)]).to(draws.device)
+        text = self.text_encoder(torch.cat([uncaptioned(caption_ids), caption_ids])).last_hidden_state
 
         def predict(x: Tensor, t: Tensor) -> Tensor:
             return guided(*self.unet(x.repeat(2, 1, 1, 1), t.repeat(2), text).sample.chunk(2))
 
         noise = draws.randn(*self.data.features.latents.shape[1:])[:8]
-        latent = draw(noise, torch.zeros(8, dtype=torch.long, device=draws.device), STEPS, self.schedule, predict)
+        end = torch.zeros(8, dtype=torch.long, device=draws.device)
+        latent = ddim_sample(noise, end, STEPS, self.schedule, predict)
         vae = world_vae()
         vae.load_state_dict(fitting(vae, read_tensors(self._vae[0]).tensors, self._vae[0].name))
         pictures = vae.eval().to(draws.device).decode(latent / self.scale).sample / 2 + 0.5

@@ -16,11 +16,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from lib_portrait.faces.world_detector import CHANNELS, UNIT, DetectorNetwork, centres
-from lib_portrait.faces.world_networks import GRID, SIDE, STRIDE
+from lib_portrait.faces.heatmap_detector import CHANNELS, UNIT, DetectorNetwork, centres
+from lib_portrait.faces.trunk import GRID, SIDE, STRIDE
 from trainer.draws import Draws
 from trainer.loop import Recipe
-from trainer.recipes.attributes import weathered
+from trainer.recipes.attributes import degraded
 from trainer.shards import Shards
 
 # Pictures are shown this much smaller to larger, and shifted by up to this share of their side.
@@ -30,7 +30,7 @@ GAMMA, BALANCE = 2.0, 0.5
 GREY = (128, 128, 128)
 
 
-class FoundFaces:
+class DetectionDataset:
     """ "pixels" (3, 128, 128) in [-1, 1], "cells" (15, 16, 16) what they should say, "role" (16, 16): 1 the cell of a
     face's middle, 0 none, -1 beside one: free to say either, but bound to say right where the face is."""
 
@@ -57,7 +57,7 @@ class FoundFaces:
             points[:, :2] = np.stack([points[:, :2].min(axis=1), points[:, :2].max(axis=1)], axis=1)
             points[:, 2:] = points[:, 2:][:, MIRRORED]
         cells, role = targets(torch.from_numpy(points).float())
-        return {"pixels": weathered(image, rng), "cells": cells, "role": role}
+        return {"pixels": degraded(image, rng), "cells": cells, "role": role}
 
 
 def targets(points: Tensor) -> tuple[Tensor, Tensor]:
@@ -85,23 +85,23 @@ class DetectorRecipe(Recipe):
 
     def __init__(self, data: Path):
         super().__init__()
-        self.data = FoundFaces(Shards.under(data))
+        self.data = DetectionDataset(Shards.under(data))
         self.network = DetectorNetwork().to(memory_format=torch.channels_last)
 
-    def samples(self) -> FoundFaces:
+    def samples(self) -> DetectionDataset:
         return self.data
 
     def forward(self, batch: dict[str, Tensor], draws: Draws) -> dict[str, Tensor]:
-        told = self.network(batch["pixels"].contiguous(memory_format=torch.channels_last)).float()
+        predicted = self.network(batch["pixels"].contiguous(memory_format=torch.channels_last)).float()
         wanted, role = batch["cells"], batch["role"]
         faces = (role == 1).sum().clamp(min=1)
-        score, truth = told[:, 0], wanted[:, 0]
+        score, truth = predicted[:, 0], wanted[:, 0]
         wrong = torch.where(truth > 0, 1 - score.sigmoid(), score.sigmoid())
         entropy = F.binary_cross_entropy_with_logits(score, truth, reduction="none")
         weight = torch.where(truth > 0, BALANCE, 1 - BALANCE) * (role >= 0)
         found = (weight * wrong**GAMMA * entropy).sum() / faces
         near = role != 0
-        place = F.smooth_l1_loss(told[:, 1:], wanted[:, 1:], beta=0.05, reduction="none").sum(dim=1)
+        place = F.smooth_l1_loss(predicted[:, 1:], wanted[:, 1:], beta=0.05, reduction="none").sum(dim=1)
         placed = (place * near).sum() / near.sum().clamp(min=1)
         right = ((score > 0) == (truth > 0))[role >= 0].float().mean()
         return {"loss": 4 * found + placed, "found": found, "placed": placed, "right": right}

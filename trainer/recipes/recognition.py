@@ -25,7 +25,7 @@ from trainer.faces import aligned, by_identity, faces_of
 from trainer.loop import Recipe
 from trainer.losses import CurricularFace
 from trainer.shards import Shards
-from trainer.world import FACTORS, identity
+from trainer.world import FACTORS, world_person
 from trainer.world.people import MOLES
 
 NETWORKS = {"conditioning": world_recognition, "measuring": world_measuring}
@@ -71,7 +71,7 @@ def _factors(name: str) -> Tensor:
     """Who somebody of the world is, as numbers in [0, 1]: the factors, the class word, how many moles."""
     if not name.isdigit():
         raise PortraitError("factors", f"{name!r} is nobody of the world", "Leave --factors away.")
-    person = identity(int(name))
+    person = world_person(int(name))
     values = [getattr(person, factor) for factor in FACTORS]
     return torch.tensor([*values, float(person.woman), len(person.moles) / MOLES])
 

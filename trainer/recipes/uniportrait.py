@@ -16,7 +16,7 @@ import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import numpy as np
 import torch
@@ -25,28 +25,28 @@ from PIL import Image
 from torch import Tensor
 
 from lib_portrait.attention import POSITIVE, Injection, Row, mark
-from lib_portrait.attention.sites import find_sites, spatial_shape
+from lib_portrait.attention.sites import find_sites
 from lib_portrait.checkpoints.formats import read_tensors, write_tensors
 from lib_portrait.checkpoints.hashes import file_sha256
 from lib_portrait.checkpoints.kit import SUFFIX, Manifest, bare_name, write_manifest
 from lib_portrait.errors import PortraitError
+from lib_portrait.faces.heatmap_detector import open_detector
 from lib_portrait.faces.recognition import Backbone, backbone_from_state_dict
-from lib_portrait.faces.world_detector import open_detector
-from lib_portrait.methods.uniportrait import IDEmbedding
-from lib_portrait.request import Identity, PortraitRequest
+from lib_portrait.methods.declarations.uniportrait import DECLARATION, FILES
+from lib_portrait.methods.uniportrait import Adapter, BatchRule, IDEmbedding, Identities, routing_loss
+from lib_portrait.options import defaults
 from lib_portrait.routing_picture import draw_routing
-from lib_portrait.standalone.model import Model, load_model, text_encoder_of
+from lib_portrait.standalone.model import Model, load_model
 from trainer import companions
-from trainer.diffusion import NoiseSchedule, add_face_weight, emphasised
-from trainer.drawing import STEPS, draw, guided
+from trainer.diffusion import NoiseSchedule, add_face_weight, face_weighted
+from trainer.drawing import STEPS, ddim_sample, guided
 from trainer.draws import Draws
 from trainer.features import global_feature, uncaptioned
-from trainer.identity_loss import DRAWN_IN, LAST_BELOW, OTHERS, SHARE, IdentityLoss, Likeness, Others
+from trainer.identity_loss import DRAWN_IN, LAST_BELOW, OTHERS, SHARE, FaceLosses, IdentityLoss, Others
 from trainer.loop import Recipe, Settings
-from trainer.portraits import FacesOfPictures
+from trainer.portraits import PortraitDataset
+from trainer.recipes.uniportrait_start import begin_with_faceid, begin_with_router, first_stage, leave_out, second_stage
 from trainer.shards import Shards
-from trainer.uniportrait_rule import Condition, SiteLayers, Told, TrainingRule
-from trainer.uniportrait_start import begin_with_faceid, begin_with_router, leave_out, second_stage, site_layers
 
 MODELS = Path(__file__).resolve().parents[2] / "models"
 MOST_PEOPLE = 4
@@ -61,21 +61,35 @@ FACES_DROPPED = CAPTION_DROPPED = 0.05
 # Lambda of eq. 4, and the LoRA's share of the rate in stage 2 (sec. 3.4).
 ROUTE_WEIGHT = LORA_RATE = 0.1
 # The ID scale of what is drawn, that of a request that does not say, as is TensorBoard's structure scale.
-SCALE, STRUCTURE = PortraitRequest().scale, Identity(()).structure
+SCALE = float(defaults(DECLARATION.options)["scale"])
+STRUCTURE = float(defaults(DECLARATION.identity_options)["structure"])
 
 
 @dataclass(frozen=True)
-class Drawn:
-    """Pictures before their last step, x_t (B, 4, h, w) at t (B), for the identity loss.
+class Condition:
+    """What the UNet is conditioned on: caption_ids (B, 77), and the identities of each row."""
 
-    told: what that step is told. without: what is predicted there (B, 4, h, w) without caption and face.
+    caption_ids: Tensor
+    identities: Identities
+
+    def cat(self, other: Condition) -> Condition:
+        """The rows of both."""
+        caption_ids = torch.cat([self.caption_ids, other.caption_ids])
+        return Condition(caption_ids, self.identities.cat(other.identities))
+
+
+@dataclass(frozen=True)
+class LastStep:
+    """The last step of pictures that are sampled for the identity loss, from x_t (B, 4, h, w) at t (B) to x_0.
+
+    cond: its condition. uncond: what is predicted (B, 4, h, w) without caption and face.
     intrinsic (B, N, m, d) and who (B, N): the faces' features and the people's numbers.
     """
 
     noisy: Tensor
     t: Tensor
-    told: Told
-    without: Tensor
+    cond: Condition
+    uncond: Tensor
     intrinsic: Tensor
     who: Tensor
 
@@ -97,7 +111,7 @@ class UniPortraitRecipe(Recipe):
             raise PortraitError("identity-weight", "it is for local features", "Give it without global.")
         self.dropping = not options.no_dropping
         self.adapter_name = bare_name(options.name, "name")
-        self.base = options.checkpoint
+        self.base, self.licence = options.checkpoint, options.licence
         model = load_model(options.checkpoint)
         self.schedule = NoiseSchedule(model.schedule)
         steps = len(self.schedule.alphas_bar)
@@ -107,17 +121,17 @@ class UniPortraitRecipe(Recipe):
         model.text_encoder.requires_grad_(False).eval()
         people = (1, 1) if self.stage == 1 else (2, MOST_PEOPLE)
         self.components = options.components
-        self.data = FacesOfPictures(
+        self.data = PortraitDataset(
             Shards.under(options.data), model.vae.config.scaling_factor, people, _global_feature(options)
         )
         hashes = self.data.features.hashes
         given = {"backbone": options.backbone, "vision": options.vision}
-        self.companions = [companions.named(role, text, hashes) for role, text in given.items() if text]
+        self.companions = [companions.resolve(role, text, hashes) for role, text in given.items() if text]
         if self.stage == 2 and options.faceid is not None:
-            self.companions = companions.beside(options.faceid, self.adapter_name)
+            self.companions = companions.of_further_file(options.faceid, FILES, self.adapter_name)
         elif self.stage == 1:
             for role in (role for role, text in given.items() if not text):
-                companions.unnamed(role, hashes)
+                companions.warn_of_unnamed(role, hashes)
         known = hashes.get("backbone")
         if options.recognition is not None and file_sha256(options.recognition) != known:
             raise PortraitError(
@@ -128,7 +142,7 @@ class UniPortraitRecipe(Recipe):
         sites = find_sites(model.unet)
         if self.stage == 1:
             sample = self.data[0, (0, 0, 0)]
-            self.faceid_proj = IDEmbedding(
+            embedding = IDEmbedding(
                 intrinsic=sample["intrinsic"].shape[-1],
                 structure=sample["structure"].shape[-1],
                 tokens=options.tokens,
@@ -136,25 +150,23 @@ class UniPortraitRecipe(Recipe):
                 output=next(site.context for site in sites if site.cross),
                 depth=options.depth,
             )
-            self.faceid_adapter = site_layers(sites, options.rank)
-            leave_out(self.faceid_proj, options.components, self.data.features.zero_structure)
-            for site in sites:
-                if site.cross:
-                    cast(SiteLayers, self.faceid_adapter[str(site.index)]).add_identity_attention(site)
-            embedding, identity = self.faceid_proj, self.faceid_adapter
+            leave_out(embedding, options.components, self.data.features.zero_structure)
+            adapter = first_stage(embedding, sites, options.rank)
+            self.faceid_proj, self.faceid_adapter = adapter.embedding, adapter.faceid
             if options.initial is not None:
                 begin_with_faceid(self, options.initial)
         else:
-            embedding, identity, self.faceid_adapter = second_stage(options.faceid, sites)
+            adapter = second_stage(options.faceid, sites)
+            self.faceid_adapter = adapter.router
             if options.initial is not None:
                 begin_with_router(self, options.initial)
-        self.rule = TrainingRule(self.faceid_adapter, identity)
+        self.rule = BatchRule(adapter, several=self.stage == 2)
         # Frozen things stay out of children(): they are neither trained nor saved.
-        self._frozen: dict[str, Any] = {"model": model, "embedding": embedding, "identity": identity}
+        self._frozen: dict[str, Any] = {"model": model, "adapter": adapter}
         if self.identity_weight:
             backbone = _recognition(options, "the identity loss")
             detector = open_detector(options.detector or "mtcnn", [MODELS])
-            faces, who = self.data.somebody(OTHERS)
+            faces, who = self.data.distinct_faces(OTHERS)
             others = Others(F.normalize(global_feature(backbone, faces)), who)
             self._frozen["identity loss"] = IdentityLoss(model.vae, backbone, detector, self.data.scale, others)
 
@@ -162,12 +174,14 @@ class UniPortraitRecipe(Recipe):
     def model(self) -> Model:
         return self._frozen["model"]
 
+    @property
+    def adapter(self) -> Adapter:
+        return self._frozen["adapter"]
+
     def prepare(self, device: torch.device, dtype: torch.dtype, settings: Settings) -> None:
         for network in (self.model.unet, self.model.text_encoder):
             network.to(device, dtype)
-        if self.stage == 2:
-            self._frozen["embedding"].to(device)
-            self._frozen["identity"].to(device)
+        self.adapter.to(device)
         if self.identity_weight:
             self._frozen["identity loss"].to(device)
         if settings.checkpointing:
@@ -176,7 +190,7 @@ class UniPortraitRecipe(Recipe):
             self.model.unet.train()
         self._injection = Injection(self.model.unet, self.rule).inject()
 
-    def samples(self) -> FacesOfPictures:
+    def samples(self) -> PortraitDataset:
         return self.data
 
     def groups(self, settings: Settings) -> list[dict[str, Any]]:
@@ -195,10 +209,10 @@ class UniPortraitRecipe(Recipe):
 
     def forward(self, batch: dict[str, Tensor], draws: Draws) -> dict[str, Tensor]:
         latent, present = batch["latent"], batch["present"]
-        tokens = batch["tokens"]
-        tokens = torch.where((draws.rand() < CAPTION_DROPPED)[:, None], uncaptioned(tokens), tokens)
-        no_face = draws.rand() < FACES_DROPPED
-        identities = self._embed(batch, no_face, draws)
+        caption_ids = batch["caption_ids"]
+        no_caption, no_face = draws.rand() < CAPTION_DROPPED, draws.rand() < FACES_DROPPED
+        caption_ids = torch.where(no_caption[:, None], uncaptioned(caption_ids), caption_ids)
+        id_tokens = self._embed(batch, no_face, draws)
         noise, t = draws.randn(*latent.shape[1:]), draws.randint(self.schedule.alphas_bar.shape[0])
         gumbel: dict[int, Tensor] = {}
 
@@ -206,19 +220,19 @@ class UniPortraitRecipe(Recipe):
             if site not in gumbel:
                 # Kept: gradient checkpointing asks a second time.
                 own = -torch.log(-torch.log(draws.rand(*shape[1:]).clamp(1e-9, 1 - 1e-7)))
-                # What is drawn is routed as at inference.
+                # What is sampled for the identity loss is routed as at inference.
                 gumbel[site] = F.pad(own, (0, 0, 0, 0, 0, shape[0] - len(own)))
             return gumbel[site]
 
         noisy, times = self.schedule(latent, noise, t), t
-        told = Told(tokens, identities, present, latent.new_ones(len(t), 1, 1))
-        made = self._draw(batch, tokens, ~no_face, draws) if self.identity_weight else None
-        if made is not None:
+        cond = Condition(caption_ids, Identities(id_tokens, present, latent.new_ones(len(t), 1, 1)))
+        last = self._sample(batch, caption_ids, ~no_face, draws) if self.identity_weight else None
+        if last is not None:
             # One call of the UNet for both losses: gradient checkpointing knows of one, and DDP too.
-            noisy, times, told = torch.cat([noisy, made.noisy]), torch.cat([t, made.t]), told.and_also(made.told)
-        predicted, logits = self._predict(noisy, times, told, gumbel_noise if self.training else None)
+            noisy, times, cond = torch.cat([noisy, last.noisy]), torch.cat([t, last.t]), cond.cat(last.cond)
+        predicted, logits = self._predict(noisy, times, cond, gumbel_noise if self.training else None)
         squared = (predicted[: len(t)] - self.schedule.target(latent, noise, t)).square()
-        error = emphasised(squared, batch["regions"].amax(dim=1), self.face_weight)
+        error = face_weighted(squared, batch["regions"].amax(dim=1), self.face_weight)
         weight = self.schedule.weights(t, self.gamma) if self.gamma else torch.ones_like(error)
         diffusion = (weight * error).mean()
         losses = {"loss": diffusion, "diffusion": diffusion}
@@ -228,20 +242,20 @@ class UniPortraitRecipe(Recipe):
             route, right = routing_loss(routed, batch["regions"], present, (height, width))
             losses |= {"loss": diffusion + self.route_weight * route, "route": route, "routed_right": right}
         if self.identity_weight:
-            like = self._likeness(made, predicted[len(t) :])
-            whole = losses["loss"] + self.identity_weight * (like.unlike + like.mistaken)
-            losses |= {"loss": whole, "unlike": like.unlike, "mistaken": like.mistaken, "known": like.known}
-            losses |= {"faces_found": like.found}
+            faces = self._face_losses(last, predicted[len(t) :])
+            whole = losses["loss"] + self.identity_weight * (faces.id_loss + faces.infonce)
+            losses |= {"loss": whole, "id_loss": faces.id_loss, "infonce": faces.infonce, "top1": faces.top1}
+            losses |= {"faces_found": faces.found}
         return losses
 
-    def _likeness(self, made: Drawn | None, predicted: Tensor) -> Likeness:
-        """See `IdentityLoss`; zero where nothing was drawn."""
-        if made is None:
-            return Likeness(*[predicted.new_zeros(())] * 4)
-        picture = self.schedule.denoised(made.noisy, guided(made.without, predicted), made.t)
-        return self._frozen["identity loss"](picture, made.intrinsic, made.told.present, made.who)
+    def _face_losses(self, last: LastStep | None, predicted: Tensor) -> FaceLosses:
+        """See `IdentityLoss`; zero where nothing was sampled."""
+        if last is None:
+            return FaceLosses(*[predicted.new_zeros(())] * 4)
+        picture = self.schedule.denoised(last.noisy, guided(last.uncond, predicted), last.t)
+        return self._frozen["identity loss"](picture, last.intrinsic, last.cond.identities.present, last.who)
 
-    def _draw(self, batch: dict[str, Tensor], tokens: Tensor, asked: Tensor, draws: Draws) -> Drawn | None:
+    def _sample(self, batch: dict[str, Tensor], caption_ids: Tensor, asked: Tensor, draws: Draws) -> LastStep | None:
         """Pictures of the first people of a batch but for the last step, as a request with default settings has them.
 
         But that the structure scale of each is any of [0, 1], as a request may give it.
@@ -254,46 +268,50 @@ class UniPortraitRecipe(Recipe):
         if not len(which):
             return None
         people = {name: batch[name][which] for name in ("intrinsic", "structure", "present")}
-        told, untold = self._told(people, tokens[which], beta[which], SCALE)
-        noisy = draw(noise[which], last[which], DRAWN_IN, self.schedule, self._guided(told, untold))
+        cond, uncond = self._conditions(people, caption_ids[which], beta[which], SCALE)
+        noisy = ddim_sample(noise[which], last[which], DRAWN_IN, self.schedule, self._guided(cond, uncond))
         with torch.no_grad():
-            without, _ = self._predict(noisy, last[which], untold)
-        return Drawn(noisy, last[which], told, without, people["intrinsic"], batch["who"][which])
+            without, _ = self._predict(noisy, last[which], uncond)
+        return LastStep(noisy, last[which], cond, without, people["intrinsic"], batch["who"][which])
 
-    def _told(self, people: Mapping[str, Tensor], tokens: Tensor, beta: Tensor, scale: float) -> tuple[Told, Told]:
-        """What a request tells the UNet, and what its guidance is held against: no caption, and no face in the places.
+    def _conditions(
+        self, people: Mapping[str, Tensor], caption_ids: Tensor, beta: Tensor, scale: float
+    ) -> tuple[Condition, Condition]:
+        """The conditional rows of a request, and the unconditional ones: no caption, and no face in the places.
 
-        people: intrinsic, structure and present, as `FacesOfPictures` has them. beta (B): their structure scale.
+        people: intrinsic, structure and present, as `PortraitDataset` has them. beta (B): their structure scale.
         """
         intrinsic, structure, present = (people[name] for name in ("intrinsic", "structure", "present"))
         of_each = beta.repeat_interleave(present.shape[1])[:, None, None]
         scales = intrinsic.new_full((len(present), 1, 1), scale)
         with torch.no_grad():
             nobody = self.zero_structure.to(structure).expand_as(structure)
-            nobody = self._tokens(torch.zeros_like(intrinsic), nobody, of_each)
-        told = Told(tokens, self._tokens(intrinsic, structure, of_each), present, scales)
-        return told, Told(uncaptioned(tokens), nobody, present, scales)
+            nobody = self._id_tokens(torch.zeros_like(intrinsic), nobody, of_each)
+        cond = Identities(self._id_tokens(intrinsic, structure, of_each), present, scales)
+        uncond = Identities(nobody, present, scales)
+        return Condition(caption_ids, cond), Condition(uncaptioned(caption_ids), uncond)
 
-    def _guided(self, told: Told, untold: Told) -> Callable[[Tensor, Tensor], Tensor]:
+    def _guided(self, cond: Condition, uncond: Condition) -> Callable[[Tensor, Tensor], Tensor]:
         """The prediction with guidance, in one call of the UNet."""
-        both = untold.and_also(told)
+        both = uncond.cat(cond)
         return lambda x, t: guided(*self._predict(x.repeat(2, 1, 1, 1), t.repeat(2), both)[0].chunk(2))
 
     def _predict(
-        self, noisy: Tensor, t: Tensor, told: Told, noise: Callable[[int, torch.Size], Tensor] | None = None
+        self, noisy: Tensor, t: Tensor, cond: Condition, noise: Callable[[int, torch.Size], Tensor] | None = None
     ) -> tuple[Tensor, dict[int, Tensor]]:
-        """What the UNet predicts of `noisy` (B, 4, h, w), and each site's routing. noise: see `Condition`."""
+        """What the UNet predicts of `noisy` (B, 4, h, w), and each site's logits. noise: see `BatchRule.begin`."""
         model = self.model
         with torch.no_grad():
-            text = model.text_encoder(told.tokens).last_hidden_state
-        self.rule.condition = condition = Condition(told.people, told.present, noise, {}, told.scale)
+            text = model.text_encoder(cond.caption_ids).last_hidden_state
+        self.rule.begin(cond.identities, noise)
+        logits = self.rule.logits
         dtype = next(model.unet.parameters()).dtype
         numbers = range(len(noisy))
         self._injection.rows = {number: Row(POSITIVE, picture=number) for number in numbers}
         predicted = model.unet(noisy.to(dtype), t, mark(text, numbers)).sample
         # Gradient checkpointing runs the layers again during the backward pass, and the rule must act there too.
-        self._injection.call.numbers = list(numbers)
-        return predicted.float(), condition.logits
+        self._injection.resume()
+        return predicted.float(), logits
 
     def _embed(self, batch: dict[str, Tensor], no_face: Tensor, draws: Draws) -> Tensor:
         """F_id of all people, (B, N, T, D), with the dropping regularisation of sec. 3.4 where this trains.
@@ -312,13 +330,14 @@ class UniPortraitRecipe(Recipe):
             beta = (branch >= BRANCH_DROPPED).float()
             some = (branch >= BRANCH_DROPPED) & (branch < BRANCH_DROPPED + TOKENS_DROPPED)
             keep = torch.where(some[:, :, None], kept, True)
-        return self._tokens(intrinsic, structure, beta.flatten()[:, None, None], keep.flatten(0, 1))
+        return self._id_tokens(intrinsic, structure, beta.flatten()[:, None, None], keep.flatten(0, 1))
 
-    def _tokens(self, intrinsic: Tensor, structure: Tensor, beta: float | Tensor, keep: Tensor | None = None) -> Tensor:
-        """F_id (B, N, T, D) of intrinsic (B, N, m, d) and structure (B, N, g, d'); stage 2 does not train it."""
-        with torch.set_grad_enabled(self.stage == 1 and torch.is_grad_enabled()):
-            tokens = self._frozen["embedding"](intrinsic.flatten(0, 1), structure.flatten(0, 1), beta, keep)
-        return tokens.unflatten(0, intrinsic.shape[:2])
+    def _id_tokens(
+        self, intrinsic: Tensor, structure: Tensor, beta: float | Tensor, keep: Tensor | None = None
+    ) -> Tensor:
+        """F_id (B, N, T, D) of intrinsic (B, N, m, d) and structure (B, N, g, d')."""
+        id_tokens = self.adapter.embedding(intrinsic.flatten(0, 1), structure.flatten(0, 1), beta, keep)
+        return id_tokens.unflatten(0, intrinsic.shape[:2])
 
     @property
     def zero_structure(self) -> Tensor:
@@ -333,10 +352,11 @@ class UniPortraitRecipe(Recipe):
         first = [self.data[i, (0, 0, 0)] for i in range(min(4, len(self.data)))]
         batch = {name: torch.stack([sample[name] for sample in first]).to(device) for name in first[0]}
         rows = len(first)
-        told, untold = self._told(batch, batch["tokens"], torch.full((rows,), STRUCTURE, device=device), SCALE)
+        beta = torch.full((rows,), STRUCTURE, device=device)
+        cond, uncond = self._conditions(batch, batch["caption_ids"], beta, SCALE)
         noise, end = draws.randn(*batch["latent"].shape[1:])[:rows], torch.zeros(rows, dtype=torch.long, device=device)
-        latent = draw(noise, end, STEPS, self.schedule, self._guided(told, untold))
-        _, logits = self._predict(latent, end, told)
+        latent = ddim_sample(noise, end, STEPS, self.schedule, self._guided(cond, uncond))
+        _, logits = self._predict(latent, end, cond)
         decoded = model.vae.to(device).decode(latent / self.data.scale).sample.float() / 2 + 0.5
         rows_of = [torch.cat(list(decoded.clamp(0, 1)), dim=2)]
         if logits:
@@ -361,7 +381,7 @@ class UniPortraitRecipe(Recipe):
         named["components"] = self.components
         write_tensors(path, tensors, {**facts, **named, "features": str(sorted(self.data.features.hashes.items()))})
         for companion in self.companions:
-            companion.bring(folder)
+            companion.export_to(folder)
         self._write_manifest(folder, {role: path.name}, {**facts, "components": self.components})
 
     def _write_manifest(self, folder: Path, adapter: Mapping[str, str], facts: Mapping[str, str]) -> None:
@@ -370,41 +390,15 @@ class UniPortraitRecipe(Recipe):
         adapter: the file of this stage, by role.
         """
         first = {one.role: one.name for one in self.companions if one.role == "faceid"}
-        side = self.model.size
         manifest = Manifest(
             name=self.adapter_name,
-            method="uniportrait",
+            method=FILES.method,
             adapter={**first, **adapter},
-            encoders=companions.encoders(self.companions, self.data.features.hashes),
-            base=companions.stored_file(self.base),
-            text_encoder=text_encoder_of(self.model.text_encoder),
-            picture=(side, side),
+            encoders=companions.encoder_files(FILES, self.companions, self.data.features.hashes),
             training=facts,
+            **companions.of_base(self.base, self.model, self.licence),
         )
         write_manifest(folder / f"{self.adapter_name}{SUFFIX}", manifest)
-
-
-def routing_loss(
-    logits: Mapping[int, Tensor], regions: Tensor, present: Tensor, latent: tuple[int, int]
-) -> tuple[Tensor, Tensor]:
-    """Eq. 4 without its lambda, and the share of face positions whose arg-max is right; means over sites and rows.
-
-    logits: by site (B, n, N), -inf of people who are not there; regions (B, N, h, w) the masks M at the latent's size,
-    empty of those; present (B, N) bool.
-    """
-    losses, rights = [], []
-    for site_logits in logits.values():
-        shape = spatial_shape(site_logits.shape[1], latent)
-        masks = F.adaptive_avg_pool2d(regions, shape).flatten(2).transpose(1, 2)
-        union = masks.amax(dim=-1)
-        routed = site_logits.float().softmax(dim=-1)
-        squared = ((routed - masks) ** 2).sum(dim=-1)
-        people = present.sum(dim=1).clamp(min=1)
-        area = union.sum(dim=1).clamp(min=1e-6)
-        losses.append(((union**2 * squared).sum(dim=1) / area / people).mean())
-        right = (site_logits.argmax(dim=-1) == masks.argmax(dim=-1)).float()
-        rights.append(((union * right).sum(dim=1) / area).mean())
-    return torch.stack(losses).mean(), torch.stack(rights).mean().detach()
 
 
 def _refuse_unread(options: argparse.Namespace) -> None:
@@ -442,6 +436,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--stage", type=int, choices=(1, 2), default=1)
     parser.add_argument("--checkpoint", type=Path, required=True, help="the base model, a single SD1.5 file")
     parser.add_argument("--name", required=True, help="NAME in uniportrait-faceid_NAME.safetensors")
+    parser.add_argument("--licence", metavar="TEXT", help="of the adapter, for its manifest; default: the base kit's")
     parser.add_argument("--faceid", type=Path, help="stage 2: the faceid file of stage 1")
     parser.add_argument("--initial", type=Path, help="a file of the same stage to begin with; stage 2 takes its router")
     for role, what in (("backbone", "recognition network"), ("vision", "image encoder")):

@@ -31,7 +31,7 @@ SMALLEST_CROP, CROPPED = 0.45, 0.5
 
 
 class CaptionedPictures:
-    """ "pixels" (3, s, s) normalised as CLIP's, "tokens" (77)."""
+    """ "pixels" (3, s, s) normalised as CLIP's, "caption_ids" (77)."""
 
     def __init__(self, shards: Shards, size: int):
         self.shards, self.features, self.size = shards, Features(shards), size
@@ -47,7 +47,7 @@ class CaptionedPictures:
             top, left = (int(rng.integers(0, whole - side + 1)) for whole in picture.shape[:2])
             picture = picture[top : top + side, left : left + side]
         picture = cv2.resize(picture, (self.size, self.size), interpolation=cv2.INTER_LINEAR)
-        return {"pixels": clip_view(pixels_of([picture]))[0], "tokens": self.features.tokens[index].long()}
+        return {"pixels": clip_view(pixels_of([picture]))[0], "caption_ids": self.features.tokens[index].long()}
 
 
 class VisionRecipe(Recipe):
@@ -79,8 +79,8 @@ class VisionRecipe(Recipe):
         seen = self.tower(pixel_values=batch["pixels"])
         pictures = self.visual_projection(seen.pooler_output)
         with torch.no_grad():
-            states = self._text[0](batch["tokens"]).last_hidden_state
-        last = (batch["tokens"] == END).int().argmax(dim=1)
+            states = self._text[0](batch["caption_ids"]).last_hidden_state
+        last = (batch["caption_ids"] == END).int().argmax(dim=1)
         texts = self.text_projection(states[torch.arange(len(last)), last])
         loss, right = contrastive(pictures, texts, self.logit_scale.exp().clamp(max=100))
         return {"loss": loss, "right": right, "scale": self.logit_scale.exp()}

@@ -1,4 +1,4 @@
-"""`python -m trainer.world`: contact sheets of the world, and how fast it draws."""
+"""`python -m trainer.world`: contact sheets of the world, and how fast it is rendered."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from pathlib import Path
 from PIL import Image
 
 from .bench import bench
-from .sheet import contact_sheet
+from .contact_sheet import contact_sheet
 
 
 def main(arguments: list[str]) -> int:
@@ -32,11 +32,11 @@ def main(arguments: list[str]) -> int:
     if options.command == "bench":
         print(json.dumps(bench(options.size, options.pictures, options.processes)))
         return 0
-    drawn = contact_sheet(
+    image = contact_sheet(
         options.identities, options.situations, options.seed, options.size, options.groups, options.truth
     )
     options.out.parent.mkdir(parents=True, exist_ok=True)
-    Image.fromarray(drawn).save(options.out)
+    Image.fromarray(image).save(options.out)
     return 0
 
 

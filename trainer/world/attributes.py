@@ -10,17 +10,17 @@ COLOURLESS = ("pencil drawing",)
 
 def attributes_of(scene: Scene) -> Attributes:
     """The truth about a scene. Of several people only how many there are; in pencil drawings no colours."""
-    people = scene.people
-    told = {
-        "people": str(len(people)),
-        "women": str(sum(person.identity.woman for person in people)),
+    placements = scene.people
+    attributes = {
+        "people": str(len(placements)),
+        "women": str(sum(placement.person.woman for placement in placements)),
         "style": scene.style,
         "background": scene.background,
     }
-    if len(people) > 1:
-        return told
-    situation = people[0].situation
-    told |= {
+    if len(placements) > 1:
+        return attributes
+    situation = placements[0].situation
+    attributes |= {
         "expression": situation.expression,
         "garment": situation.garment,
         "hat": situation.hat or "none",
@@ -28,5 +28,5 @@ def attributes_of(scene: Scene) -> Attributes:
         "scarf": "yes" if situation.scarf else "no",
     }
     if scene.style not in COLOURLESS:
-        told["clothes_colour"] = situation.clothes_colour
-    return told
+        attributes["clothes_colour"] = situation.clothes_colour
+    return attributes

@@ -8,11 +8,11 @@ import numpy as np
 import skia
 from numpy.typing import NDArray
 
-from .easel import polygon, shade
-from .light import times
+from .light import multiply
+from .raster import polygon, shade
 from .situations import Colour
 
-Draw = Callable[[skia.Canvas, np.random.Generator], None]
+DrawBackground = Callable[[skia.Canvas, np.random.Generator], None]
 
 
 def _scatter(rng: np.random.Generator, count: int, *limits: tuple[float, float]) -> list[list[float]]:
@@ -44,7 +44,7 @@ def _jitter(rng: np.random.Generator, *colour: float) -> Colour:
 
 
 def _lighter(colour: Colour, factor: float) -> Colour:
-    return times(colour, (factor, factor, factor))
+    return multiply(colour, (factor, factor, factor))
 
 
 def _tinted(rng: np.random.Generator, light: tuple[float, float], spread: float) -> Colour:
@@ -168,7 +168,7 @@ def night(canvas: skia.Canvas, rng: np.random.Generator) -> None:
     canvas.drawPath(_ridge(rng, 0.85, 0.14, 0.6), _paint((0.07, 0.09, 0.16)))
 
 
-BACKGROUNDS: dict[str, Draw] = {
+BACKGROUNDS: dict[str, DrawBackground] = {
     "studio": studio,
     "park": park,
     "beach": beach,

@@ -1,4 +1,4 @@
-"""How fast the world draws."""
+"""How fast the world is rendered."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from .render import render
 from .scenes import sample_scene
 
 
-def draw_many(job: tuple[int, int, int]) -> float:
+def render_many(job: tuple[int, int, int]) -> float:
     """Render pictures first … first + number - 1 at a size; returns the seconds of CPU time that took."""
     first, number, size = job
     cv2.setNumThreads(1)
@@ -28,15 +28,15 @@ def bench(size: int, pictures: int, processes: int) -> dict[str, object]:
     """
     share = pictures // processes
     with multiprocessing.get_context("spawn").Pool(processes) as pool:
-        pool.map(draw_many, [(0, 10, size)] * processes, chunksize=1)
+        pool.map(render_many, [(0, 10, size)] * processes, chunksize=1)
         start = time.perf_counter()
-        cpu = sum(pool.map(draw_many, [(100 + share * k, share, size) for k in range(processes)], chunksize=1))
+        cpu = sum(pool.map(render_many, [(100 + share * k, share, size) for k in range(processes)], chunksize=1))
         seconds = time.perf_counter() - start
-    drawn = share * processes
+    rendered = share * processes
     return {
         "name": "world",
         "size": size,
-        "pictures_per_second": round(drawn / seconds, 1),
-        "cpu_ms": round(1000 * cpu / drawn, 2),
+        "pictures_per_second": round(rendered / seconds, 1),
+        "cpu_ms": round(1000 * cpu / rendered, 2),
         "processes": processes,
     }

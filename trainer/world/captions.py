@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -11,7 +12,7 @@ from .scenes import Placement, Scene
 from .situations import pick
 
 NUMBERS = ("no", "one", "two", "three", "four")
-PLURALS = {"woman": "women", "man": "men"}
+PLURALS = {"woman": "women", "man": "men", "person": "people"}
 # The place as a phrase; "against" one it is for those that are hardly a place.
 PLACES = {
     "studio": ("in a studio", "against a plain background"),
@@ -38,7 +39,7 @@ class Caption:
     """A caption, and as data what it says.
 
     people: by class word, how many. style, background: None when not mentioned. faces: by the person's place in the
-    scene, what is said about that person: expression, garment, clothes_colour, hat, hat_colour, glasses, scarf_colour.
+    scene, what is stated of that person: expression, garment, clothes_colour, hat, hat_colour, glasses, scarf_colour.
     """
 
     text: str
@@ -48,45 +49,54 @@ class Caption:
     faces: dict[int, dict[str, str | bool]] = field(default_factory=dict)
 
 
-def _article(words: str) -> str:
+def with_article(words: str) -> str:
+    """ "a red shirt", "an orange scarf"."""
     return f"{'an' if words[0] in 'aeiou' else 'a'} {words}"
 
 
-def _and(parts: list[str]) -> str:
+def enumeration(parts: list[str]) -> str:
+    """ "glasses", "a red shirt, a scarf and glasses"."""
     return parts[0] if len(parts) == 1 else f"{', '.join(parts[:-1])} and {parts[-1]}"
 
 
+def counted_people(people: Mapping[str, int]) -> str:
+    """ "two women", "a man and a woman": people by class word, of each as many as given."""
+    return enumeration(
+        [with_article(word) if number == 1 else f"{NUMBERS[number]} {PLURALS[word]}" for word, number in people.items()]
+    )
+
+
 def _person(placement: Placement, rng: np.random.Generator, detail: float) -> tuple[str, dict[str, str | bool]]:
-    """A noun phrase for one person, and what it says; each fact is mentioned with probability `detail`."""
+    """A noun phrase for one person, and what it states; each fact is mentioned with probability `detail`."""
     situation = placement.situation
-    said: dict[str, str | bool] = {}
-    words = placement.identity.word
+    stated: dict[str, str | bool] = {}
+    words = placement.person.word
     if situation.expression != "neutral" and rng.random() < detail:
-        said["expression"] = situation.expression
+        stated["expression"] = situation.expression
         words = f"{situation.expression} {words}"
     wears = []
     if rng.random() < detail:
-        said["garment"], said["clothes_colour"] = situation.garment, situation.clothes_colour
-        wears.append(_article(f"{situation.clothes_colour} {situation.garment}"))
+        stated["garment"], stated["clothes_colour"] = situation.garment, situation.clothes_colour
+        wears.append(with_article(f"{situation.clothes_colour} {situation.garment}"))
     if situation.hat and rng.random() < detail + 0.2:
-        said["hat"], said["hat_colour"] = situation.hat, situation.hat_colour
-        wears.append(_article(f"{situation.hat_colour} {situation.hat}"))
+        stated["hat"], stated["hat_colour"] = situation.hat, situation.hat_colour
+        wears.append(with_article(f"{situation.hat_colour} {situation.hat}"))
     if situation.scarf and rng.random() < detail + 0.2:
-        said["scarf_colour"] = situation.scarf_colour
-        wears.append(_article(f"{situation.scarf_colour} scarf"))
+        stated["scarf_colour"] = situation.scarf_colour
+        wears.append(with_article(f"{situation.scarf_colour} scarf"))
     if situation.glasses and rng.random() < detail + 0.2:
-        said["glasses"] = True
+        stated["glasses"] = True
         wears.append("glasses")
-    phrase = _article(words)
+    phrase = with_article(words)
     if wears:
-        phrase += f" {pick(rng, ('wearing', 'in'))} {_and(wears)}"
-    return phrase, said
+        phrase += f" {pick(rng, ('wearing', 'in'))} {enumeration(wears)}"
+    return phrase, stated
 
 
 def caption(scene: Scene) -> Caption:
-    """A caption of a scene, worded by the scene's seed. People are told from left to right, or only counted."""
+    """A caption of a scene, worded by the scene's seed. People are described from left to right, or only counted."""
     rng = np.random.default_rng([scene.seed, 0xCA9])
-    count = Counter(placement.identity.word for placement in scene.people)
+    count = Counter(placement.person.word for placement in scene.people)
     style_words = STYLE_PHRASES[scene.style]
     opening = pick(rng, style_words)
     place = pick(rng, PLACES[scene.background]) if rng.random() < 0.75 else ""
@@ -95,16 +105,13 @@ def caption(scene: Scene) -> Caption:
         detail = (0.75, 0.5, 0.35, 0.3)[len(scene.people) - 1]
         phrases = []
         for index in sorted(range(len(scene.people)), key=lambda index: scene.people[index].x):
-            phrase, said = _person(scene.people[index], rng, detail)
+            phrase, stated = _person(scene.people[index], rng, detail)
             phrases.append(phrase)
-            if said:
-                faces[index] = said
-        who = _and(phrases)
+            if stated:
+                faces[index] = stated
+        who = enumeration(phrases)
     else:
-        groups = [
-            _article(word) if number == 1 else f"{NUMBERS[number]} {PLURALS[word]}" for word, number in count.items()
-        ]
-        who = _and(groups)
+        who = counted_people(count)
     if scene.style == "photo" and opening == "a portrait of" and len(scene.people) > 1:
         opening = "a group portrait of" if len(scene.people) > 2 else "a portrait of"
     text = " ".join(part for part in (opening, who, place) if part)

@@ -7,10 +7,10 @@ from __future__ import annotations
 
 import skia
 
-from .easel import Easel, polygon
-from .head import spread
-from .light import Light, times
-from .people import Identity
+from .head import lerp
+from .light import Light, multiply
+from .people import WorldPerson
+from .raster import Raster, polygon
 from .situations import CLOTHES_COLOURS, Colour, Situation
 
 DOWN = 12.0  # below the picture even for the smallest head at its top
@@ -46,17 +46,17 @@ def _neckline(path: skia.Path, neck: float, lowest: float, pointed: bool) -> Non
 
 
 def draw_body(
-    easel: Easel, person: Identity, situation: Situation, light: Light, skin: Colour, chin: tuple[float, float]
+    raster: Raster, person: WorldPerson, situation: Situation, light: Light, skin: Colour, chin: tuple[float, float]
 ) -> None:
     """Draw in head units around the head's centre; `chin` is where the neck begins."""
-    neck = spread(person.jaw, 0.34, 0.46) + (0.0 if person.woman else 0.06)
+    neck = lerp(person.jaw, 0.34, 0.46) + (0.0 if person.woman else 0.06)
     shoulder = 1.28 if person.woman else 1.58
-    _draw_neck(easel, light, times(skin, (0.86, 0.80, 0.79)), neck, chin)
+    _draw_neck(raster, light, multiply(skin, (0.86, 0.80, 0.79)), neck, chin)
     colour = CLOTHES_COLOURS[situation.clothes_colour]
     jacket, lowest = situation.garment == "jacket", LOWEST_COLLAR[situation.garment]
     if jacket:
         shirt = _outline((-neck, 1.45), (0, 1.6), (neck, 1.45), (0.5, 3), (-0.5, 3))
-        easel.path(shirt, _fill(light.tone((0.92, 0.92, 0.90))), 0)
+        raster.path(shirt, _fill(light.tone((0.92, 0.92, 0.90))), 0)
     body = skia.Path()
     _neckline(body, neck, lowest, jacket)
     body.cubicTo(neck * 1.4, 1.45, shoulder * 0.95, 1.45, shoulder, 2.1)
@@ -64,49 +64,49 @@ def draw_body(
     body.lineTo(-shoulder * 1.1, DOWN)
     body.cubicTo(-shoulder * 1.1, 4, -shoulder * 1.12, 2.9, -shoulder, 2.1)
     body.cubicTo(-shoulder * 0.95, 1.45, -neck * 1.4, 1.45, -neck * 1.02, 1.26)
-    easel.path(body, _sidelit(light, colour, shoulder), 0)
+    raster.path(body, _sidelit(light, colour, shoulder), 0)
     if situation.pattern != "plain":
         step = 0.28 if sum(colour) < 1.8 else -0.28
         red, green, blue = colour
         paint = _fill(light.tone((red + step, green + step, blue + step), 1, 0.8))
-        easel.canvas.save()
-        easel.canvas.clipPath(body, skia.ClipOp.kIntersect, True)
+        raster.canvas.save()
+        raster.canvas.clipPath(body, skia.ClipOp.kIntersect, True)
         if situation.pattern == "striped":
             for stripe in STRIPES:
-                easel.canvas.drawRect(stripe, paint)
+                raster.canvas.drawRect(stripe, paint)
         else:
             for dot in DOTS:
-                easel.canvas.drawCircle(*dot, paint)
-        easel.canvas.restore()
+                raster.canvas.drawCircle(*dot, paint)
+        raster.canvas.restore()
     line = skia.Paint(AntiAlias=True, Style=skia.Paint.kStroke_Style, StrokeWidth=0.07, Color=light.tone(colour, 0.72))
     if jacket:
         for side in (-1, 1):
             lapel = _outline((side * neck * 1.05, 1.26), (side * 0.52, 1.75), (0, lowest))
-            easel.path(lapel, _fill(light.tone(colour, 0.80)))
-        easel.canvas.drawLine(0, lowest, 0, DOWN, line)
+            raster.path(lapel, _fill(light.tone(colour, 0.80)))
+        raster.canvas.drawLine(0, lowest, 0, DOWN, line)
     else:
         collar = skia.Path()
         _neckline(collar, neck, lowest, pointed=False)
         if situation.garment == "sweater":
             line.setStrokeWidth(0.14)
-        easel.path(collar, line)
+        raster.path(collar, line)
     if situation.scarf:
-        _draw_scarf(easel, light, CLOTHES_COLOURS[situation.scarf_colour], neck)
+        _draw_scarf(raster, light, CLOTHES_COLOURS[situation.scarf_colour], neck)
 
 
-def _draw_neck(easel: Easel, light: Light, skin: Colour, neck: float, chin: tuple[float, float]) -> None:
+def _draw_neck(raster: Raster, light: Light, skin: Colour, neck: float, chin: tuple[float, float]) -> None:
     x, y = chin
     column = _outline(
         (x - neck, y), (-neck * 0.98, 1.25), (-neck * 1.5, 1.55), (neck * 1.5, 1.55), (neck * 0.98, 1.25), (x + neck, y)
     )
-    easel.path(column, _sidelit(light, skin, neck), 0)
+    raster.path(column, _sidelit(light, skin, neck), 0)
     # The head's shadow.
     colours = [light.tone(skin, 0.45, 0.75), light.tone(skin, 0.45, 0)]
     shadow = skia.GradientShader.MakeLinear([skia.Point(0, 0.85), skia.Point(0, 1.4)], colours)
-    easel.path(column, skia.Paint(AntiAlias=True, Shader=shadow))
+    raster.path(column, skia.Paint(AntiAlias=True, Shader=shadow))
 
 
-def _draw_scarf(easel: Easel, light: Light, colour: Colour, neck: float) -> None:
+def _draw_scarf(raster: Raster, light: Light, colour: Colour, neck: float) -> None:
     wrap = _outline(
         (-neck * 1.5, 1.18),
         (neck * 1.5, 1.18),
@@ -116,5 +116,5 @@ def _draw_scarf(easel: Easel, light: Light, colour: Colour, neck: float) -> None
         (-neck * 1.75, 1.5),
     )
     tail = _outline((0.1, 1.5), (0.5, 1.5), (0.62, 2.6), (0.16, 2.6))
-    easel.path(tail, _sidelit(light, times(colour, (0.86, 0.86, 0.86)), 1.0), 0)
-    easel.path(wrap, _sidelit(light, colour, 1.0), 0)
+    raster.path(tail, _sidelit(light, multiply(colour, (0.86, 0.86, 0.86)), 1.0), 0)
+    raster.path(wrap, _sidelit(light, colour, 1.0), 0)

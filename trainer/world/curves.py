@@ -6,12 +6,12 @@ from typing import NamedTuple
 
 import numpy as np
 
-from .head import Array, Plan, Real, spread
-from .people import Identity
+from .head import Array, FaceLayout, Real, lerp
+from .people import WorldPerson
 from .situations import Situation
 
 
-class Measures(NamedTuple):
+class CurveParameters(NamedTuple):
     """What moves the curves: lengths in head units, and strengths of the expression."""
 
     eye_x: float
@@ -34,32 +34,32 @@ class Measures(NamedTuple):
     moustache: float
 
 
-def _measures(person: Identity, situation: Situation, lengths: Plan) -> Measures:
+def _parameters(person: WorldPerson, situation: Situation, layout: FaceLayout) -> CurveParameters:
     grin = max(situation.smile, 0)
-    return Measures(
-        eye_x=lengths.eye_x,
-        eye_y=lengths.eye_y,
-        nose_y=lengths.nose_y,
-        nose_width=lengths.nose_width,
-        mouth_y=lengths.mouth_y,
-        mouth_half=lengths.mouth_half,
+    return CurveParameters(
+        eye_x=layout.eye_x,
+        eye_y=layout.eye_y,
+        nose_y=layout.nose_y,
+        nose_width=layout.nose_width,
+        mouth_y=layout.mouth_y,
+        mouth_half=layout.mouth_half,
         smile=situation.smile,
         grin=grin,
         gape=situation.mouth_open,
-        upper_lip=spread(person.lip_upper, 0.035, 0.095) * (1 - 0.3 * grin),
-        lower_lip=spread(person.lip_lower, 0.045, 0.120) * (1 - 0.25 * grin),
-        brow_y=lengths.eye_y - spread(person.brow_height, 0.19, 0.30) - 0.07 * situation.brow_raise,
-        brow_slope=spread(person.brow_tilt, 0.07, -0.09) - 0.16 * situation.brow_frown,
-        brow_arch=spread(person.brow_arch, 0.02, 0.10),
-        brow_half=spread(person.brow_thickness, 0.022, 0.085),
+        upper_lip=lerp(person.lip_upper, 0.035, 0.095) * (1 - 0.3 * grin),
+        lower_lip=lerp(person.lip_lower, 0.045, 0.120) * (1 - 0.25 * grin),
+        brow_y=layout.eye_y - lerp(person.brow_height, 0.19, 0.30) - 0.07 * situation.brow_raise,
+        brow_slope=lerp(person.brow_tilt, 0.07, -0.09) - 0.16 * situation.brow_frown,
+        brow_arch=lerp(person.brow_arch, 0.02, 0.10),
+        brow_half=lerp(person.brow_thickness, 0.022, 0.085),
         frown=situation.brow_frown,
         knit=max(situation.brow_frown, 0),
-        moustache=spread(person.moustache, 0.03, 0.075),
+        moustache=lerp(person.moustache, 0.03, 0.075),
     )
 
 
-def _drawn(k: Measures) -> dict[str, tuple[Array | float, Array | float]]:
-    """Every curve's x and y by name. Each number is a sum of measures times constants: `_TABLE` relies on it."""
+def _curves(k: CurveParameters) -> dict[str, tuple[Array | float, Array | float]]:
+    """Every curve's x and y by name. Each number is a sum of parameters times constants: `_TABLE` relies on it."""
     t = np.linspace(-1, 1, 13)
     bow, round_ = 1 - t**2, np.sqrt(1 - t**2)
     x, line = t * k.mouth_half, k.mouth_y - 0.075 * k.smile * t**2
@@ -78,7 +78,7 @@ def _drawn(k: Measures) -> dict[str, tuple[Array | float, Array | float]]:
         "lip upper": (x, parting),
         "lip lower": (x, parting + gape),
         "lip bottom": (x, line + gape + k.lower_lip * bow**0.7),
-        "moustache": (_there_and_back(m, m) * 1.12 * k.mouth_half, _there_and_back(middle - tall, middle + tall)),
+        "moustache": (_outline(m, m) * 1.12 * k.mouth_half, _outline(middle - tall, middle + tall)),
     }
     for index in range(3):
         h = np.linspace(-1, 1, 9)
@@ -90,7 +90,7 @@ def _drawn(k: Measures) -> dict[str, tuple[Array | float, Array | float]]:
         height = height - k.brow_arch * np.sin(np.pi * np.clip(u * 1.1 - 0.05, 0, 1))
         reach = k.eye_x - 0.165 + 0.34 * u - 0.03 * k.knit
         half = k.brow_half * np.interp(u, [0, 0.15, 0.6, 1], [0.55, 1.0, 0.85, 0.1])
-        curves[f"brow {sign}"] = side * _there_and_back(reach, reach), _there_and_back(height - half, height + half)
+        curves[f"brow {sign}"] = side * _outline(reach, reach), _outline(height - half, height + half)
         v = np.linspace(0, 1, 7)
         curves[f"fold {sign}"] = (
             side * (k.nose_width * 1.25 + 0.19 * v**0.8 + 0.03 * k.grin),
@@ -110,32 +110,32 @@ def _drawn(k: Measures) -> dict[str, tuple[Array | float, Array | float]]:
     return curves
 
 
-def _there_and_back(one: Array, other: Array) -> Array:
+def _outline(one: Array, other: Array) -> Array:
     return np.concatenate([one, other[::-1]])
 
 
-def _places(*measures: float) -> Array:
+def _stacked(*parameters: float) -> Array:
     """All curves (2, N), one after another."""
-    drawn = _drawn(Measures(*measures)).values()
-    return np.concatenate([np.array(np.broadcast_arrays(x, y, np.zeros(1))[:2]) for x, y in drawn], 1)
+    curves = _curves(CurveParameters(*parameters)).values()
+    return np.concatenate([np.array(np.broadcast_arrays(x, y, np.zeros(1))[:2]) for x, y in curves], 1)
 
 
 def _slices() -> dict[str, slice]:
-    drawn = _drawn(Measures(*np.zeros(_COUNT)))
-    ends = np.cumsum([np.broadcast(x, y).size for x, y in drawn.values()]).tolist()
-    return dict(zip(drawn, map(slice, [0, *ends[:-1]], ends)))
+    curves = _curves(CurveParameters(*np.zeros(_COUNT)))
+    ends = np.cumsum([np.broadcast(x, y).size for x, y in curves.values()]).tolist()
+    return dict(zip(curves, map(slice, [0, *ends[:-1]], ends)))
 
 
-# The curves without any measures, and what one unit of each measure adds: (2, N) and (2, N, measures).
-_COUNT = len(Measures._fields)
-_BASE = _places(*np.zeros(_COUNT)).astype(Real)
-_TABLE = np.stack([_places(*unit) - _places(*np.zeros(_COUNT)) for unit in np.eye(_COUNT)], -1).astype(Real)
+# The curves with all parameters 0, and what one unit of each adds: (2, N) and (2, N, parameters).
+_COUNT = len(CurveParameters._fields)
+_BASE = _stacked(*np.zeros(_COUNT)).astype(Real)
+_TABLE = np.stack([_stacked(*unit) - _stacked(*np.zeros(_COUNT)) for unit in np.eye(_COUNT)], -1).astype(Real)
 _SLICES = _slices()
 
 
-def feature_curves(person: Identity, situation: Situation, lengths: Plan) -> tuple[Array, dict[str, slice]]:
+def feature_curves(person: WorldPerson, situation: Situation, layout: FaceLayout) -> tuple[Array, dict[str, slice]]:
     """Curves and dots of the face, in face coordinates (2, N), and which of them is where, by name."""
-    places = [_BASE + _TABLE @ np.array(_measures(person, situation, lengths), Real)]
+    places = [_BASE + _TABLE @ np.array(_parameters(person, situation, layout), Real)]
     slices, stop = dict(_SLICES), _BASE.shape[1]
     dots = {
         "moles": [(mole.x, mole.y) for mole in person.moles],

@@ -17,7 +17,7 @@ from math import cos, radians, sin
 import numpy as np
 from numpy.typing import NDArray
 
-from .people import Identity
+from .people import WorldPerson
 from .situations import Situation
 
 Real = np.float32
@@ -30,12 +30,12 @@ PROFILE_HEIGHTS = np.array([[-0.45], [0.14], [0.45], [0.76], [0.98]], Real)
 PROFILE_REACH = -0.5 / np.array([[0.25], [0.16], [0.18], [0.17], [0.11]], Real) ** 2
 
 
-def spread(value: float, low: float, high: float) -> float:
-    """A factor in [0, 1] as a length between two limits."""
+def lerp(value: float, low: float, high: float) -> float:
+    """Linear interpolation: a factor in [0, 1] as a length between two limits."""
     return low + (high - low) * value
 
 
-def bell(distance: Array, width: float) -> Array:
+def gaussian(distance: Array, width: float) -> Array:
     return np.exp(distance * distance * (-0.5 / width**2))
 
 
@@ -44,10 +44,10 @@ def smoothstep(value: Array) -> Array:
     return clipped * clipped * (3.0 - 2.0 * clipped)
 
 
-def bumps(across: Array, down: Array, table: Sequence[tuple[float, float, float, float, float]]) -> Array:
-    """The sum (N,) of bells on the face, at places (N,) each.
+def gaussian_sum(across: Array, down: Array, table: Sequence[tuple[float, float, float, float, float]]) -> Array:
+    """The sum (N,) of Gaussians on the face, at places (N,) each.
 
-    A row of the table is a bell: its height; its middle and its width across; its middle and its width down.
+    A row of the table is a Gaussian: its height; its middle and its width across; its middle and its width down.
     """
     height, x, width, y, tall = np.array(table, Real).T
     # Every exponent is a quadratic of the place: one product of matrices makes them all.
@@ -58,7 +58,7 @@ def bumps(across: Array, down: Array, table: Sequence[tuple[float, float, float,
 
 
 @dataclass(frozen=True)
-class Plan:
+class FaceLayout:
     """Where the features of one face are, in face coordinates: factors turned into lengths, expression included."""
 
     width: float
@@ -74,39 +74,39 @@ class Plan:
     mouth_half: float
 
 
-def plan(person: Identity, situation: Situation) -> Plan:
-    mouth_half = spread(person.mouth_width, 0.18, 0.31)
-    nose_y = spread(person.nose_length, 0.30, 0.47)
+def face_layout(person: WorldPerson, situation: Situation) -> FaceLayout:
+    mouth_half = lerp(person.mouth_width, 0.18, 0.31)
+    nose_y = lerp(person.nose_length, 0.30, 0.47)
     hair_x, temple_x, ear_x = half_width(person, np.array([-0.1, 0.0, 0.14], Real)).tolist()
-    return Plan(
+    return FaceLayout(
         width=head_width(person),
         hair_x=hair_x,
         temple_x=temple_x,
         ear_x=ear_x,
-        eye_x=spread(person.eye_spacing, 0.25, 0.37),
-        eye_y=spread(person.eye_line, -0.05, 0.08),
+        eye_x=lerp(person.eye_spacing, 0.25, 0.37),
+        eye_y=lerp(person.eye_line, -0.05, 0.08),
         nose_y=nose_y,
-        nose_height=spread(person.nose_bridge, 0.10, 0.22),
-        nose_width=spread(person.nose_width, 0.085, 0.18),
-        mouth_y=max(spread(person.mouth_line, 0.58, 0.72), nose_y + 0.16),
+        nose_height=lerp(person.nose_bridge, 0.10, 0.22),
+        nose_width=lerp(person.nose_width, 0.085, 0.18),
+        mouth_y=max(lerp(person.mouth_line, 0.58, 0.72), nose_y + 0.16),
         mouth_half=mouth_half * (1 + 0.16 * max(situation.smile, 0) - 0.22 * (situation.expression == "surprised")),
     )
 
 
-def head_width(person: Identity) -> float:
+def head_width(person: WorldPerson) -> float:
     """Half the head's width, but for what cheeks and jaw add to it."""
-    return spread(person.head_width, 0.66, 0.84)
+    return lerp(person.head_width, 0.66, 0.84)
 
 
-def half_width(person: Identity, y: Array) -> Array:
+def half_width(person: WorldPerson, y: Array) -> Array:
     """Half the head's width at heights y (N,)."""
     heights = np.array(
         [
-            spread(person.forehead, -0.07, 0.08),
-            spread(person.cheekbones, -0.03, 0.10),
-            spread(person.cheeks, -0.07, 0.12),
-            spread(person.jaw, -0.12, 0.26),
-            spread(person.chin, -0.30, 0.35),
+            lerp(person.forehead, -0.07, 0.08),
+            lerp(person.cheekbones, -0.03, 0.10),
+            lerp(person.cheeks, -0.07, 0.12),
+            lerp(person.jaw, -0.12, 0.26),
+            lerp(person.chin, -0.30, 0.35),
         ],
         Real,
     )
@@ -115,15 +115,15 @@ def half_width(person: Identity, y: Array) -> Array:
     return head_width(person) * (1 + profile) * np.sqrt(np.maximum(1.0 - y * y, 0.0))
 
 
-def skull(person: Identity, lon: Array, y: Array) -> Array:
+def skull(person: WorldPerson, lon: Array, y: Array) -> Array:
     """The bare head under hair and hats: points (3, N) at longitude `lon` and height y, both (N,)."""
     cosine = np.cos(lon)
     ring = np.sqrt(np.maximum(1.0 - y * y, 0.0))
-    front, back = 0.80 * ring**0.55 + 0.05 * bell(y, 0.6), 0.92 * ring * (1.0 - 0.3 * np.maximum(y, 0.0))
+    front, back = 0.80 * ring**0.55 + 0.05 * gaussian(y, 0.6), 0.92 * ring * (1.0 - 0.3 * np.maximum(y, 0.0))
     return np.array([half_width(person, y) * np.sin(lon), y, np.where(cosine > 0.0, front, back) * cosine])
 
 
-def surface(person: Identity, situation: Situation, lengths: Plan, lon: Array, y: Array) -> Array:
+def surface(person: WorldPerson, situation: Situation, layout: FaceLayout, lon: Array, y: Array) -> Array:
     """Points of the skin at longitude `lon` (0 is the face's middle, positive to x > 0) and height y.
 
     lon, y: (N,). Returns (3, N) in head coordinates, before the head turns.
@@ -131,36 +131,36 @@ def surface(person: Identity, situation: Situation, lengths: Plan, lon: Array, y
     sine, cosine = np.sin(lon), np.cos(lon)
     points = skull(person, lon, y)
     side = np.abs(points[0])
-    out = bumps(
+    out = gaussian_sum(
         side,
         y,
         [
-            (-0.075, lengths.eye_x, 0.15, lengths.eye_y, 0.12),  # sockets
-            (0.025 + 0.02 * (not person.woman), 0.26, 0.2, lengths.eye_y - 0.2, 0.07),  # ridge of the brows
-            (spread(person.cheeks, 0.0, 0.06) + 0.035 * max(situation.smile, 0), 0.40, 0.14, 0.32, 0.13),
-            (0.05, 0.0, 0.24, lengths.mouth_y, 0.15),  # lips
-            (-0.03, 0.0, 0.2, lengths.mouth_y + 0.15, 0.05),
-            (spread(person.chin, 0.03, 0.07), 0.0, 0.17, 0.91, 0.09),
-            (0.055, lengths.nose_width * 0.75, 0.035, lengths.nose_y + 0.02, 0.045),  # the nose's wings
+            (-0.075, layout.eye_x, 0.15, layout.eye_y, 0.12),  # sockets
+            (0.025 + 0.02 * (not person.woman), 0.26, 0.2, layout.eye_y - 0.2, 0.07),  # ridge of the brows
+            (lerp(person.cheeks, 0.0, 0.06) + 0.035 * max(situation.smile, 0), 0.40, 0.14, 0.32, 0.13),
+            (0.05, 0.0, 0.24, layout.mouth_y, 0.15),  # lips
+            (-0.03, 0.0, 0.2, layout.mouth_y + 0.15, 0.05),
+            (lerp(person.chin, 0.03, 0.07), 0.0, 0.17, 0.91, 0.09),
+            (0.055, layout.nose_width * 0.75, 0.035, layout.nose_y + 0.02, 0.045),  # the nose's wings
         ],
     )
-    start = lengths.eye_y - 0.12
-    along = (y - start) / (lengths.nose_y - start)
+    start = layout.eye_y - 0.12
+    along = (y - start) / (layout.nose_y - start)
     inside = along.clip(0.0, 1.0)
-    base = (y - lengths.nose_y) / 0.11
+    base = (y - layout.nose_y) / 0.11
     rise = np.where(along < 1.0, smoothstep(along * 3.0) * (0.3 + 0.7 * inside**1.4), 1.0 - smoothstep(base))
-    slim = lengths.nose_width * (0.38 + 0.42 * inside * inside)
+    slim = layout.nose_width * (0.38 + 0.42 * inside * inside)
     front = cosine > 0.0
-    nose = front * rise * bell(side / slim, 1.0)
-    out = front * out + lengths.nose_height * nose
-    jaw = smoothstep((y - lengths.mouth_y + 0.05) / 0.25) * (cosine + 0.2).clip(0.0, 1.0)
+    nose = front * rise * gaussian(side / slim, 1.0)
+    out = front * out + layout.nose_height * nose
+    jaw = smoothstep((y - layout.mouth_y + 0.05) / 0.25) * (cosine + 0.2).clip(0.0, 1.0)
     points[0] += out * sine
-    points[1] += 0.13 * situation.mouth_open * jaw + spread(person.nose_tip, 0.03, -0.06) * nose
+    points[1] += 0.13 * situation.mouth_open * jaw + lerp(person.nose_tip, 0.03, -0.06) * nose
     points[2] += out * cosine
     return points
 
 
-def longitude(person: Identity, x: Array, y: Array) -> Array:
+def longitude(person: WorldPerson, x: Array, y: Array) -> Array:
     """The longitude of face coordinates (x, y); x beyond the head's edge gives the edge."""
     share = x / np.maximum(half_width(person, y), 1e-6)
     return np.arcsin(share.clip(-0.985, 0.985))
@@ -187,7 +187,7 @@ class View:
         """Head coordinates (3, N) after the turn, still in head units."""
         return np.asarray(self.turn @ (points - PIVOT) + PIVOT)
 
-    def flatten(self, rotated: Array) -> Array:
+    def project(self, rotated: Array) -> Array:
         """Turned points (3, N) to pixels (2, N), nearer ones a little larger."""
         near = self.scale / (1 - PERSPECTIVE * rotated[2])
         return rotated[:2] * near + np.array(self.centre, Real)[:, None]

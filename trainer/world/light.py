@@ -8,11 +8,11 @@ from math import hypot
 
 import numpy as np
 
-from .easel import shade
-from .head import Array, Real, bell, smoothstep
+from .head import Array, Real, gaussian, smoothstep
+from .raster import shade
 from .situations import Colour
 
-SHADE = np.array([[0.46], [0.56], [0.58]], Real)  # what full contrast takes from red, green and blue in the shade
+SHADOW = np.array([[0.46], [0.56], [0.58]], Real)  # what full contrast takes from red, green and blue in the shade
 
 
 def ramp(table: Sequence[Colour], value: float) -> Colour:
@@ -27,7 +27,7 @@ def mix(one: Colour, other: Colour, part: float) -> Colour:
     return a + (d - a) * part, b + (e - b) * part, c + (f - c) * part
 
 
-def times(colour: Colour, by: Colour) -> Colour:
+def multiply(colour: Colour, by: Colour) -> Colour:
     (a, b, c), (d, e, f) = colour, by
     return a * d, b * e, c * f
 
@@ -45,22 +45,22 @@ class Light:
     contrast: float
     colour: Colour
 
-    def on(self, tint: Array, normals: Array, gloss: Array | float = 0.0) -> Array:
+    def illuminate(self, tint: Array, normals: Array, gloss: Array | float = 0.0) -> Array:
         """Colours `tint` (3, N) on surfaces of `normals` (3, N) with `gloss` (N,) or one for all, under the light."""
         x, y, z = self.direction
         half = hypot(x, y, z + 1)
         toward, mirrored = np.array([self.direction, (x / half, y / half, (z + 1) / half)], Real) @ normals
         amount = smoothstep((toward + 0.75) / 1.55)
-        shadow, bright = 1 - self.contrast * SHADE, 1.06 * column(self.colour)
+        shadow, bright = 1 - self.contrast * SHADOW, 1.06 * column(self.colour)
         mirrored = np.maximum(mirrored, 0.0)
         squared = mirrored * mirrored
         spark = gloss * (squared * squared * squared) ** 2 * squared  # to the 14th
         return np.asarray(tint * (shadow + (bright - shadow) * amount) + column(self.colour) * spark)
 
-    def shine(self, sheen: Array, normals: Array) -> Array:
+    def hair_highlight(self, sheen: Array, normals: Array) -> Array:
         """The band of light on hair of `sheen` (3, N) at surfaces of `normals` (3, N)."""
-        return sheen * (column(self.colour) * bell(np.array(self.direction, Real) @ normals - 0.78, 0.10))
+        return sheen * (column(self.colour) * gaussian(np.array(self.direction, Real) @ normals - 0.78, 0.10))
 
     def tone(self, colour: Colour, factor: float = 1.0, alpha: float = 1.0) -> int:
         """A colour for lines and fills that have no normal of their own."""
-        return shade(times(colour, self.colour), factor, alpha)
+        return shade(multiply(colour, self.colour), factor, alpha)

@@ -1,7 +1,7 @@
-"""Who somebody is: an identity as a point in continuous factors, and the numbered population.
+"""The people of the world: an identity is a point in continuous factors; the population is numbered.
 
 A face factor lies in [0, 1]; what it moves, and by how much, is written where it is drawn (`head`, `skin`, `curves`,
-`hair`, `figure`).
+`hair`, `person_renderer`).
 """
 
 from __future__ import annotations
@@ -25,8 +25,8 @@ class Mole:
 
 
 @dataclass(frozen=True)
-class Identity:
-    """A person of the world.
+class WorldPerson:
+    """The identity of a person of the world.
 
     `number` labels the person, `woman` chooses the class word, every float is a factor in [0, 1], 0.5 being ordinary.
     `moles` and `freckle_places` are the fine detail at fixed places; `freckles` says how many of the places show.
@@ -92,12 +92,12 @@ class Identity:
 
 
 FACTORS = tuple(
-    field.name for field in fields(Identity) if field.name not in ("number", "woman", "moles", "freckle_places")
+    field.name for field in fields(WorldPerson) if field.name not in ("number", "woman", "moles", "freckle_places")
 )
 
 
-def sample_identity(rng: np.random.Generator, number: int = -1) -> Identity:
-    """Somebody new. `rng` decides everything; `number` is only the label (-1: outside the numbered population)."""
+def sample_person(rng: np.random.Generator, number: int = -1) -> WorldPerson:
+    """A new identity. `rng` decides everything; `number` is only the label (-1: outside the numbered population)."""
     woman = bool(rng.random() < 0.5)
     # Spread wider than uniform: ordinary faces are the ones that get mixed up.
     values = dict(zip(FACTORS, rng.beta(0.8, 0.8, len(FACTORS)).tolist()))
@@ -133,7 +133,7 @@ def sample_identity(rng: np.random.Generator, number: int = -1) -> Identity:
         if (abs(abs(x) - 0.3) > 0.2 or abs(y - 0.02) > 0.2) and (abs(x) > 0.32 or abs(y - 0.64) > 0.14):
             moles.append(Mole(float(x), float(y), float(rng.uniform(0.017, 0.04))))
     across, down = rng.normal(0, 0.27, 60).clip(-0.6, 0.6), rng.normal(0.24, 0.11, 60)
-    return Identity(
+    return WorldPerson(
         number=number,
         woman=woman,
         moles=tuple(moles),
@@ -142,9 +142,9 @@ def sample_identity(rng: np.random.Generator, number: int = -1) -> Identity:
     )
 
 
-def identity(index: int) -> Identity:
+def world_person(index: int) -> WorldPerson:
     """Person `index` ≥ 0 of the population: the same for ever, in any process, without limit."""
-    return sample_identity(np.random.default_rng([POPULATION, index]), index)
+    return sample_person(np.random.default_rng([POPULATION, index]), index)
 
 
 def held_out(index: int) -> bool:

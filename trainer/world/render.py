@@ -1,4 +1,4 @@
-"""From a scene to a picture and its truth."""
+"""From a scene to a picture and its ground truth."""
 
 from __future__ import annotations
 
@@ -12,19 +12,19 @@ from lib_portrait.errors import PortraitError
 
 from .backgrounds import draw_background
 from .captions import Caption, caption
-from .easel import OVERSAMPLING, Easel
-from .figure import Figure
 from .light import Light
+from .person_renderer import PersonRenderer
+from .raster import OVERSAMPLING, Raster
 from .scenes import Scene
 
-SIZES = (64, 1024)  # limits of a picture's side
+PICTURE_SIZES = (64, 1024)  # limits of a picture's side
 
 Image = NDArray[np.uint8]
 
 
 @dataclass(frozen=True)
 class FaceTruth:
-    """What is known about one face of a picture of H × W pixels.
+    """The ground truth of one face of a picture of H × W pixels.
 
     id: the identity's number. box: (4,) float32 x0, y0, x1, y1 of the whole face, forehead to chin, cut at the
     picture's edge. landmarks: (5, 2) float32 irises, nose tip, mouth corners, each left before right as seen in the
@@ -58,40 +58,48 @@ def scene_light(scene: Scene) -> Light:
     return Light(direction, scene.contrast, scene.light_colour)
 
 
-def figures(scene: Scene, size: int) -> list[Figure]:
+def person_renderers(scene: Scene, size: int) -> list[PersonRenderer]:
     """The people of a scene, measured for a picture of `size`, in drawing coordinates (`OVERSAMPLING` a pixel)."""
     side, light = size * OVERSAMPLING, scene_light(scene)
     return [
-        Figure(person.identity, person.situation, (person.x * side, person.y * side), person.size * side, light)
-        for person in scene.people
+        PersonRenderer(
+            placement.person,
+            placement.situation,
+            (placement.x * side, placement.y * side),
+            placement.size * side,
+            light,
+        )
+        for placement in scene.people
     ]
 
 
 def render(scene: Scene, size: int) -> Picture:
-    """Draw a scene as a square picture of `size` pixels a side, with the truth about it.
+    """Draw a scene as a square picture of `size` pixels a side, with its ground truth.
 
     The same scene and size give the same bytes in every process. Raises PortraitError for a size outside 64 to 1024.
     """
-    if not SIZES[0] <= size <= SIZES[1]:
-        raise PortraitError("size", f"{size} pixels a side were asked for", f"Give {SIZES[0]} to {SIZES[1]}.")
-    easel = Easel(size)
+    if not PICTURE_SIZES[0] <= size <= PICTURE_SIZES[1]:
+        raise PortraitError(
+            "size", f"{size} pixels a side were asked for", f"Give {PICTURE_SIZES[0]} to {PICTURE_SIZES[1]}."
+        )
+    raster = Raster(size)
     # Drawn at half the resolution of the people: a little out of focus, and a quarter of the work.
-    place = draw_background(scene.background, scene.seed, size)
-    cv2.resize(place, easel.pixels.shape[:2], dst=easel.pixels, interpolation=cv2.INTER_LINEAR)
-    people = figures(scene, size)
-    for index, figure in enumerate(people):
-        figure.draw(easel, index + 1)
-    image = cv2.cvtColor(cv2.resize(easel.pixels, (size, size), interpolation=cv2.INTER_AREA), cv2.COLOR_RGBA2RGB)
+    background = draw_background(scene.background, scene.seed, size)
+    cv2.resize(background, raster.pixels.shape[:2], dst=raster.pixels, interpolation=cv2.INTER_LINEAR)
+    renderers = person_renderers(scene, size)
+    for index, renderer in enumerate(renderers):
+        renderer.draw(raster, index + 1)
+    image = cv2.cvtColor(cv2.resize(raster.pixels, (size, size), interpolation=cv2.INTER_AREA), cv2.COLOR_RGBA2RGB)
     rng = np.random.default_rng([scene.seed, 0xA9E])
-    image = weather(draw_style(image, scene.style, rng), scene, rng)
+    image = degrade(draw_style(image, scene.style, rng), scene, rng)
     faces = tuple(
         FaceTruth(
-            id=placement.identity.number,
-            box=np.clip(figure.box() / OVERSAMPLING, 0, size).astype(np.float32),
-            landmarks=(figure.landmarks() / OVERSAMPLING).astype(np.float32),
-            mask=np.asarray(easel.marks[:, :, 0] == index + 1),
+            id=placement.person.number,
+            box=np.clip(renderer.box() / OVERSAMPLING, 0, size).astype(np.float32),
+            landmarks=(renderer.landmarks() / OVERSAMPLING).astype(np.float32),
+            mask=np.asarray(raster.label_pixels[:, :, 0] == index + 1),
         )
-        for index, (placement, figure) in enumerate(zip(scene.people, people))
+        for index, (placement, renderer) in enumerate(zip(scene.people, renderers))
     )
     words = caption(scene)
     return Picture(image, words.text, words, faces)
@@ -133,8 +141,8 @@ def draw_style(image: Image, style: str, rng: np.random.Generator) -> Image:
     return image
 
 
-def weather(image: Image, scene: Scene, rng: np.random.Generator) -> Image:
-    """What lenses and years do to a picture: blur, faded colours, grain."""
+def degrade(image: Image, scene: Scene, rng: np.random.Generator) -> Image:
+    """The picture degraded as old photographs are: blur, faded colours, grain."""
     size = len(image)
     if scene.blur > 0:
         image = cv2.GaussianBlur(image, (0, 0), scene.blur * size / 128)

@@ -10,13 +10,13 @@ import numpy as np
 from lib_portrait.errors import PortraitError
 
 from .backgrounds import BACKGROUNDS
-from .people import Identity, held_out, identity
+from .people import WorldPerson, held_out, world_person
 from .situations import Situation, pick, sample_situation
 
 MOST_PEOPLE = 4
 COUNT_ODDS = (0.52, 0.26, 0.13, 0.09)
 # Half a head's height over the picture's side, by the number of people.
-SIZES = ((0.25, 0.35), (0.17, 0.225), (0.135, 0.17), (0.115, 0.145))
+HEAD_SIZES = ((0.25, 0.35), (0.17, 0.225), (0.135, 0.17), (0.115, 0.145))
 STYLES = ("photo", "painting", "watercolour", "pencil drawing", "cartoon")
 STYLE_ODDS = (0.56, 0.11, 0.11, 0.11, 0.11)
 # Old photos are blurred, grainy and faded.
@@ -31,7 +31,7 @@ TRIES = 300
 class Placement:
     """A person in a scene: centre of the head and half its height (one head unit), over the picture's side."""
 
-    identity: Identity
+    person: WorldPerson
     situation: Situation
     x: float
     y: float
@@ -60,7 +60,7 @@ class Scene:
 
 def _places(rng: np.random.Generator, count: int) -> list[tuple[float, float, float]]:
     """(x, y, size) of `count` heads that keep apart, the farthest (highest) first."""
-    low, high = SIZES[count - 1]
+    low, high = HEAD_SIZES[count - 1]
     for trial in range(TRIES):
         shrink = 1 - 0.2 * trial / TRIES
         found = []
@@ -82,27 +82,25 @@ def _places(rng: np.random.Generator, count: int) -> list[tuple[float, float, fl
     return [((index + 0.5) / count, 0.45, size) for index in range(count)]
 
 
-def sample_scene(seed: int, identities: Sequence[Identity] | None = None, count: int | None = None) -> Scene:
+def sample_scene(seed: int, people: Sequence[WorldPerson] | None = None, count: int | None = None) -> Scene:
     """Scene number `seed`: the same for ever.
 
-    identities: who is in it (1 to 4), in no particular place; without them `count` people (a random number when None)
+    people: who is in it (1 to 4), in no particular place; without them `count` people (a random number when None)
     of the population's training part. Situations, places, light and style do not depend on who it is.
     Raises PortraitError for a number of people outside 1 to 4.
     """
     rng = np.random.default_rng([seed, 0x5CE4E])
-    if identities is None:
-        drawn = pick(rng, range(1, MOST_PEOPLE + 1), COUNT_ODDS)
+    if people is None:
+        sampled = pick(rng, range(1, MOST_PEOPLE + 1), COUNT_ODDS)
         chosen = np.random.default_rng([seed, 0x1D])
-        people: list[Identity] = []
-        while len(people) < (count or drawn):
+        people = []
+        while len(people) < (count or sampled):
             index = int(chosen.integers(0, 2**40))
             if not held_out(index):
-                people.append(identity(index))
-    else:
-        people = list(identities)
+                people.append(world_person(index))
     if not 1 <= len(people) <= MOST_PEOPLE or (count is not None and count != len(people)):
         raise PortraitError(
-            "identities", f"a scene with {len(people)} people was asked for", f"Give 1 to {MOST_PEOPLE} identities."
+            "people", f"a scene with {len(people)} people was asked for", f"Give 1 to {MOST_PEOPLE} people."
         )
     places = _places(rng, len(people))
     order = rng.permutation(len(people))

@@ -12,40 +12,58 @@ from __future__ import annotations
 import importlib
 from dataclasses import dataclass
 
+from lib_portrait.checkpoints.files import AdapterFiles
 from lib_portrait.errors import PortraitError
-from lib_portrait.options import Option
+from lib_portrait.options import Option, shown
 
 # The first is the one that requests mean where they name none.
-NAMES = ("uniportrait",)
+NAMES = ("uniportrait", "fusion")
 
 
 @dataclass(frozen=True)
 class Declaration:
     """A method from outside.
 
-    name: in requests and manifests, and of its module. title: for people.
-    encoders: which networks of faces it reads, by their roles in a kit.
+    files: what its weights are called, and which networks of faces it reads.
     options: what may be chosen for a whole request. identity_options: for each of its people.
     mixes: whether people can be mixed into an identity.
     maps: the switch among its options that asks for maps of where people were put; "" where it makes none.
     """
 
-    name: str
-    title: str
-    encoders: tuple[str, ...] = ()
+    files: AdapterFiles
     options: tuple[Option, ...] = ()
     identity_options: tuple[Option, ...] = ()
     mixes: bool = False
     maps: str = ""
 
+    @property
+    def name(self) -> str:
+        """In requests and manifests, and of its module."""
+        return self.files.method
+
+    @property
+    def title(self) -> str:
+        """For people."""
+        return self.files.title
+
+    @property
+    def encoders(self) -> tuple[str, ...]:
+        """Which networks of faces it reads, by their roles in a kit."""
+        return self.files.encoders
+
 
 def declaration(name: str) -> Declaration:
     """The declaration of a method, imported when first asked for. Raises PortraitError for a name that is none's."""
     if name not in NAMES:
-        raise PortraitError("method", f"{name!r} is not a method", f"Use one of: {', '.join(NAMES)}.")
+        raise PortraitError("method", f"{shown(name)} is not a method", f"Use one of: {', '.join(NAMES)}.")
     return importlib.import_module(f"{__name__}.{name}").DECLARATION
 
 
 def declarations() -> tuple[Declaration, ...]:
     """Those of all methods, the default one first."""
     return tuple(declaration(name) for name in NAMES)
+
+
+def adapter_files() -> tuple[AdapterFiles, ...]:
+    """What the weights of all methods are called, for a `checkpoints.Store`."""
+    return tuple(one.files for one in declarations())

@@ -1,4 +1,7 @@
-"""A face detector for the world's drawn people, of whom detectors made for photographs miss every seventh."""
+"""A small face detector that gives a heat map: what each cell of a picture says of a face in its middle.
+
+Kits bring one for their kind of pictures: of drawn people, detectors made for photographs miss every seventh.
+"""
 
 from __future__ import annotations
 
@@ -14,8 +17,8 @@ from torch import Tensor, nn
 
 from lib_portrait.checkpoints.hashes import file_sha256
 from lib_portrait.errors import PortraitError
-from lib_portrait.faces.detection import DETECTORS, Detector, Face, get_detector
-from lib_portrait.faces.world_networks import GRID, SIDE, STRIDE, Trunk, filled, read_network, save_network, view
+from lib_portrait.faces.detection import DETECTORS, SCRFD_FILE, Detector, Face, get_detector
+from lib_portrait.faces.trunk import GRID, SIDE, STRIDE, Trunk, filled, read_network, save_network, view
 
 KIND = "detector"
 # Score, box and landmarks of a cell; lengths are told in units of this many pixels of the 128.
@@ -75,8 +78,9 @@ def faces_in(cells: Tensor, score: float = SCORE) -> list[Face]:
     return faces
 
 
-def world_detector(path: Path, device: torch.device | str = "cpu") -> Detector:
-    """The detector in world-detector.safetensors. Raises PortraitError for a file that holds something else."""
+def heatmap_detector(path: Path, device: torch.device | str = "cpu") -> Detector:
+    """The detector in a file that `DetectorNetwork.save` wrote. Raises PortraitError for a file that holds something
+    else."""
     network = DetectorNetwork.load(path).to(device)
 
     def find(image: NDArray[np.uint8]) -> list[Face]:
@@ -88,11 +92,11 @@ def world_detector(path: Path, device: torch.device | str = "cpu") -> Detector:
             for face in faces_in(cells)
         ]
 
-    return Detector("world", file_sha256(path)[:16], find)
+    return Detector("heatmap", file_sha256(path)[:16], find)
 
 
 def open_detector(choice: str, models: Sequence[Path], device: torch.device | str = "cpu") -> Detector:
-    """A detector by its name, mtcnn or insightface, or the world's own by the path of its file.
+    """A detector by its name, mtcnn or insightface, or by the path of its file: insightface's or one of these.
 
     Raises PortraitError when it cannot be had.
     """
@@ -102,4 +106,6 @@ def open_detector(choice: str, models: Sequence[Path], device: torch.device | st
         raise PortraitError(
             "detector", f"there is no file {choice}", f"Give one of {', '.join(DETECTORS)} or a detector's file."
         )
-    return world_detector(Path(choice), device)
+    if Path(choice).name == SCRFD_FILE:
+        return get_detector("insightface", [Path(choice).parent])
+    return heatmap_detector(Path(choice), device)

@@ -1,4 +1,4 @@
-"""One person, drawn. Every length is in head units until `View` makes it pixels."""
+"""The renderer of one person. Every length is in head units until `View` makes it pixels."""
 
 from __future__ import annotations
 
@@ -13,11 +13,11 @@ import skia
 from . import hair, skin
 from .clothes import draw_body
 from .curves import feature_curves
-from .easel import Easel, polygon, shade
-from .head import Array, Real, View, longitude, plan, rotation, spread, surface
-from .light import Light, column, mix, ramp, times
-from .people import Identity
-from .sheets import Sheets
+from .head import Array, Real, View, face_layout, lerp, longitude, rotation, surface
+from .light import Light, column, mix, multiply, ramp
+from .meshes import ProjectedMeshes
+from .people import WorldPerson
+from .raster import Raster, polygon, shade
 from .situations import Colour, Situation
 
 IRIS = (
@@ -29,7 +29,7 @@ IRIS = (
     (0.5, 0.6, 0.66),
 )
 SIGNS = {-1: "-", 1: "+"}  # of the left and the right side, as seen in the picture
-FACE = skin.face_triangles()
+FACE_TRIANGLES = skin.face_triangles()
 _BEFORE_EYE = np.array([[0], [0], [0.02]], Real)
 EYE_STEP = 0.05  # along an eye's own axes, to see where they point in the picture
 
@@ -53,52 +53,54 @@ CROWS_FEET = [f"crow {sign}{index}" for sign in "-+" for index in range(3)]
 
 
 class Ear(NamedTuple):
-    in_front: bool  # turned to us: the head hides nothing of it
+    in_front: bool  # turned to the viewer: the head hides nothing of it
     outline: skia.Path
     hollow: skia.Path
     colour: Colour
 
 
-class Figure:
+class PersonRenderer:
     """One person in one situation at one place of a picture, measured and ready to be drawn."""
 
-    def __init__(self, person: Identity, situation: Situation, centre: tuple[float, float], scale: float, light: Light):
+    def __init__(
+        self, person: WorldPerson, situation: Situation, centre: tuple[float, float], scale: float, light: Light
+    ):
         self.person, self.situation, self.light = person, situation, light
         self.view = View(rotation(situation.yaw, situation.pitch, situation.roll), centre, scale)
-        self.plan = plan(person, situation)
+        self.layout = face_layout(person, situation)
         self.skin, self.hair = skin.skin_colour(person), hair.hair_colour(person)
-        self.eye_size = spread(person.eye_size, 0.135, 0.20)  # half its width
+        self.eye_size = lerp(person.eye_size, 0.135, 0.20)  # half its width
         # What is fixed to the skin is measured with it: the lattice of the head, the curves of the face, the beard.
-        places, self._where = feature_curves(person, situation, self.plan)
+        places, self._slices = feature_curves(person, situation, self.layout)
         bearded = person.beard >= skin.BEARD_LEAST
         lon = [skin.HEAD_LON, longitude(person, *places), skin.BEARD_LON][: 2 + bearded]
         y = [skin.HEAD_Y, places[1], skin.BEARD_Y][: 2 + bearded]
-        points = surface(person, situation, self.plan, np.concatenate(lon), np.concatenate(y))
+        points = surface(person, situation, self.layout, np.concatenate(lon), np.concatenate(y))
         end = skin.HEAD.size + places.shape[1]
         head, curves, beard = points[:, : skin.HEAD.size], points[:, skin.HEAD.size : end], points[:, end:]
         self.front_x = skin.front_x(head)
         self._place_outline(places, lon[1], curves)
-        sheets = {
+        meshes = {
             "head": skin.head(head, self._skin_tints()),
-            "beard": skin.beard(person, self.plan, self.hair, beard) if bearded else None,
+            "beard": skin.beard(person, self.layout, self.hair, beard) if bearded else None,
             "hat": hair.hat(person, situation),
             "cap": hair.cap(person, situation, self.hair),
-            "locks": hair.locks(person, self.plan, self.hair),
+            "locks": hair.locks(person, self.layout, self.hair),
         }
-        self.sheets = Sheets({name: sheet for name, sheet in sheets.items() if sheet}, self.view, light)
+        self.meshes = ProjectedMeshes({name: mesh for name, mesh in meshes.items() if mesh}, self.view, light)
 
     def _skin_tints(self) -> Array:
-        return skin.skin_tints(self.person, self.plan, self.skin, self.hair, self.front_x)
+        return skin.skin_tints(self.person, self.layout, self.skin, self.hair, self.front_x)
 
     # ---- places on the face ----
 
     def _place_outline(self, places: Array, lon: Array, points: Array) -> None:
-        """Find every curve and dot of the face in the picture: (3, N) x, y, and how much it faces us (1 fully).
+        """Find every curve and dot of the face in the picture: (3, N) x, y, and how much it faces the viewer (1 fully).
 
         `frames`: by side, the affine (2, 3) from an eye's own coordinates, head units around its centre, to pixels.
         """
-        eyes = points[:, self._where["eyes"]] + _BEFORE_EYE
-        turn = 0.75 * asin(self.plan.eye_x / self.plan.width)
+        eyes = points[:, self._slices["eyes"]] + _BEFORE_EYE
+        turn = 0.75 * asin(self.layout.eye_x / self.layout.width)
         along = np.array([[cos(turn), cos(turn)], [0, 0], [sin(turn), -sin(turn)]], Real) * EYE_STEP
         down = np.array([[0], [1], [-0.08]], Real) * EYE_STEP
         flat = self._pixels(np.concatenate([points, eyes, eyes + along, eyes + down], 1))
@@ -113,18 +115,18 @@ class Figure:
 
     def _pixels(self, points: Array) -> Array:
         """Head coordinates (3, N) as pixels (2, N)."""
-        return self.view.flatten(self.view.rotate(points))
+        return self.view.project(self.view.rotate(points))
 
     def outline_of(self, name: str) -> Array:
-        return self.outline[:, self._where[name]]
+        return self.outline[:, self._slices[name]]
 
     def _line(self, name: str) -> Line:
-        where = self._where[name]
+        where = self._slices[name]
         return self._x[where], self._y[where]
 
     def _facing_of(self, name: str) -> float:
-        """How much a curve faces us, on the average."""
-        facing = self._facing[self._where[name]]
+        """How much a curve faces the viewer, on the average."""
+        facing = self._facing[self._slices[name]]
         return sum(facing) / len(facing)
 
     def _iris(self) -> tuple[float, float]:
@@ -139,82 +141,82 @@ class Figure:
         return np.concatenate([eyes, self.outline_of("nose tip")[:2].T, self.outline_of("mouth corners")[:2].T])
 
     def box(self) -> Array:
-        """(4,) pixels x0, y0, x1, y1 around the face as far as it is turned to us."""
-        return self.sheets.bounds("head", self.sheets.front_of("head") & FACE)
+        """(4,) pixels x0, y0, x1, y1 around the face as far as it is turned to the viewer."""
+        return self.meshes.bounds("head", self.meshes.front_of("head") & FACE_TRIANGLES)
 
     # ---- drawing, back to front ----
 
-    def draw(self, easel: Easel, label: int) -> None:
-        """Draw the person; `label` is what the visible face gets on the label surface."""
-        sheets, long_hair = self.sheets, "locks" in self.sheets.parts
+    def draw(self, raster: Raster, label: int) -> None:
+        """Draw the person; `label` is what the visible face gets among the label pixels."""
+        meshes, long_hair = self.meshes, "locks" in self.meshes.parts
         if long_hair:
-            sheets.draw(easel, "locks", 0, ~sheets.front_of("locks"), factor=0.72)
-        self._bun(easel)
-        with easel.units(self.view.centre, self.view.scale):
+            meshes.draw(raster, "locks", 0, ~meshes.front_of("locks"), factor=0.72)
+        self._bun(raster)
+        with raster.units(self.view.centre, self.view.scale):
             (x,), (y,), _ = self.view.rotate(_NECK_TOP).tolist()
-            draw_body(easel, self.person, self.situation, self.light, self.skin, (x, y))
+            draw_body(raster, self.person, self.situation, self.light, self.skin, (x, y))
         ears = [] if long_hair else self._ears()  # which long hair covers
         for ear in ears:
             if not ear.in_front:
-                self._ear(easel, ear)
-        head = sheets.front_of("head")
-        sheets.draw(easel, "head", 0, head & ~FACE)
-        sheets.draw(easel, "head", label, head & FACE)
+                self._ear(raster, ear)
+        head = meshes.front_of("head")
+        meshes.draw(raster, "head", 0, head & ~FACE_TRIANGLES)
+        meshes.draw(raster, "head", label, head & FACE_TRIANGLES)
         for ear in ears:
             if ear.in_front:
-                self._ear(easel, ear)
-        self._wrinkles(easel)
-        self._spots(easel, on_nose=False)
+                self._ear(raster, ear)
+        self._wrinkles(raster)
+        self._spots(raster, on_nose=False)
         for side in SIGNS:
-            self._eye(easel, side)
-        if "beard" in sheets.parts:
-            sheets.draw(easel, "beard")
-        self._mouth(easel)
-        nose = skin.nose_triangles(self.plan, self.front_x, self.eye_size)
-        sheets.draw(easel, "head", None, head & nose)
-        self._nostrils(easel)
-        self._spots(easel, on_nose=True)
-        self._moustache(easel)
-        self._brows(easel)
+            self._eye(raster, side)
+        if "beard" in meshes.parts:
+            meshes.draw(raster, "beard")
+        self._mouth(raster)
+        nose = skin.nose_triangles(self.layout, self.front_x, self.eye_size)
+        meshes.draw(raster, "head", None, head & nose)
+        self._nostrils(raster)
+        self._spots(raster, on_nose=True)
+        self._moustache(raster)
+        self._brows(raster)
         if self.situation.glasses:
-            self._glasses(easel)
-        sheets.draw(easel, "cap", 0)
+            self._glasses(raster)
+        meshes.draw(raster, "cap", 0)
         if long_hair:
-            sheets.draw(easel, "locks", 0)
+            meshes.draw(raster, "locks", 0)
         if self.situation.hat == "sun hat":  # the brim shows its underside too, behind its front
-            sheets.draw(easel, "hat", 0, ~sheets.front_of("hat"), factor=0.62)
+            meshes.draw(raster, "hat", 0, ~meshes.front_of("hat"), factor=0.62)
         if self.situation.hat:
-            sheets.draw(easel, "hat", 0)
+            meshes.draw(raster, "hat", 0)
 
     def _fill(self, colour: Colour, factor: float = 1.0, alpha: float = 1.0) -> skia.Paint:
         return skia.Paint(AntiAlias=True, Color=self.light.tone(colour, factor, alpha))
 
-    def _spots(self, easel: Easel, on_nose: bool) -> None:
+    def _spots(self, raster: Raster, on_nose: bool) -> None:
         """Freckles and moles; those on the nose are drawn after it, the others may hide behind it."""
-        freckles, moles = spread(self.person.freckles, 0.25, 0.7), 0.95
+        freckles, moles = lerp(self.person.freckles, 0.25, 0.7), 0.95
         for name, tint, alpha, radii in (
             ("freckles", (0.70, 0.50, 0.40), freckles, (0.010, 0.016, 0.022)),
             ("moles", (0.36, 0.26, 0.24), moles, [mole.radius for mole in self.person.moles]),
         ):
-            where = self._where[name]
+            where = self._slices[name]
             if where.start == where.stop:
                 continue
             places = zip(self._face_x[where], self._face_y[where], self._x[where], self._y[where], self._facing[where])
-            paint = self._fill(times(self.skin, tint), 1, alpha)
+            paint = self._fill(multiply(self.skin, tint), 1, alpha)
             for (x, y, px, py, facing), radius in zip(places, cycle(radii)):
-                near = abs(x) < self.plan.nose_width * 1.3 and y < self.plan.nose_y + 0.1
+                near = abs(x) < self.layout.nose_width * 1.3 and y < self.layout.nose_y + 0.1
                 if near == on_nose and facing > 0.02:
                     tall = radius * self.view.scale
                     thin = tall * max(facing, 0.15)
-                    easel.canvas.drawOval(skia.Rect(px - thin, py - tall, px + thin, py + tall), paint)
+                    raster.canvas.drawOval(skia.Rect(px - thin, py - tall, px + thin, py + tall), paint)
 
-    def _lines(self, easel: Easel, names: Iterable[str], colour: Colour, width: float, alpha: float) -> None:
-        """Soft lines of `width` head units along the parts of curves that face us. They do not touch one another."""
+    def _lines(self, raster: Raster, names: Iterable[str], colour: Colour, width: float, alpha: float) -> None:
+        """Soft lines of `width` head units along what of the curves faces the viewer. They do not touch one another."""
         if alpha < 0.04:
             return
         path = skia.Path()
         for name in names:
-            where = self._where[name]
+            where = self._slices[name]
             draw = path.moveTo
             for x, y, facing in zip(self._x[where], self._y[where], self._facing[where]):
                 if facing > 0.08:
@@ -228,25 +230,25 @@ class Figure:
             StrokeJoin=skia.Paint.kRound_Join,
             Color=self.light.tone(colour, 1, min(alpha, 1.0)),
         )
-        easel.path(path, paint)
+        raster.path(path, paint)
 
-    def _wrinkles(self, easel: Easel) -> None:
+    def _wrinkles(self, raster: Raster) -> None:
         old, situation = max(self.person.age - 0.25, 0) / 0.75, self.situation
-        dark = times(self.skin, (0.66, 0.52, 0.48))
-        self._lines(easel, FOREHEAD, dark, 0.022, 0.75 * old + 0.25 * max(situation.brow_raise, 0))
-        self._lines(easel, FOLDS, dark, 0.026, 0.12 + 0.6 * old + 0.35 * max(situation.smile, 0))
-        self._lines(easel, BAGS, dark, 0.022, 0.10 + 0.6 * old)
-        self._lines(easel, CROWS_FEET, dark, 0.016, 0.85 * old - 0.1)
+        dark = multiply(self.skin, (0.66, 0.52, 0.48))
+        self._lines(raster, FOREHEAD, dark, 0.022, 0.75 * old + 0.25 * max(situation.brow_raise, 0))
+        self._lines(raster, FOLDS, dark, 0.026, 0.12 + 0.6 * old + 0.35 * max(situation.smile, 0))
+        self._lines(raster, BAGS, dark, 0.022, 0.10 + 0.6 * old)
+        self._lines(raster, CROWS_FEET, dark, 0.016, 0.85 * old - 0.1)
 
-    def _eye(self, easel: Easel, side: int) -> None:
+    def _eye(self, raster: Raster, side: int) -> None:
         """An eye in its own flat coordinates: x outward on both sides' own half, lids, iris at `_iris`, lashes."""
-        person, situation, tone, canvas = self.person, self.situation, self.light.tone, easel.canvas
+        person, situation, tone, canvas = self.person, self.situation, self.light.tone, raster.canvas
         if self._facing_of(f"brow {SIGNS[side]}") < -0.05:
             return
         size = self.eye_size
-        opening = size * spread(person.eye_opening, 0.34, 0.66) * max(situation.eyes_open, 0.15)
+        opening = size * lerp(person.eye_opening, 0.34, 0.66) * max(situation.eyes_open, 0.15)
         opening *= 1 - 0.18 * max(situation.smile, 0)
-        tilt = spread(person.eye_tilt, 0.10, -0.28) * size
+        tilt = lerp(person.eye_tilt, 0.10, -0.28) * size
         inner, outer = -side * size, side * size
         line = skia.Path()
         line.moveTo(inner, opening * 0.25)
@@ -279,14 +281,14 @@ class Figure:
         canvas.drawCircle(x - radius * 0.35, y - radius * 0.4, radius * 0.24, paint)
         canvas.restore()
         stroke.setStrokeCap(skia.Paint.kRound_Cap)
-        stroke.setStrokeWidth(spread(person.lashes, 0.022, 0.055))
-        stroke.setColor(tone(times(self.skin, (0.2, 0.2, 0.2)), 0.6))
+        stroke.setStrokeWidth(lerp(person.lashes, 0.022, 0.055))
+        stroke.setColor(tone(multiply(self.skin, (0.2, 0.2, 0.2)), 0.6))
         if person.lashes > 0.6:
             line.moveTo(outer * 0.85, tilt - opening * 0.3)
             line.lineTo(outer * 1.25, tilt - size * 0.3 * person.lashes)
         canvas.drawPath(line, stroke)
         fold = skia.Path()
-        lift = size * spread(person.eye_depth, 0.12, 0.32)
+        lift = size * lerp(person.eye_depth, 0.12, 0.32)
         upper = -opening * 1.5 - lift, -opening * 1.45 + tilt - lift
         fold.moveTo(inner * 0.9, opening * 0.1 - lift)
         fold.cubicTo(inner * 0.4, upper[0], outer * 0.6, upper[1], outer * 1.1, tilt - lift * 0.6)
@@ -301,63 +303,67 @@ class Figure:
         canvas.drawPath(lash_line, stroke)
         canvas.restore()
 
-    def _brows(self, easel: Easel) -> None:
+    def _brows(self, raster: Raster) -> None:
         red, green, blue = (0.62 * hair + 0.06 * skin for hair, skin in zip(self.hair, self.skin))
         for sign in "-+":
             if self._facing_of(f"brow {sign}") > -0.02:
-                easel.path(polygon(*self._line(f"brow {sign}")), self._fill((red, green, blue), 1, 0.93))
+                raster.path(polygon(*self._line(f"brow {sign}")), self._fill((red, green, blue), 1, 0.93))
 
-    def _moustache(self, easel: Easel) -> None:
+    def _moustache(self, raster: Raster) -> None:
         if self.person.moustache >= 0.25:
-            paint = self._fill(self.hair, 0.85, spread(self.person.moustache, 0.6, 1.0))
-            easel.path(polygon(*self._line("moustache")), paint)
+            paint = self._fill(self.hair, 0.85, lerp(self.person.moustache, 0.6, 1.0))
+            raster.path(polygon(*self._line("moustache")), paint)
 
-    def _mouth(self, easel: Easel) -> None:
+    def _mouth(self, raster: Raster) -> None:
         tone, scale = self.light.tone, self.view.scale
-        lip = times(self.skin, (0.86, 0.58, 0.56))
-        lip = mix(lip, (0.72, 0.16, 0.20), spread(self.person.lip_colour, 0.0, 0.75))
+        lip = multiply(self.skin, (0.86, 0.58, 0.56))
+        lip = mix(lip, (0.72, 0.16, 0.20), lerp(self.person.lip_colour, 0.0, 0.75))
         top, upper, lower, bottom = (self._line(f"lip {name}") for name in ("top", "upper", "lower", "bottom"))
         paint = self._fill((0.30, 0.08, 0.09))
         gap = _between(upper, lower)
-        easel.path(gap, paint)
+        raster.path(gap, paint)
         if self.situation.mouth_open > 0.2:
-            easel.canvas.save()
-            easel.canvas.clipPath(gap, skia.ClipOp.kIntersect, True)
+            raster.canvas.save()
+            raster.canvas.clipPath(gap, skia.ClipOp.kIntersect, True)
             if self.situation.smile > 0.4:
                 paint.setColor(tone((0.96, 0.95, 0.92)))
-                easel.path(_between(upper, _lowered(upper, 0.07 * scale)), paint)
+                raster.path(_between(upper, _lowered(upper, 0.07 * scale)), paint)
             paint.setColor(tone((0.78, 0.36, 0.38)))
             middle = lower[0][3:-3], lower[1][3:-3]
-            easel.path(_between(_lowered(middle, -0.06 * scale), middle), paint)
-            easel.canvas.restore()
+            raster.path(_between(_lowered(middle, -0.06 * scale), middle), paint)
+            raster.canvas.restore()
         paint.setColor(tone(lip, 0.86))
-        easel.path(_between(top, upper), paint)
+        raster.path(_between(top, upper), paint)
         paint.setColor(tone(lip))
-        easel.path(_between(lower, bottom), paint)
+        raster.path(_between(lower, bottom), paint)
         shine = [[a * 0.45 + b * 0.55 for a, b in zip(*both)][4:8] for both in zip(lower, bottom)]
         paint.setColor(0x40FFFFFF)
         paint.setStyle(skia.Paint.kStroke_Style)
         paint.setStrokeWidth(0.03 * scale)
         paint.setStrokeCap(skia.Paint.kRound_Cap)
-        easel.path(polygon(*shine, closed=False), paint)
+        raster.path(polygon(*shine, closed=False), paint)
         paint.setColor(tone(lip, 0.35, 0.85))
         paint.setStrokeWidth(0.02 * scale)
-        easel.path(polygon(*upper, closed=False), paint)
+        raster.path(polygon(*upper, closed=False), paint)
 
-    def _nostrils(self, easel: Easel) -> None:
-        dark = times(self.skin, (0.42, 0.28, 0.26))
-        self._lines(easel, NOSTRILS, dark, 0.032, 0.85)
-        self._lines(easel, WINGS, dark, 0.018, 0.45)
+    def _nostrils(self, raster: Raster) -> None:
+        dark = multiply(self.skin, (0.42, 0.28, 0.26))
+        self._lines(raster, NOSTRILS, dark, 0.032, 0.85)
+        self._lines(raster, WINGS, dark, 0.018, 0.45)
 
     # ---- beside and above the face ----
 
     def _ears(self) -> list[Ear]:
-        tall, angle = spread(self.person.ear_size, 0.17, 0.30), spread(self.person.ear_angle, 0.25, 0.95)
+        tall, angle = lerp(self.person.ear_size, 0.17, 0.30), lerp(self.person.ear_angle, 0.25, 0.95)
         reach = tall * 0.62 * (1 + _EAR_OUT)
-        x, y, z = self.plan.ear_x * 0.97 + 0.75 * sin(angle) * reach, 0.12 + tall * _EAR_DOWN, 0.02 - cos(angle) * reach
+        x, y, z = (
+            self.layout.ear_x * 0.97 + 0.75 * sin(angle) * reach,
+            0.12 + tall * _EAR_DOWN,
+            0.02 - cos(angle) * reach,
+        )
         flat = self._pixels(np.concatenate([[-x, y, z], [x, y, z]], 1))
         normals = self.view.turn @ np.array([[-cos(angle), cos(angle)], [0, 0], [sin(angle), sin(angle)]], Real)
-        colours = self.light.on(column(times(self.skin, (1.0, 0.93, 0.91))), normals)
+        colours = self.light.illuminate(column(multiply(self.skin, (1.0, 0.93, 0.91))), normals)
         facing = self.view.turn[2] @ np.array([[-0.97, 0.97], [0, 0], [0.25, 0.25]], Real)
         parts = flat.reshape(2, 2, 2, -1).transpose(1, 2, 0, 3).tolist()
         return [
@@ -365,14 +371,14 @@ class Figure:
             for toward, (outline, hollow), colour in zip(facing.tolist(), parts, colours.T.tolist())
         ]
 
-    def _ear(self, easel: Easel, ear: Ear) -> None:
-        easel.path(ear.outline, skia.Paint(AntiAlias=True, Color=shade(ear.colour)), 0)
-        easel.path(ear.hollow, skia.Paint(AntiAlias=True, Color=shade(ear.colour, 0.76)))
+    def _ear(self, raster: Raster, ear: Ear) -> None:
+        raster.path(ear.outline, skia.Paint(AntiAlias=True, Color=shade(ear.colour)), 0)
+        raster.path(ear.hollow, skia.Paint(AntiAlias=True, Color=shade(ear.colour, 0.76)))
 
-    def _bun(self, easel: Easel) -> None:
+    def _bun(self, raster: Raster) -> None:
         if self.person.bun < 0.3 or self.situation.hat:
             return
-        radius = spread(self.person.bun, 0.15, 0.40)
+        radius = lerp(self.person.bun, 0.15, 0.40)
         (x,), (y,) = self._pixels(np.array([[0.0], [-1.02 - radius * 0.6], [-0.25]], Real)).tolist()
         pixels = radius * self.view.scale
         lx, ly, _ = self.light.direction
@@ -381,10 +387,10 @@ class Figure:
             pixels * 1.3,
             [self.light.tone(self.hair, factor) for factor in (1.25, 0.95, 0.5)],
         )
-        easel.path(skia.Path.Circle(x, y, pixels), skia.Paint(AntiAlias=True, Shader=gradient), 0)
+        raster.path(skia.Path.Circle(x, y, pixels), skia.Paint(AntiAlias=True, Shader=gradient), 0)
 
-    def _glasses(self, easel: Easel) -> None:
-        lengths = self.plan
+    def _glasses(self, raster: Raster) -> None:
+        layout = self.layout
         paint = skia.Paint(
             AntiAlias=True,
             Style=skia.Paint.kStroke_Style,
@@ -395,18 +401,18 @@ class Figure:
         across, down = _RIM_ROUND if self.situation.round_glasses else _RIM_SQUARE
         ends = []
         for side in SIGNS:
-            x = side * (lengths.eye_x + 0.01) + across * 0.205
-            points = np.array([x, lengths.eye_y + 0.03 + down * 0.17, 0.894 - 0.28 * x * x])
+            x = side * (layout.eye_x + 0.01) + across * 0.205
+            points = np.array([x, layout.eye_y + 0.03 + down * 0.17, 0.894 - 0.28 * x * x])
             rim = polygon(*self._pixels(points).tolist())
-            easel.path(rim, tint)
-            easel.path(rim, paint)
+            raster.path(rim, tint)
+            raster.path(rim, paint)
             bridge, hinge = (0, 14) if side < 0 else (14, 0)
             ends.append(points[:, bridge])
             if float(self.view.turn[2] @ np.array([side, 0, 0.55], Real)) > 0:
-                ear = np.array([side * (lengths.temple_x + 0.03), lengths.eye_y, 0], Real)
+                ear = np.array([side * (layout.temple_x + 0.03), layout.eye_y, 0], Real)
                 arm = self._pixels(np.stack([points[:, hinge], ear], 1))
-                easel.path(polygon(*arm.tolist(), closed=False), paint)
-        easel.path(polygon(*self._pixels(np.stack(ends, 1)).tolist(), closed=False), paint)
+                raster.path(polygon(*arm.tolist(), closed=False), paint)
+        raster.path(polygon(*self._pixels(np.stack(ends, 1)).tolist(), closed=False), paint)
 
 
 def _between(one: Line, other: Line) -> skia.Path:

@@ -2,39 +2,42 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Sequence
 from pathlib import Path
 from typing import cast
 
-import torch
 from torch import Tensor, nn
 
+from lib_portrait.attention.decoupled import projection_sizes
 from lib_portrait.attention.sites import Site
 from lib_portrait.checkpoints.formats import read_tensors
 from lib_portrait.errors import PortraitError
 from lib_portrait.faces.weights import check_finite
-from lib_portrait.methods.uniportrait import IDEmbedding
-from trainer.uniportrait_rule import SiteLayers
+from lib_portrait.methods.uniportrait import Adapter, IDEmbedding, SiteLayers
+from trainer.low_rank import of_rank
 
 
-def site_layers(sites: list[Site], rank: int) -> nn.ModuleDict:
-    """New layers of that LoRA rank at each attention site, by its number."""
-    return nn.ModuleDict({str(site.index): SiteLayers(site, rank) for site in sites})
+def first_stage(embedding: IDEmbedding, sites: Sequence[Site], rank: int) -> Adapter:
+    """What stage 1 trains: the ID embedding, and at each site new layers.
 
-
-def of_rank(tensors: Mapping[str, Tensor], rank: int) -> dict[str, Tensor]:
-    """An adapter's tensors with every LoRA of greater rank replaced by the nearest of that rank.
-
-    That is, in up @ down: its largest singular values are kept (Eckart and Young).
+    LoRA of that rank, W_k^id and W_v^id, which begin as the text's own (as IP-Adapter's do).
     """
-    reduced = dict(tensors)
-    for name, down in tensors.items():
-        if name.endswith("_lora.down.weight") and len(down) > rank:
-            other = name.replace(".down.", ".up.")
-            left, strength, right = torch.linalg.svd(tensors[other].float() @ down.float(), full_matrices=False)
-            share = strength[:rank].sqrt()
-            reduced |= {other: left[:, :rank] * share, name: share[:, None] * right[:rank]}
-    return reduced
+    faceid = {}
+    for site in sites:
+        layers = faceid[site.index] = _with_lora(site, rank)
+        if site.cross:
+            layers.add_id_attention(site.context, site.inner)
+            for name in ("to_k", "to_v"):
+                own = cast(nn.Linear, site.module.get_submodule(name))
+                cast(nn.Linear, layers.get_submodule(f"{name}_faceid")).weight.data.copy_(own.weight.data)
+    return Adapter(embedding, faceid)
+
+
+def _with_lora(site: Site, rank: int) -> SiteLayers:
+    layers = SiteLayers()
+    for name, (inside, outside) in projection_sizes(site).items():
+        layers.add_lora(name, inside, outside, rank)
+    return layers
 
 
 def begin_with_faceid(recipe: nn.Module, faceid: Path) -> None:
@@ -74,39 +77,32 @@ def begin_with_router(recipe: nn.Module, file: Path) -> None:
     recipe.load_state_dict(tensors, strict=False)
 
 
-def second_stage(faceid: Path | None, sites: list[Site]) -> tuple[IDEmbedding, nn.ModuleDict, nn.ModuleDict]:
-    """The first stage's ID embedding and identity attention, frozen, and the layers that stage 2 trains.
+def second_stage(file: Path | None, sites: Sequence[Site]) -> Adapter:
+    """What stage 2 builds on, the first stage's ID embedding and ID attention, frozen; and the router that it trains.
 
-    Raises PortraitError for no file, and for one of another model, without LoRA or with values that are not finite.
+    The second LoRA begins as the first (sec. 3.4). Raises PortraitError for no file, and for one of another model,
+    without LoRA or with values that are not finite.
     """
-    if faceid is None:
+    if file is None:
         raise PortraitError("faceid", "stage 2 builds on stage 1", "Give --faceid uniportrait-faceid_NAME.safetensors.")
-    tensors = read_tensors(faceid, "faceid").tensors
-    check_finite(tensors, faceid.name)
-    under = {
-        prefix: {k[len(prefix) :]: v.float() for k, v in tensors.items() if k.startswith(prefix)}
-        for prefix in ("faceid_proj.", "faceid_adapter.")
-    }
-    embedding = IDEmbedding.from_tensors(under["faceid_proj."], faceid.name)
-    ranks = [v.shape[0] for k, v in under["faceid_adapter."].items() if k.endswith("to_q_lora.down.weight")]
-    if not ranks:
-        raise PortraitError("faceid", f"{faceid.name} holds no LoRA", "Give the export of stage 1.")
-    rank = ranks[0]
-    identity, trained = site_layers(sites, rank), site_layers(sites, rank)
+    tensors = {name: tensor.float() for name, tensor in read_tensors(file, "faceid").tensors.items()}
+    adapter = Adapter.from_tensors(tensors, None, (file.name, "router"))
+    adapter.check_fits(sites)
     for site in sites:
+        first = adapter.faceid_at(site).lora
+        layers = SiteLayers()
+        for name, (inside, outside) in projection_sizes(site).items():
+            if name not in first:
+                raise PortraitError(
+                    "faceid", f"{file.name} holds no LoRA for {name} of {site.path}", "Give the export of stage 1."
+                )
+            layers.add_lora(name, inside, outside, len(first[name].down.weight))
+            layers.lora[name].load_state_dict(first[name].state_dict())
         if site.cross:
-            cast(SiteLayers, identity[str(site.index)]).add_identity_attention(site)
-    try:
-        identity.load_state_dict(under["faceid_adapter."])
-    except RuntimeError as error:
-        raise PortraitError(
-            "faceid", f"{faceid.name} was made for another model ({error})", "Give the checkpoint it was trained on."
-        ) from None
-    trained.load_state_dict({k: v for k, v in under["faceid_adapter."].items() if "_lora." in k})
-    for site in sites:
-        if site.cross:
-            cast(SiteLayers, trained[str(site.index)]).add_router(site, embedding.latents.shape[1])
-    return embedding, identity.requires_grad_(False).eval(), trained
+            c, d = site.channels, site.context
+            layers.add_router((c, 2 * c, c), (d, 2 * d, c), adapter.embedding.latents.shape[1])
+        adapter.router[str(site.index)] = layers
+    return adapter
 
 
 def leave_out(embedding: IDEmbedding, components: str, zero_structure: Tensor) -> None:

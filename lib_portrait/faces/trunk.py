@@ -1,4 +1,4 @@
-"""What the world's detector and attribute classifier share: the trunk, and the file they are kept in."""
+"""The trunk of small networks that look at whole pictures, and the files that such networks are kept in."""
 
 from __future__ import annotations
 
@@ -84,7 +84,7 @@ def read_network(path: Path, kind: str) -> tuple[dict[str, Tensor], dict[str, An
         raise PortraitError(
             kind,
             f"{path.name} holds no {kind} network but {found or 'something else'}",
-            f"Give world-{kind}.safetensors.",
+            f"Give the file of a {kind} network.",
         )
     tensors = {k: t.float() if t.is_floating_point() else t for k, t in checkpoint.tensors.items()}
     return tensors, json.loads(checkpoint.metadata["settings"])

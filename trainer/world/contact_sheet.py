@@ -1,4 +1,4 @@
-"""Contact sheets: to see at a glance who can be told from whom, and whether the truth lies on the picture."""
+"""Contact sheets: to see at a glance how alike people are, and whether the ground truth lies where it should."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import cv2
 import numpy as np
 from numpy.typing import NDArray
 
-from .people import identity
+from .people import world_person
 from .render import Image, Picture, render
 from .scenes import MOST_PEOPLE, sample_scene
 
@@ -15,7 +15,7 @@ GAP = 4
 
 
 def overlay(picture: Picture) -> Image:
-    """The picture with its truth on it: masks tinted, boxes, landmarks, identity numbers."""
+    """The picture with its ground truth on it: masks tinted, boxes, landmarks, identity numbers."""
     image = picture.image.copy()
     for colour, face in zip(COLOURS, picture.faces):
         image[face.mask] = (image[face.mask] * 0.65 + np.array(colour) * 0.35).astype(np.uint8)
@@ -32,11 +32,11 @@ def contact_sheet(
 ) -> NDArray[np.uint8]:
     """A sheet (H, W, 3) uint8 RGB: a row an identity, a column a situation, then `groups` rows of 2 to 4 people.
 
-    Row r shows identity(seed + r); `truth` draws masks, boxes, landmarks and numbers on every picture.
+    Row r shows world_person(seed + r); `truth` draws masks, boxes, landmarks and numbers on every picture.
     """
     rows = []
     for row in range(identities):
-        person = [identity(seed + row)]
+        person = [world_person(seed + row)]
         rows.append([render(sample_scene((seed + row) * 1000 + k, person), size) for k in range(situations)])
     for row in range(groups):
         scenes = [sample_scene(row * 1000 + k + seed, count=2 + k % (MOST_PEOPLE - 1)) for k in range(situations)]

@@ -1,4 +1,4 @@
-"""Whom pictures are made of: people of the world, trained on or held out by its rule, or of a folder of photos."""
+"""The subjects of pictures: people of the world, trained on or held out by its rule, or of a folder of photos."""
 
 from __future__ import annotations
 
@@ -21,65 +21,65 @@ from lib_portrait.request import Limits, Photo
 from trainer.dataset import find_photos, label_of
 from trainer.evaluation.prompts import Prompt
 from trainer.shards import encode_png
-from trainer.world import Scene, Situation, held_out, identity, render, sample_scene
+from trainer.world import Scene, Situation, held_out, render, sample_scene, world_person
+from trainer.world.render import Image
 from trainer.world.situations import EXPRESSIONS
 
-Image = NDArray[np.uint8]
 TRAINED, HELD_OUT = "train", "held-out"
-# Number of the photo that results are held against where references must not be; above any number of references.
-TARGET = 1000
+# Number of the photo that faces are compared with where it must be none of the references; above any number of those.
+UNSEEN_PHOTO = 1000
 
 
 @dataclass(frozen=True)
-class Person:
-    """Somebody. word: "woman", "man", or "person" where nobody said."""
+class Subject:
+    """Somebody that pictures are made of. word: "woman", "man", or "person" where it is not known."""
 
     name: str
     word: str
 
 
 @dataclass(frozen=True)
-class Picture:
+class SubjectPhoto:
     """A photo of one person: (H, W, 3) uint8, and the five landmarks (5, 2) where they are known."""
 
     image: Image
     landmarks: NDArray[np.float32] | None = None
 
-    def request(self) -> Photo:
-        """The photo as a request has it: cut to the face already where its landmarks are known."""
-        if self.landmarks is None:
+    def to_request(self, whole: bool = False) -> Photo:
+        """The photo as a request has it: aligned already where its landmarks are known, or whole."""
+        if self.landmarks is None or whole:
             return Photo.of(encode_png(self.image))
         return Photo.of(encode_png(np.asarray(align_face(self.image, self.landmarks), np.uint8)), aligned=True)
 
 
 class Population(ABC):
-    """People with photos. `people`: those that pictures are made of first, then further ones to be told from."""
+    """People with photos. `people`: first those that pictures are made of, then further ones for the gallery."""
 
-    people: Sequence[Person]
+    people: Sequence[Subject]
     source: str
 
     @abstractmethod
-    def photo(self, person: int, number: int) -> Picture:
-        """Photo number 0, 1, … of a person, the references, or another one (TARGET). The same at every call."""
+    def photo(self, person: int, number: int) -> SubjectPhoto:
+        """Photo number 0, 1, … of a person, the references, or another one (UNSEEN_PHOTO). The same at every call."""
 
     @abstractmethod
     def real(self, people: Sequence[int], prompt: Prompt, seed: int, size: int) -> Image:
         """A real picture (H, W, 3) of these people that is none of the photos used as references."""
 
     @abstractmethod
-    def stamp(self, people: Sequence[int]) -> str:
-        """Changes when the real pictures of these people do."""
+    def revision(self, people: Sequence[int]) -> str:
+        """A text that changes when the real pictures of these people do."""
 
     @property
     @abstractmethod
-    def obeys(self) -> bool:
-        """Whether `real` shows what the prompt says."""
+    def follows_prompts(self) -> bool:
+        """Whether `real` shows what the prompt states."""
 
 
-class World(Population):
-    """People of the procedural world; real pictures of them show just what a prompt asks for."""
+class WorldPopulation(Population):
+    """People of the procedural world; real pictures of them show just what a prompt states."""
 
-    obeys = True
+    follows_prompts = True
 
     def __init__(self, kind: str, number: int, size: int):
         """kind: TRAINED or HELD_OUT, see `trainer.world.held_out`. size: of the photos, in pixels."""
@@ -91,61 +91,62 @@ class World(Population):
                 self.numbers.append(index)
             index += 1
         self.size = size
-        self.people = [Person(str(index), identity(index).word) for index in self.numbers]
+        self.people = [Subject(str(index), world_person(index).word) for index in self.numbers]
         self.source = f"{kind} people of the world"
-        self._photos: dict[tuple[int, int], Picture] = {}
+        self._photos: dict[tuple[int, int], SubjectPhoto] = {}
 
-    def photo(self, person: int, number: int) -> Picture:
+    def photo(self, person: int, number: int) -> SubjectPhoto:
         if (person, number) not in self._photos:
             self._photos[person, number] = self._render(person, number)
         return self._photos[person, number]
 
-    def _render(self, person: int, number: int) -> Picture:
+    def _render(self, person: int, number: int) -> SubjectPhoto:
         """A clear photograph: no art style, age, accessories or large turn."""
         index = self.numbers[person]
-        scene = sample_scene(_seed(index, number), [identity(index)])
-        shown = scene.people[0].situation
-        plain = replace(shown, yaw=min(max(shown.yaw, -25), 25), hat=None, glasses=False, scarf=False)
-        scene = replace(_situated(scene, plain), style="photo", blur=0.0, noise=0.0, fade=0.0)
+        scene = sample_scene(_seed(index, number), [world_person(index)])
+        sampled = scene.people[0].situation
+        plain = replace(sampled, yaw=min(max(sampled.yaw, -25), 25), hat=None, glasses=False, scarf=False)
+        scene = replace(_with_situation(scene, plain), style="photo", blur=0.0, noise=0.0, fade=0.0)
         picture = render(scene, self.size)
-        return Picture(picture.image, picture.faces[0].landmarks)
+        return SubjectPhoto(picture.image, picture.faces[0].landmarks)
 
     def real(self, people: Sequence[int], prompt: Prompt, seed: int, size: int) -> Image:
-        scene = sample_scene(seed, [identity(self.numbers[person]) for person in people])
-        return render(obeying(scene, prompt), size).image
+        scene = sample_scene(seed, [world_person(self.numbers[person]) for person in people])
+        return render(scene_following(scene, prompt), size).image
 
-    def stamp(self, people: Sequence[int]) -> str:
+    def revision(self, people: Sequence[int]) -> str:
         return ""
 
 
-def obeying(scene: Scene, prompt: Prompt) -> Scene:
-    """The scene with everything that the prompt says, and otherwise as it was. Garments are of a single person."""
-    told = prompt.attributes([person.identity.word for person in scene.people])
-    scene = replace(scene, style=told.get("style", scene.style), background=told.get("background", scene.background))
+def scene_following(scene: Scene, prompt: Prompt) -> Scene:
+    """The scene with everything that the prompt states, and otherwise as it was. Garments are of a single person."""
+    stated = prompt.attributes([placement.person.word for placement in scene.people])
+    style, background = stated.get("style", scene.style), stated.get("background", scene.background)
+    scene = replace(scene, style=style, background=background)
     if len(scene.people) > 1:
         return scene
     situation = scene.people[0].situation
-    if "expression" in told:
-        smile, mouth_open, brow_raise, brow_frown, eyes_open = EXPRESSIONS[told["expression"]]
+    if "expression" in stated:
+        smile, mouth_open, brow_raise, brow_frown, eyes_open = EXPRESSIONS[stated["expression"]]
         situation = replace(
             situation,
-            expression=told["expression"],
+            expression=stated["expression"],
             smile=smile,
             mouth_open=mouth_open,
             brow_raise=brow_raise,
             brow_frown=brow_frown,
             eyes_open=eyes_open,
         )
-    if "garment" in told:
-        situation = replace(situation, garment=told["garment"], clothes_colour=told["clothes_colour"])
-    if "hat" in told:
-        situation = replace(situation, hat=told["hat"], hat_colour=prompt.hat_colour)
-    if "scarf" in told:
+    if "garment" in stated:
+        situation = replace(situation, garment=stated["garment"], clothes_colour=stated["clothes_colour"])
+    if "hat" in stated:
+        situation = replace(situation, hat=stated["hat"], hat_colour=prompt.hat_colour)
+    if "scarf" in stated:
         situation = replace(situation, scarf=True, scarf_colour=prompt.scarf_colour)
-    return _situated(scene, replace(situation, glasses=situation.glasses or "glasses" in told))
+    return _with_situation(scene, replace(situation, glasses=situation.glasses or "glasses" in stated))
 
 
-def _situated(scene: Scene, situation: Situation) -> Scene:
+def _with_situation(scene: Scene, situation: Situation) -> Scene:
     return replace(scene, people=(replace(scene.people[0], situation=situation),))
 
 
@@ -154,17 +155,17 @@ def _seed(*numbers: int) -> int:
     return int(np.random.SeedSequence([0xE7A1, *numbers]).generate_state(1, np.uint64)[0] >> np.uint64(2)) | 1 << 61
 
 
-class Folder(Population):
+class PhotoFolder(Population):
     """Photographs in a sub-folder for each person, turned upright; one more folder, woman or man, may say their word.
 
-    The first photos by name are the references, the last one is none: it is what results are held against and what
+    The first photos by name are the references, the last one is none: it is what faces are compared with and what
     stands for a real picture.
     """
 
-    obeys = False
+    follows_prompts = False
 
     def __init__(self, folder: Path, references: int, detector: Detector, say: Callable[[str], object] = print):
-        """references: the most photos that will be given of one person. detector: tells which way is up.
+        """references: the most photos that will be given of one person. detector: decides which way is up.
 
         Raises PortraitError when nobody has enough.
         """
@@ -181,19 +182,19 @@ class Folder(Population):
                 f"Make a sub-folder for each person, with {references} photos to give and another to compare with.",
             )
         self.left_out = len(photos) - len(enough)
-        self.people = [Person(*who) for who in enough]
+        self.people = [Subject(*who) for who in enough]
         self.source = f"people of {folder.name}"
         self._photos = list(enough.values())
         self._detector, self._say = detector, say
         self._turns: dict[Path, int] = {}
 
-    def photo(self, person: int, number: int) -> Picture:
+    def photo(self, person: int, number: int) -> SubjectPhoto:
         photos = self._photos[person]
-        return Picture(self._read(photos[-1] if number == TARGET else photos[number]))
+        return SubjectPhoto(self._read(photos[-1] if number == UNSEEN_PHOTO else photos[number]))
 
     def real(self, people: Sequence[int], prompt: Prompt, seed: int, size: int) -> Image:
         """The people's other photos, side by side."""
-        shown = [self.photo(person, TARGET).image for person in people]
+        shown = [self.photo(person, UNSEEN_PHOTO).image for person in people]
         height = min(len(image) for image in shown)
         scaled = [
             cv2.resize(image, (round(image.shape[1] * height / len(image)), height), interpolation=cv2.INTER_AREA)
@@ -201,7 +202,7 @@ class Folder(Population):
         ]
         return np.concatenate([np.asarray(image, np.uint8) for image in scaled], axis=1)
 
-    def stamp(self, people: Sequence[int]) -> str:
+    def revision(self, people: Sequence[int]) -> str:
         return " ".join([RULES, *(file_sha256(self._photos[person][-1]) for person in people)])
 
     def _read(self, path: Path) -> Image:

@@ -1,4 +1,4 @@
-"""What is drawn on: a colour surface and a label surface of the same geometry, so that the truth is what was drawn."""
+"""What is drawn on: a colour and a label image of the same geometry, so that masks are exactly what was drawn."""
 
 from __future__ import annotations
 
@@ -65,22 +65,22 @@ def _label_paint(label: int) -> skia.Paint:
     return skia.Paint(Color=0xFF000000 | label << 16)
 
 
-class Easel:
-    """The two surfaces of one picture.
+class Raster:
+    """The colours of a picture, and the labels of its pixels.
 
     Everything solid is drawn with a label: the person's place in the scene + 1 for a face, 0 for what hides faces.
-    What is only a tint or a line on a surface has no label.
+    What is only a tint or a line on something solid has no label.
     """
 
     def __init__(self, size: int):
         self.size = size
         self.pixels = np.zeros((size * OVERSAMPLING, size * OVERSAMPLING, 4), np.uint8)
-        self.marks = np.zeros((size, size, 4), np.uint8)
+        self.label_pixels = np.zeros((size, size, 4), np.uint8)
         self.canvas = skia.Canvas(self.pixels, skia.ColorType.kRGBA_8888_ColorType)
-        self.labels = skia.Canvas(self.marks, skia.ColorType.kRGBA_8888_ColorType)
+        self.labels = skia.Canvas(self.label_pixels, skia.ColorType.kRGBA_8888_ColorType)
         # A label pixel takes its value at its centre, as an output pixel averages around it.
         self.labels.scale(1 / OVERSAMPLING, 1 / OVERSAMPLING)
-        self._marked = False
+        self._has_face = False
 
     @contextmanager
     def units(self, centre: tuple[float, float], scale: float) -> Iterator[None]:
@@ -93,21 +93,23 @@ class Easel:
         for canvas in (self.canvas, self.labels):
             canvas.restore()
 
-    def _mark(self, label: int | None) -> skia.Paint | None:
-        """The paint of a label; None where there is nothing to draw, so too while there is no face to be hidden."""
-        self._marked |= bool(label)
-        return _label_paint(label) if label is not None and self._marked else None
+    def _paint_of(self, label: int | None) -> skia.Paint | None:
+        """The paint of a label; None for no label, and while there is no face that it could hide."""
+        self._has_face |= bool(label)
+        return _label_paint(label) if label is not None and self._has_face else None
 
     def path(self, path: skia.Path, paint: skia.Paint, label: int | None = None) -> None:
         self.canvas.drawPath(path, paint)
-        mark = self._mark(label)
-        if mark is not None:
-            self.labels.drawPath(path, mark)
+        label_paint = self._paint_of(label)
+        if label_paint is not None:
+            self.labels.drawPath(path, label_paint)
 
-    def mesh(self, points: list[skia.Point], inks: list[int], corners: list[int], label: int | None = None) -> None:
-        """Draw triangles, three `corners` each, over points with colours `inks`, in the order given."""
-        vertices = skia.Vertices(skia.Vertices.VertexMode.kTriangles_VertexMode, points, None, inks, corners)
+    def triangles(
+        self, points: list[skia.Point], colours: list[int], corners: list[int], label: int | None = None
+    ) -> None:
+        """Draw triangles, three `corners` each, over points with `colours` 0xAARRGGBB, in the order given."""
+        vertices = skia.Vertices(skia.Vertices.VertexMode.kTriangles_VertexMode, points, None, colours, corners)
         self.canvas.drawVertices(vertices, _PLAIN, skia.BlendMode.kDst)
-        mark = self._mark(label)
-        if mark is not None:
-            self.labels.drawVertices(vertices, mark, skia.BlendMode.kSrc)
+        label_paint = self._paint_of(label)
+        if label_paint is not None:
+            self.labels.drawVertices(vertices, label_paint, skia.BlendMode.kSrc)

@@ -1,0 +1,299 @@
+"""What generates the pictures, and the cache that keeps them: of the same settings a picture is generated once."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+import os
+from collections import defaultdict
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any, Protocol, cast
+
+import numpy as np
+import torch
+from PIL import Image as PILImage
+from PIL.PngImagePlugin import PngInfo
+from torch import Tensor, nn
+
+from lib_portrait import __version__
+from lib_portrait.attention import RoutingMaps
+from lib_portrait.conditioning import Conditioner
+from lib_portrait.faces.features import FaceEncoder, FaceFeatures
+from lib_portrait.faces.recognition import Backbone
+from lib_portrait.faces.service import FaceService
+from lib_portrait.methods.declarations import declaration
+from lib_portrait.options import Option, Value
+from lib_portrait.request import Identity, Photo, PortraitRequest, Region, to_json
+from lib_portrait.standalone import sampling
+from lib_portrait.standalone.measuring import owners_of
+from lib_portrait.standalone.model import Model
+from lib_portrait.standalone.sampling import Sampling
+from trainer.evaluation.plans import Sample, Variant
+from trainer.evaluation.populations import Population
+from trainer.features import global_feature
+from trainer.world.render import Image
+
+# The entry of a picture's file that says to whom its parts were routed.
+OWNERS = "routing"
+
+
+class Generator(Protocol):
+    """Generates pictures with one checkpoint and one adapter. method: the adapter's."""
+
+    method: str
+
+    def weights(self, people: int) -> Mapping[str, str]:
+        """Hashes, by role, of all files that decide a picture with so many injected people."""
+
+    def generate(
+        self, samplings: Sequence[Sampling], request: PortraitRequest | None
+    ) -> list[tuple[Image, Tensor | None]]:
+        """The pictures (H, W, 3) uint8 as one batch, with the request's people in each, or nobody.
+
+        Of several people each comes with the person that each of its parts was routed to (`owners_of`).
+        """
+
+
+class GlobalFeatureService(FaceService):
+    """Faces for an adapter that was trained on the global feature (Table 3), which inference does not offer."""
+
+    backbone: Backbone
+
+    def features(self, photo: Photo, field: str, encoder: FaceEncoder) -> FaceFeatures:
+        local = super().features(photo, field, encoder)
+        return dataclasses.replace(local, intrinsic=global_feature(self.backbone, local.intrinsic[None]))
+
+    def zero(self, encoder: FaceEncoder) -> FaceFeatures:
+        unconditional = super().zero(encoder)
+        last = cast(nn.Linear, self.backbone.output_layer[3])
+        return dataclasses.replace(unconditional, intrinsic=torch.zeros(1, last.out_features))
+
+
+class StandaloneGenerator:
+    """Generation without the WebUI. hashes: of the checkpoint and its description, by role."""
+
+    def __init__(
+        self,
+        model: Model,
+        hashes: Mapping[str, str],
+        conditioner: Conditioner | None,
+        name: str = "",
+        method: str = "",
+    ):
+        """conditioner, name, method: what makes conditions of requests, the adapter's name and its method; None where
+        nobody is injected."""
+        self.model, self.hashes, self.conditioner = model, dict(hashes), conditioner
+        self.name, self.method = name, method
+        self._prepared: tuple[object, Any] = (None, None)
+
+    def weights(self, people: int) -> dict[str, str]:
+        if self.conditioner is None or not people:
+            return self.hashes
+        kit = self.conditioner.store.kit(self.name, self.method)
+        kit.check_people(people)
+        # What several people need is not read for one.
+        unread = {part.role for files in self.conditioner.store.methods for part in files.parts if part.people > people}
+        files = {role: path for role, path in kit.files.items() if role not in unread}
+        return {**self.hashes, **{role: self.conditioner.store.sha256(path) for role, path in files.items()}}
+
+    def generate(
+        self, samplings: Sequence[Sampling], request: PortraitRequest | None
+    ) -> list[tuple[Image, Tensor | None]]:
+        conditioning, routing = None, None
+        if request is not None and self.conditioner is not None:
+            size, request = (samplings[0].width, samplings[0].height), replace(request, checkpoint=self.name)
+            if self._prepared[0] != (request, size):
+                self._prepared = (request, size), self.conditioner.prepare(request, size, self.model.device)
+            conditioning = self._prepared[1]
+            routing = RoutingMaps() if len(request.identities) > 1 else None
+        images = [
+            np.asarray(image, np.uint8) for image in sampling.sample(self.model, samplings, conditioning, routing)
+        ]
+        mean = routing.mean() if routing is not None else None
+        return [(image, None if mean is None else owners_of(mean[row])) for row, image in enumerate(images)]
+
+
+class PictureCache:
+    """Pictures on disk under the hash of all that decides them. A picture appears under its name only when whole."""
+
+    def __init__(self, folder: Path):
+        self.folder = folder
+        self.written = 0
+
+    def path(self, facts: Mapping[str, Any]) -> Path:
+        """Where the picture with these facts lies, once it is there."""
+        name = hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()[:32]
+        return self.folder / name[:2] / f"{name}.png"
+
+    def put(self, image: Image, facts: Mapping[str, Any], owners: Tensor | None = None) -> None:
+        """owners: to whom its parts were routed (`owners_of`), which goes into the file as rows of digits."""
+        path = self.path(facts)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        text = PngInfo()
+        text.add_itxt("portrait", json.dumps(facts, sort_keys=True))
+        if owners is not None:
+            rows = ["".join("." if who < 0 else str(who) for who in row) for row in owners.tolist()]
+            text.add_text(OWNERS, "\n".join(rows))
+        part = path.with_name(f"{path.name}.{os.getpid()}.part")
+        PILImage.fromarray(image).save(part, "PNG", pnginfo=text)
+        os.replace(part, path)
+        self.written += 1
+
+    @staticmethod
+    def read(path: Path) -> Image:
+        with PILImage.open(path) as picture:
+            return np.asarray(picture.convert("RGB"), np.uint8)
+
+    @staticmethod
+    def read_owners(path: Path) -> Tensor | None:
+        """To whom the parts of a cached picture were routed; None where the file does not say."""
+        with PILImage.open(path) as picture:
+            text = picture.info.get(OWNERS)
+        if text is None:
+            return None
+        return torch.tensor([[-1 if who == "." else int(who) for who in row] for row in text.splitlines()])
+
+
+@dataclass(frozen=True)
+class SamplingSettings:
+    """What is the same for all pictures: see `Sampling` and `PortraitRequest`. size: side in pixels.
+
+    scale: for methods that declare one. options: of the adapters' methods, beside it, by name.
+    """
+
+    size: int
+    steps: int
+    guidance: float = 5.0
+    sampler: str = "ddim"
+    negative_prompt: str = ""
+    scale: float = 0.7
+    batch: int = 8
+    options: Mapping[str, Value] = field(default_factory=dict)
+
+
+class SampleProvider:
+    """Provides the samples of a plan's variants: those in the cache as they are, the others generated."""
+
+    def __init__(
+        self,
+        population: Population,
+        generators: Mapping[str | None, Generator],
+        settings: SamplingSettings,
+        cache: PictureCache,
+    ):
+        """generators: by the label of their adapter; None for the one without people."""
+        self.population, self.generators, self.settings, self.cache = population, generators, settings, cache
+
+    def provide(self, variant: Variant, samples: Sequence[Sample], progress: Callable[[int], object]) -> list[Path]:
+        """The files of a variant's pictures. progress: called with how many have just become ready."""
+        if variant.real:
+            return self.real(samples, progress)
+        generator, facts = self.generators[variant.adapter], self._facts(variant, samples)
+        missing = defaultdict(list)
+        for number, sample in enumerate(samples):
+            if self.cache.path(facts[number]).is_file():
+                progress(1)
+            else:
+                missing[None if variant.adapter is None else sample.people].append(number)
+        for people, numbers in missing.items():
+            request = self._request(variant, people) if people is not None else None
+            for batch in _batches(numbers, self.settings.batch):
+                pictures = generator.generate([self._sampling(samples[number]) for number in batch], request)
+                for number, (image, owners) in zip(batch, pictures, strict=True):
+                    self.cache.put(image, facts[number], owners)
+                progress(len(batch))
+        return [self.cache.path(one) for one in facts]
+
+    def missing(self, variant: Variant, samples: Sequence[Sample]) -> int:
+        """How many pictures of a variant have yet to be generated. Real ones take no time and do not count."""
+        if variant.real:
+            return 0
+        return sum(not self.cache.path(facts).is_file() for facts in self._facts(variant, samples))
+
+    def real(self, samples: Sequence[Sample], progress: Callable[[int], object], repeat: int = 0) -> list[Path]:
+        """Real pictures of the samples' people, showing what the prompts say where the population can.
+
+        repeat: number of the set; another one has other pictures, where the population can.
+        """
+        paths = []
+        for sample in samples:
+            names = [self.population.people[person].name for person in sample.people]
+            size = self.settings.size
+            facts = {
+                "real": self.population.source,
+                "people": names,
+                "stamp": self.population.revision(sample.people),
+                "prompt": sample.text,
+                "seed": sample.seed,
+                "again": repeat,
+                "size": size,
+                "version": __version__,
+            }
+            path = self.cache.path(facts)
+            if not path.is_file():
+                self.cache.put(self.population.real(sample.people, sample.prompt, sample.seed + repeat, size), facts)
+            paths.append(path)
+            progress(1)
+        return paths
+
+    def _facts(self, variant: Variant, samples: Sequence[Sample]) -> list[dict[str, Any]]:
+        """All that decides each picture of a variant."""
+        generator = self.generators[variant.adapter]
+        groups = dict.fromkeys(sample.people for sample in samples)
+        requests = {people: self._request(variant, people) for people in groups}
+        plain = {people: None if request is None else to_json(request) for people, request in requests.items()}
+        injected = {people: 0 if variant.adapter is None else len(people) for people in groups}
+        weights = {number: dict(generator.weights(number)) for number in set(injected.values())}
+        return [
+            {
+                "weights": weights[injected[sample.people]],
+                "sampling": dataclasses.asdict(self._sampling(sample)),
+                "request": plain[sample.people],
+                "version": __version__,
+            }
+            for sample in samples
+        ]
+
+    def _request(self, variant: Variant, people: Sequence[int]) -> PortraitRequest | None:
+        if variant.adapter is None:
+            return None
+        method = self.generators[variant.adapter].method
+        declared, count = declaration(method), len(people)
+        # What reads no network of faces sees the photo itself, and more of it than an aligned face.
+        whole = not declared.encoders
+        own = _values(declared.identity_options, {"structure": variant.structure, **self.settings.options})
+        identities = tuple(
+            Identity(
+                tuple(self.population.photo(person, number).to_request(whole) for number in range(variant.photos)),
+                region=Region((place / count, 0.0, (place + 1) / count, 1.0)) if variant.sides else None,
+                options=own,
+            )
+            for place, person in enumerate(people)
+        )
+        options = _values(declared.options, {"scale": self.settings.scale, **self.settings.options})
+        return PortraitRequest(identities, method=method, options=options)
+
+    def _sampling(self, sample: Sample) -> Sampling:
+        settings = self.settings
+        return Sampling(
+            sample.text,
+            settings.negative_prompt,
+            settings.size,
+            settings.size,
+            settings.steps,
+            settings.guidance,
+            sample.seed,
+            settings.sampler,
+        )
+
+
+def _values(declared: Sequence[Option], given: Mapping[str, Value]) -> dict[str, Value]:
+    """The values of declared options: those that are given, else their defaults."""
+    return {option.name: given.get(option.name, option.default) for option in declared}
+
+
+def _batches(numbers: Sequence[int], size: int) -> Iterator[Sequence[int]]:
+    return (numbers[start : start + size] for start in range(0, len(numbers), size))
