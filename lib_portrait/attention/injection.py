@@ -162,6 +162,8 @@ class _Part:
     call: Call
     arounds: list[tuple[nn.Module, Around]]
     rule: Rule | None = None
+    rewrites: RewritesContext | None = None
+    adds: AddsRows | None = None
 
 
 class Injection:
@@ -220,7 +222,8 @@ class Injection:
             for site in self.sites
             for path, around in rule.overrides(site, call).items()
         ]
-        return _Part(rule.active, call, arounds, rule)
+        rewrites = rule if isinstance(rule, RewritesContext) else None
+        return _Part(rule.active, call, arounds, rule, rewrites, rule if isinstance(rule, AddsRows) else None)
 
     @property
     def injected(self) -> bool:
@@ -297,12 +300,12 @@ class Injection:
         call.table, call.numbers = table, numbers
         for part in self._parts:
             part.call.follow(call, part.active(call.progress))
-            if part.call.numbers is not None and isinstance(part.rule, RewritesContext):
-                context = part.rule.context(part.call, context)
+            if part.call.numbers is not None and part.rewrites is not None:
+                context = part.rewrites.context(part.call, context)
         args, kwargs = self._context.put(args, kwargs, context)
         for part in self._parts:
-            if part.call.numbers is not None and isinstance(part.rule, AddsRows):
-                args, kwargs = part.rule.enter(part.call, args, kwargs)
+            if part.call.numbers is not None and part.adds is not None:
+                args, kwargs = part.adds.enter(part.call, args, kwargs)
                 for other in self._parts:
                     if other.call.numbers is not None:
                         other.call.table, other.call.numbers = part.call.table, part.call.numbers
@@ -310,8 +313,8 @@ class Injection:
 
     def _leave_call(self, unet: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
         for part in reversed(self._parts):
-            if part.call.numbers is not None and isinstance(part.rule, AddsRows):
-                output = part.rule.leave(output)
+            if part.call.numbers is not None and part.adds is not None:
+                output = part.adds.leave(output)
         passed_by = [
             site.path
             for part in self._parts

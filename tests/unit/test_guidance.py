@@ -16,7 +16,7 @@ from lib_portrait.errors import PortraitError
 from lib_portrait.guidance import FeatureGuidance, signal_rate
 from lib_portrait.methods.uniportrait import Adapter, Person, UniPortraitRule
 from tests.parity.unets import diffusers_unet, flatten, ldm_unet, load_bin
-from tests.unit.test_attention import Doubling, attributes
+from tests.unit.test_attention import Adding, Doubling, attributes
 
 BLOCK = {"diffusers": "up_blocks.1", "ldm": "output_blocks.5"}
 ROWS = {1: Row(POSITIVE, 0), 2: Row(POSITIVE, 1), 3: Row(NEGATIVE, 0), 4: Row(NEGATIVE, 1)}
@@ -232,17 +232,18 @@ def test_an_exception_in_the_energy_leaves_everything_clean(unet: nn.Module) -> 
 
     guidance = FeatureGuidance(broken)
     before = len(holding_a_graph())
-    with Injection(unet, Doubling(), guidance=guidance, rows=ROWS):
+    with Injection(unet, Adding(0.1), guidance=guidance, rows=ROWS):
         with pytest.raises(RuntimeError, match="in the energy") as caught:
             unet(z, t, mark(context, [1, 2, 3, 4]))
         assert not torch.is_grad_enabled()
+        # The traceback has the frames in which the call was.
+        del caught
+        assert len(holding_a_graph()) == before
         assert torch.equal(predicted(unet(z, t, context)), plain)
-    # The traceback has the frames in which the call was.
-    del caught
-    assert len(holding_a_graph()) == before
-    guidance.energy = energy
-    with Injection(unet, guidance=guidance, rows=ROWS):
-        assert not torch.equal(predicted(unet(z, t, mark(context, [1, 2, 3, 4]))), plain)
+        guidance.energy = energy
+        again = predicted(unet(z, t, mark(context, [1, 2, 3, 4])))
+    with Injection(unet, Adding(0.1), guidance=FeatureGuidance(energy), rows=ROWS):
+        assert torch.equal(predicted(unet(z, t, mark(context, [1, 2, 3, 4]))), again)
 
 
 def test_an_exception_before_the_features_leaves_the_mode(unet: nn.Module) -> None:
