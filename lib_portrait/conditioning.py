@@ -116,7 +116,7 @@ class Conditioner:
             for field, photo in _photos(identity, f"identities[{i}]"):
                 notices += self.faces.notices(photo, field)
         adapter = self._load_adapter(used, kit, report)
-        encoder = self._encoder(kit, device, dtype, report) if used.declaration.files.encoders else None
+        encoder = self._encoder(kit, device, dtype, report) if used.declaration.encoders else None
         try:
             people = []
             for i, identity in enumerate(request.identities):

@@ -15,6 +15,8 @@ from typing import Any
 import pytest
 from PIL import Image
 
+from lib_portrait.methods.declarations import Declaration, declarations
+from lib_portrait.options import Option
 from lib_portrait.request import Photo
 from tests.portraits import DRAWN, portrait
 from tests.webui.browser import Page
@@ -217,6 +219,33 @@ def test_the_worlds_checkpoint_offers_its_settings(
         driver.execute_script("selectCheckpoint(arguments[0])", before)
     page.wait(lambda: page.text(f"{page.panel}_weights").strip() == "", "the message to go")
     assert page.problems() == []
+
+
+def test_the_options_of_the_chosen_method_are_shown_and_no_others(
+    driver: Any, server: Client, screenshots: Path
+) -> None:
+    page = Page(driver, server.base, screenshots)
+    default, *others = declarations()
+
+    def control(method: Declaration, option: Option, place: str) -> str:
+        return f"{place}_{option.name}" if method is default else f"{place}_{method.name}_{option.name}"
+
+    elements = {
+        method.name: [
+            *(control(method, option, page.panel) for option in method.options),
+            *(control(method, option, f"{page.panel}_0") for option in method.identity_options),
+        ]
+        for method in (default, *others)
+    }
+    for chosen in (default, *others, default):
+        page.click(f"{page.panel}_method input")
+        page.wait(lambda: page.all(f"{page.panel}_method .options .item"), "the methods")
+        next(item for item in page.all(f"{page.panel}_method .options .item") if chosen.title in item.text).click()
+        for name, own in elements.items():
+            shown = name == chosen.name
+            page.wait(lambda: all(page.one(one).is_displayed() is shown for one in own), f"the options of {name}")  # noqa: B023
+        page.wait(lambda: page.one(f"{page.panel}_0_mix").is_displayed() is chosen.mixes, "mixing")  # noqa: B023
+        page.save(f"18-{chosen.name}")
 
 
 def test_settings_defaults_keeps_the_sliders_and_no_photo(driver: Any, server: Client, screenshots: Path) -> None:
