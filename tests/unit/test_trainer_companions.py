@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import pytest
@@ -21,7 +24,7 @@ from accelerate.state import AcceleratorState, GradientState
 import portrait as command_line
 from lib_portrait.checkpoints.formats import read_header, write_tensors
 from lib_portrait.checkpoints.hashes import file_sha256
-from lib_portrait.checkpoints.kit import Manifest, Sampling, StoredFile, read_manifest, write_manifest
+from lib_portrait.checkpoints.kit import Manifest, Sampling, StoredFile, TextEncoder, read_manifest, write_manifest
 from lib_portrait.checkpoints.store import Folders, Store
 from lib_portrait.errors import PortraitError
 from lib_portrait.faces import service
@@ -246,6 +249,21 @@ def test_a_manifest_tells_of_each_network_what_is_known(tmp_path: Path, models: 
         "vision": StoredFile(published.name, hashes["vision"]),
     }
     assert encoder_files(FILES, [], {}, [models]) == {}
+
+
+def test_a_manifest_takes_from_the_base_s_kit_what_goes_with_its_pictures(tmp_path: Path, models: Path) -> None:
+    base = file_of(tmp_path / "own", "base.safetensors", 1.0)
+    sizes = {"hidden_size": 48, "num_hidden_layers": 2, "num_attention_heads": 3, "max_position_embeddings": 77}
+    model: Any = SimpleNamespace(size=64, text_encoder=SimpleNamespace(config=SimpleNamespace(**sizes)))
+    alone = {"base": stored_file(base), "text_encoder": TextEncoder(48, 2, 3, 77), "picture": (64, 64)}
+    assert companions.of_base(base, model, None, [models]) == {**alone, "licence": None}
+    shared = {name: StoredFile(f"{name}.bin") for name in ("detector", "measuring", "attributes")}
+    kit = Manifest("first", "fusion", {"fusion": "x"}, base=stored_file(base), licence="CC0", **shared)
+    kit = dataclasses.replace(kit, sampling=Sampling("DDIM", 20, 5), picture=(128, 96))
+    write_manifest(models / "first.kit.json", kit)
+    known = {**alone, **shared, "sampling": kit.sampling}
+    assert companions.of_base(base, model, None, [models]) == {**known, "licence": "CC0"}
+    assert companions.of_base(base, model, "mine", [models]) == {**known, "licence": "mine"}
 
 
 def test_a_router_goes_with_the_faceid_of_its_first_stage_under_its_own_name(tmp_path: Path, models: Path) -> None:
