@@ -16,6 +16,7 @@ C channels of a site, T timesteps of the model.
 
 from __future__ import annotations
 
+import copy
 import functools
 import hashlib
 from collections.abc import Callable, Mapping, Sequence
@@ -300,10 +301,12 @@ class FusedIdentity:
 
 @dataclass
 class _SiteState:
-    """Of one site, what does not change from step to step: K_f and V_f by identity, and who is seen where."""
+    """Of one site, what does not change from step to step: K_f and V_f of each identity, or the layers that make them
+    of what rides; and who is seen where."""
 
     made_for: object = None
-    faces: dict[int, tuple[Tensor, Tensor]] = field(default_factory=dict)
+    faces: list[tuple[Tensor, Tensor]] = field(default_factory=list)
+    layers: FaceKeys | None = None
     seen: dict[tuple[object, ...], Tensor | None] = field(default_factory=dict)
 
 
@@ -523,7 +526,7 @@ class FusionRule(Rule[FusedIdentity]):
         q, k, v = site.qkv(x, context)
         active = [n for n, person in enumerate(self.people) if person.active(call.progress) and person.strength > 0]
         self.drawn.update(active)
-        faces = self._faces(site, state, q) if riding is None else self._riding_faces(site, riding, q)
+        faces = self._faces(site, state, q, riding)
         own = [
             tuple(one if len(one) == 1 else one[list(rows)] for one in faces[number])  # each row's own, in training
             for number in active
@@ -535,28 +538,38 @@ class FusionRule(Rule[FusedIdentity]):
             state.seen[where] = None if seen is None else seen.to(q.device)
         return site.out(fused_attention(q, k, v, cast("list[tuple[Tensor, Tensor]]", own), state.seen[where]))
 
-    def _faces(self, site: Site, state: _SiteState, q: Tensor) -> dict[int, tuple[Tensor, Tensor]]:
-        """K_f and V_f of every identity (eq. 2, 6), (B or 1, H, m, d) each; kept while the layers need no gradients."""
-        trained = torch.is_grad_enabled() and self.adapter.of(site).to_k_face.weight.requires_grad
-        made_for = (self._looks, q.device, q.dtype)
-        if trained or state.made_for != made_for:
-            state.seen.clear()
-            state.made_for = None if trained else made_for
-            state.faces = {
-                number: self._keys(site, hidden[site.index], q) for number, hidden in enumerate(self._hidden)
-            }
-        return state.faces
+    def _faces(
+        self, site: Site, state: _SiteState, q: Tensor, riding: Tensor | None
+    ) -> Sequence[tuple[Tensor, Tensor]]:
+        """K_f and V_f of every identity (eq. 2, 6), (B or 1, H, m, d) each.
 
-    def _riding_faces(self, site: Site, hidden: Tensor, q: Tensor) -> dict[int, tuple[Tensor, Tensor]]:
-        """The same of references (R, m, C) that go along."""
-        counts = [len(person.references) for person in self.people]
-        return {number: self._keys(site, own.flatten(0, 1)[None], q) for number, own in enumerate(hidden.split(counts))}
-
-    def _keys(self, site: Site, hidden: Tensor, q: Tensor) -> tuple[Tensor, Tensor]:
+        While the layers need no gradients, these are kept; of references that ride the layers are, where q is.
+        """
         layers = self.adapter.of(site)
         weight = layers.to_k_face.weight
-        keys, values = layers(hidden.to(weight.device, weight.dtype))
-        return site.split_heads(keys.to(q.device, q.dtype)), site.split_heads(values.to(q.device, q.dtype))
+        trained = torch.is_grad_enabled() and weight.requires_grad
+        made_for = (self._looks, q.device, q.dtype)
+        if trained or state.made_for != made_for:
+            state.made_for = None if trained else made_for
+            state.seen.clear()
+            dtype = weight.dtype if riding is None else q.dtype
+            if (weight.device, weight.dtype) != (q.device, dtype):
+                layers = copy.deepcopy(layers).to(q.device, dtype)
+            if riding is None:
+                state.faces = [_keys(site, layers, hidden[site.index], q) for hidden in self._hidden]
+            else:
+                state.layers = layers
+        if riding is None:
+            return state.faces
+        assert state.layers is not None
+        counts = [len(person.references) for person in self.people]
+        return [_keys(site, state.layers, own.flatten(0, 1)[None], q) for own in riding.split(counts)]
+
+
+def _keys(site: Site, layers: FaceKeys, hidden: Tensor, q: Tensor) -> tuple[Tensor, Tensor]:
+    """K_f and V_f of h_f (B, m, C), as heads where and in what the queries are."""
+    keys, values = layers(hidden.to(layers.to_k_face.weight))
+    return site.split_heads(keys.to(q.dtype)), site.split_heads(values.to(q.dtype))
 
 
 # -------------------------------------------------------------------------------------------------------------- method

@@ -71,7 +71,9 @@ class SmallHost:
     def call(self, latent: Tensor, t: Tensor, context: Any) -> Tensor:
         self.calls += 1
         context, more = (context, {}) if isinstance(context, Tensor) else (context["crossattn"], context["vector"])
-        out = self.unet(latent, t, context, **({"y": more} if isinstance(more, Tensor) else {}))
+        dtype = next(self.unet.parameters()).dtype
+        more = {"y": more} if isinstance(more, Tensor) else {}
+        out = self.unet(latent.to(dtype), t, context.to(dtype), **more)
         return out if isinstance(out, Tensor) else out.sample
 
 
@@ -313,16 +315,29 @@ def test_keys_are_made_once_and_anew_after_another_look(unet: nn.Module) -> None
     faces = pictures(2)
     rule = prepared(unet, [person(faces[0])])
     made: list[object] = []
-    keys = rule._keys
-    rule._keys = lambda *args: made.append(args) or keys(*args)  # type: ignore[method-assign, func-returns-value]
+    rule.adapter.apply(lambda layer: layer.register_forward_hook(lambda *args: made.append(args)))
     x, context = latents(1), mark(text(1), POSITIVE)
     sites = sum(site.cross for site in find_sites(unet))
     with Injection(unet, rule):
         first = run(unet, x, context)
-        assert torch.equal(run(unet, x, context), first) and len(made) == sites
+        assert torch.equal(run(unet, x, context), first) and len(made) == 3 * sites, "a site's, its k_f's and its v_f's"
         rule.prepare(SmallHost(unet, "another model"))  # type: ignore[arg-type]
         run(unet, x, context)
-        assert len(made) == 2 * sites
+        assert len(made) == 6 * sites
+
+
+@pytest.mark.parametrize("t", [300, STEP])
+def test_the_adapter_stays_where_and_as_it_is_while_the_unet_computes_in_another_precision(t: int | str) -> None:
+    unet = diffusers_unet().requires_grad_(False).to(torch.bfloat16)
+    rule = prepared(unet, [person(*pictures(1))], reference_t=t)
+    x, context = latents(1).bfloat16(), text(1).bfloat16()
+    with Injection(unet, rule):
+        out = run(unet, x, mark(context, POSITIVE))
+    assert out.dtype == torch.bfloat16 and (out - run(unet, x, context)).abs().max() > 1e-2
+    assert {parameter.dtype for parameter in rule.adapter.parameters()} == {torch.float32}
+    exact = diffusers_unet().requires_grad_(False)
+    wanted = fused(exact, [person(*pictures(1))], latents(1), mark(text(1), POSITIVE), reference_t=t)
+    assert (out.float() - wanted).abs().max() < 0.1
 
 
 def test_noise_between_two_timesteps_lies_between_theirs() -> None:
