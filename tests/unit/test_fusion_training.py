@@ -22,7 +22,7 @@ from lib_portrait.errors import PortraitError
 from lib_portrait.methods.fusion import STEP, FaceFusion, FusedIdentity, FusionRule, Properties
 from tests.unit.test_uniportrait_training import tiny_model
 from trainer.draws import Draws
-from trainer.features import FACE_ONLY, Encode, Features, Frozen, features_path, precompute, uncaptioned
+from trainer.features import FACE_ONLY, Features, FrozenNetworks, LatentEncoder, features_path, precompute, uncaptioned
 from trainer.loop import Settings, train
 from trainer.recipes import fusion
 from trainer.references import PicturesWithReferences
@@ -128,7 +128,7 @@ def test_a_reference_is_another_photo_of_the_one_person_there(data: Path) -> Non
 def test_references_are_latents_of_the_squares_about_large_faces(shard: Path) -> None:
     encoded: list[Tensor] = []
 
-    class Keeping(Encode):
+    class Keeping(LatentEncoder):
         def __init__(self) -> None:
             pass
 
@@ -141,7 +141,7 @@ def test_references_are_latents_of_the_squares_about_large_faces(shard: Path) ->
             return argparse.Namespace(input_ids=[49406] * 77)
 
     def made(references: int) -> dict[str, Tensor]:
-        frozen = Frozen(Keeping(), Words(), None, {"vae": "v"}, references)  # type: ignore[arg-type]
+        frozen = FrozenNetworks(Keeping(), Words(), None, {"vae": "v"}, references)  # type: ignore[arg-type]
         precompute([shard], frozen, batch=4)
         return load_file(features_path(shard))
 
