@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from lib_portrait.attention.injection import Around, Call
+from lib_portrait.attention.injection import Call, Wrapper
 from lib_portrait.attention.sites import Site
 from lib_portrait.attention.windows import takes_part
 from lib_portrait.checkpoints.files import AdapterFile, AdapterFiles
@@ -56,7 +56,7 @@ class Person:
 
 
 class ToyRule(Rule[Person]):
-    def overrides(self, site: Site, call: Call) -> dict[str, Around]:
+    def overrides(self, site: Site, call: Call) -> dict[str, Wrapper]:
         return {}
 
 

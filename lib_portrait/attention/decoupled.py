@@ -12,7 +12,7 @@ from collections.abc import Callable, Mapping
 import torch.nn.functional as F
 from torch import Tensor
 
-from lib_portrait.attention.injection import Around, Call
+from lib_portrait.attention.injection import Call, Wrapper
 from lib_portrait.attention.lora import FusedLinear, LowRank
 from lib_portrait.attention.sites import Site
 from lib_portrait.errors import PortraitError
@@ -84,7 +84,7 @@ class DecoupledAttention(ABC):
         Of the site's input hidden (B, n, C) and its query q (B, n, H * d).
         """
 
-    def overrides(self, site: Site, call: Call) -> dict[str, Around]:
+    def overrides(self, site: Site, call: Call) -> dict[str, Wrapper]:
         linears = {
             name: FusedLinear(site.module.get_submodule(PATHS[name]), pair, self.lora_scale)
             for name, pair in self.lora(site).items()
@@ -112,7 +112,7 @@ class DecoupledAttention(ABC):
             added = self.added(site, call, hidden, q)
             return project("to_out", host, attended if added is None else attended + added.to(attended.dtype))
 
-        functions: dict[str, Around] = {
+        functions: dict[str, Wrapper] = {
             PATHS[name]: lambda host, x, name=name: project(name, host, x) for name in linears
         }
         return {**functions, "to_q": query, "to_out.0": output} if site.cross else functions

@@ -22,7 +22,7 @@ from lib_portrait.errors import PortraitError
 
 Forward = Callable[..., torch.Tensor]
 # Called as f(host, *args, **kwargs), where host(*args, **kwargs) is what the module would have done.
-Around = Callable[..., torch.Tensor]
+Wrapper = Callable[..., torch.Tensor]
 
 
 @dataclass
@@ -77,7 +77,7 @@ class Call:
 class Rule(Protocol):
     """What a method does at the attention sites of one network: a UNet, or a ControlNet."""
 
-    def overrides(self, site: Site, call: Call) -> dict[str, Around]:
+    def overrides(self, site: Site, call: Call) -> dict[str, Wrapper]:
         """Functions to put around modules of `site`: by path inside the attention layer, "" for the layer itself."""
 
     def must_visit(self, site: Site) -> bool:
@@ -110,7 +110,7 @@ class AddsRows(Rule, Protocol):
 class Guidance(Protocol):
     """What is done to the UNet's call as a whole, such as `guidance.FeatureGuidance`."""
 
-    def overrides(self, unet: nn.Module, call: Call) -> dict[str, Around]:
+    def overrides(self, unet: nn.Module, call: Call) -> dict[str, Wrapper]:
         """Functions to put around modules of the UNet: by path inside it, "" for the UNet itself, marks taken off."""
 
     def active(self, progress: float) -> bool:
@@ -120,9 +120,9 @@ class Guidance(Protocol):
 class _Override:
     """`around` in front of one module's forward, on the instance."""
 
-    def __init__(self, module: nn.Module, around: Around, call: Call):
+    def __init__(self, module: nn.Module, wrapper: Wrapper, call: Call):
         self.module = module
-        self.around = around
+        self.wrapper = wrapper
         self.call = call
         self.previous: Forward | None = None
         self.removed = False
@@ -136,7 +136,7 @@ class _Override:
     def __call__(self, *args: Any, **kwargs: Any) -> torch.Tensor:
         if self.removed or self.call.numbers is None:
             return self.host(*args, **kwargs)
-        return self.around(self.host, *args, **kwargs)
+        return self.wrapper(self.host, *args, **kwargs)
 
     def install(self) -> None:
         self.previous = self.module.__dict__.get("forward")
@@ -160,7 +160,7 @@ class _Part:
 
     active: Callable[[float], bool]
     call: Call
-    arounds: list[tuple[nn.Module, Around]]
+    wrappers: list[tuple[nn.Module, Wrapper]]
     rule: Rule | None = None
     rewrites: RewritesContext | None = None
     adds: AddsRows | None = None
@@ -209,21 +209,21 @@ class Injection:
         self._parts = [self._part_of(rule) for rule in rules]
         if guidance is not None:
             call = Call()
-            arounds = [(unet.get_submodule(path), one) for path, one in guidance.overrides(unet, call).items()]
-            self._parts.append(_Part(guidance.active, call, arounds))
+            wrappers = [(unet.get_submodule(path), one) for path, one in guidance.overrides(unet, call).items()]
+            self._parts.append(_Part(guidance.active, call, wrappers))
         self._left: list[list[int] | None] = []
         self._overrides: list[_Override] = []
         self._handles: list[Any] = []
 
     def _part_of(self, rule: Rule) -> _Part:
         call = Call()
-        arounds = [
-            (site.module.get_submodule(path), around)
+        wrappers = [
+            (site.module.get_submodule(path), wrapper)
             for site in self.sites
-            for path, around in rule.overrides(site, call).items()
+            for path, wrapper in rule.overrides(site, call).items()
         ]
         rewrites = rule if isinstance(rule, RewritesContext) else None
-        return _Part(rule.active, call, arounds, rule, rewrites, rule if isinstance(rule, AddsRows) else None)
+        return _Part(rule.active, call, wrappers, rule, rewrites, rule if isinstance(rule, AddsRows) else None)
 
     @property
     def injected(self) -> bool:
@@ -237,8 +237,8 @@ class Injection:
             self._handles.append(self.unet.register_forward_pre_hook(self._enter_call, prepend=True, with_kwargs=True))
             self._handles.append(self.unet.register_forward_hook(self._leave_call))
             for part in self._parts:
-                for module, around in part.arounds:
-                    override = _Override(module, around, part.call)
+                for module, wrapper in part.wrappers:
+                    override = _Override(module, wrapper, part.call)
                     override.install()
                     self._overrides.append(override)
         except BaseException:

@@ -115,14 +115,14 @@ def run(options: argparse.Namespace) -> int:
 
     with generation.Results.begin(options.output) as results, _photos_by_name(options.faces or []):
         checkpoint = options.checkpoint or generation.bundled_checkpoint(folders)
-        studio = generation.Studio(checkpoint, folders, options.device, tell, options.filter_crops)
+        pipeline = generation.PortraitPipeline(checkpoint, folders, options.device, tell, options.filter_crops)
         if demonstration:
             changes = _changes(options)
-            generation.draw_samples(
-                studio, results, settings, lambda identities: _request({"identities": identities, **changes})
+            generation.generate_samples(
+                pipeline, results, settings, lambda identities: _request({"identities": identities, **changes})
             )
         else:
-            generation.draw_prompts(studio, results, settings, request, options.prompts, options.count or 1)
+            generation.generate_prompts(pipeline, results, settings, request, options.prompts, options.count or 1)
     return 0
 
 

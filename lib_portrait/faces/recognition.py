@@ -25,7 +25,7 @@ _BLOCK = re.compile(r"body\.(\d{1,4})\.(.+)")
 _SE_OR_BOTTLENECK = re.compile(r"res_layer\.(se_block|[6-9])\..+")
 
 
-class Block(nn.Module):
+class ResidualBlock(nn.Module):
     """BN, 3x3 convolution, BN, PReLU, strided 3x3 convolution, BN; beside it the input, subsampled or projected."""
 
     def __init__(self, width_in: int, width: int, stride: int):
@@ -73,8 +73,8 @@ class Backbone(nn.Module):
         body: list[nn.Module] = []
         ends = []
         for count, width_in, width in zip(blocks, widths[:-1], widths[1:], strict=True):
-            body.append(Block(width_in, width, stride=2))
-            body.extend(Block(width, width, stride=1) for _ in range(count - 1))
+            body.append(ResidualBlock(width_in, width, stride=2))
+            body.extend(ResidualBlock(width, width, stride=1) for _ in range(count - 1))
             ends.append(len(body) - 1)
         self.taps = tuple(ends)
         self.body = nn.Sequential(*body)

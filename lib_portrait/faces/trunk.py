@@ -23,7 +23,7 @@ STRIDE = 8
 GRID = SIDE // STRIDE
 
 
-class Block(nn.Module):
+class TrunkBlock(nn.Module):
     """Two 3x3 convolutions beside a shortcut (He et al. 2016)."""
 
     def __init__(self, width_in: int, width: int, stride: int):
@@ -49,9 +49,9 @@ class Trunk(nn.Module):
         stem, quarter, eighth, sixteenth = widths
         self.width = sixteenth
         self.stem = nn.Sequential(nn.Conv2d(3, stem, 5, 2, 2, bias=False), nn.BatchNorm2d(stem), nn.ReLU())
-        self.quarter = Block(stem, quarter, 2)
-        self.eighth = nn.Sequential(Block(quarter, eighth, 2), Block(eighth, eighth, 1))
-        self.sixteenth = nn.Sequential(Block(eighth, sixteenth, 2), Block(sixteenth, sixteenth, 1))
+        self.quarter = TrunkBlock(stem, quarter, 2)
+        self.eighth = nn.Sequential(TrunkBlock(quarter, eighth, 2), TrunkBlock(eighth, eighth, 1))
+        self.sixteenth = nn.Sequential(TrunkBlock(eighth, sixteenth, 2), TrunkBlock(sixteenth, sixteenth, 1))
         self.lateral = nn.Conv2d(eighth, sixteenth, 1)
 
     def forward(self, pictures: Tensor) -> Tensor:

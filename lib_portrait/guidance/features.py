@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from lib_portrait.attention.arguments import LATENT, TIMESTEPS
-from lib_portrait.attention.injection import Around, Call
+from lib_portrait.attention.injection import Call, Wrapper
 from lib_portrait.attention.rows import NEGATIVE, POSITIVE
 from lib_portrait.attention.sites import layout_of
 from lib_portrait.attention.windows import takes_part
@@ -93,7 +93,7 @@ class FeatureGuidance:
     def active(self, progress: float) -> bool:
         return takes_part(self.start, self.end, progress)
 
-    def overrides(self, unet: nn.Module, call: Call) -> dict[str, Around]:
+    def overrides(self, unet: nn.Module, call: Call) -> dict[str, Wrapper]:
         under_way: list[_Pass] = []
 
         def network(host: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:

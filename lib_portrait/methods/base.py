@@ -15,7 +15,7 @@ from typing import Any, Generic, Literal, Protocol, TypeVar
 import numpy as np
 from torch import Tensor, nn
 
-from lib_portrait.attention.injection import Around, Call
+from lib_portrait.attention.injection import Call, Wrapper
 from lib_portrait.attention.maps import RoutingMaps
 from lib_portrait.attention.regions import WHOLE, Box, Region
 from lib_portrait.attention.sites import Site
@@ -122,7 +122,7 @@ class Rule(ABC, Generic[P]):
         return site.cross
 
     @abstractmethod
-    def overrides(self, site: Site, call: Call) -> dict[str, Around]:
+    def overrides(self, site: Site, call: Call) -> dict[str, Wrapper]:
         """As for `attention.Rule`."""
 
 

@@ -30,7 +30,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lib_portrait.attention.arguments import TIMESTEPS, Arguments
-from lib_portrait.attention.injection import Around, Call, Injection
+from lib_portrait.attention.injection import Call, Injection, Wrapper
 from lib_portrait.attention.maps import RoutingMaps
 from lib_portrait.attention.regions import Box, Region, coverage
 from lib_portrait.attention.rows import NEGATIVE, POSITIVE, REFERENCE, Row, mark_conditions
@@ -471,7 +471,7 @@ class FusionRule(Rule[FusedIdentity]):
 
     # ---- at a site
 
-    def overrides(self, site: Site, call: Call) -> dict[str, Around]:
+    def overrides(self, site: Site, call: Call) -> dict[str, Wrapper]:
         state = _SiteState()
 
         def fused(host: Callable[..., Tensor], *args: Any, **kwargs: Any) -> Tensor:

@@ -26,7 +26,7 @@ from lib_portrait.faces.service import FaceService
 from lib_portrait.methods.declarations import adapter_files, declaration
 from lib_portrait.request import AUTOMATIC, Limits, PortraitRequest, to_json
 from lib_portrait.routing_picture import Legend, draw_routing
-from lib_portrait.standalone.measuring import Likeness, Measurer, owners_of, shows_everybody
+from lib_portrait.standalone.measuring import FaceSimilarity, Measurer, owners_of, shows_everybody
 from lib_portrait.standalone.model import load_model, text_encoder_of
 from lib_portrait.standalone.samples import both_words, read_samples
 from lib_portrait.standalone.sampling import Sampling, check, sample
@@ -39,7 +39,7 @@ ACROSS = 4
 
 
 @dataclass(frozen=True)
-class Drawn:
+class GeneratedPicture:
     """One finished picture. routing: the same in grey, coloured by whom its parts were given to.
 
     owners: whose they are, see `owners_of`, where there are several people.
@@ -51,7 +51,7 @@ class Drawn:
     owners: torch.Tensor | None = None
 
 
-class Studio:
+class PortraitPipeline:
     """A model and what is needed to put people into its pictures.
 
     folders: with adapters and face networks, in the order they are searched. device: "cpu", "cuda" or "mps", None for
@@ -84,9 +84,9 @@ class Studio:
         """A picture of the model's own size, but for what the settings say."""
         return Sampling(prompt, **{"width": self.model.size, "height": self.model.size, **settings})
 
-    def draw(
+    def generate(
         self, request: PortraitRequest | None, samplings: Sequence[Sampling], names: Sequence[str] = ()
-    ) -> list[Drawn]:
+    ) -> list[GeneratedPicture]:
         """The pictures, with the request's people in all of them. names: theirs, for the legend of routing maps.
 
         Raises PortraitError.
@@ -99,7 +99,7 @@ class Studio:
             self._notice([*self._choices(request), *conditioning.notices])
         legend = Legend(names, range(1, len(names) + 1), ImageFont.load_default)
         at_once = max(1, PIXELS_AT_ONCE // (first.width * first.height))
-        drawn: list[Drawn] = []
+        drawn: list[GeneratedPicture] = []
         for begin in range(0, len(samplings), at_once):
             batch = samplings[begin : begin + at_once]
             # Of several people it is measured whether they are where they were routed.
@@ -114,7 +114,7 @@ class Studio:
                 maps = draw_routing(pictures, list(mean), legend=legend)
             if mean is not None and mean.shape[1] > 1:
                 owners = [owners_of(own) for own in mean]
-            drawn += [Drawn(*one) for one in zip(batch, pictures, maps, owners, strict=True)]
+            drawn += [GeneratedPicture(*one) for one in zip(batch, pictures, maps, owners, strict=True)]
         return drawn
 
     def _notice(self, notices: Sequence[Notice]) -> None:
@@ -183,16 +183,16 @@ class Comparison:
     measurer: Measurer | None = None
     references: torch.Tensor | None = None
 
-    def likeness(
+    def similarities(
         self, picture: Image.Image, people: Sequence[int], owners: torch.Tensor | None = None
-    ) -> list[Likeness]:
+    ) -> list[FaceSimilarity]:
         """Of each of the people whom the picture was asked to show; nothing where nothing measures.
 
-        owners: see `Measurer.likeness`.
+        owners: see `Measurer.similarities`.
         """
         if self.measurer is None or self.references is None:
             return []
-        return self.measurer.likeness(np.asarray(picture.convert("RGB")), self.references, people, owners)
+        return self.measurer.similarities(np.asarray(picture.convert("RGB")), self.references, people, owners)
 
 
 def _routed(request: PortraitRequest) -> bool:
@@ -254,7 +254,7 @@ class Results:
             if not any(folder.iterdir()):
                 folder.rmdir()
 
-    def add(self, drawn: Drawn, people: Sequence[str] = (), measured: Sequence[Likeness] = ()) -> None:
+    def add(self, drawn: GeneratedPicture, people: Sequence[str] = (), measured: Sequence[FaceSimilarity] = ()) -> None:
         """Writes a picture and remembers what it was made with. people: their names, in the order of `measured`."""
         name = f"{len(self.pictures) + 1:03}"
         drawn.picture.save(self.folder / f"{name}.png")
@@ -307,15 +307,17 @@ class Results:
         print(f"Pictures: {self.folder} ({len(self.pictures)}), settings and similarities in settings.json", flush=True)
 
 
-def _facts(studio: Studio, request: PortraitRequest | None, comparison: Comparison | None) -> dict[str, Any]:
-    facts: dict[str, Any] = {"checkpoint": studio.checkpoint.name, "device": studio.device}
+def _facts(
+    pipeline: PortraitPipeline, request: PortraitRequest | None, comparison: Comparison | None
+) -> dict[str, Any]:
+    facts: dict[str, Any] = {"checkpoint": pipeline.checkpoint.name, "device": pipeline.device}
     if request is not None:
-        facts |= {"adapter": studio.store.kit(request.checkpoint, request.method).name, "request": to_json(request)}
-        facts |= {"method": request.method, **request.options, "filter_crops": studio.faces.filter_crops}
+        facts |= {"adapter": pipeline.store.kit(request.checkpoint, request.method).name, "request": to_json(request)}
+        facts |= {"method": request.method, **request.options, "filter_crops": pipeline.faces.filter_crops}
     if comparison is not None:
         facts["measuring"] = comparison.note
-    if studio.notices:
-        facts["notices"] = [str(notice) for notice in studio.notices]
+    if pipeline.notices:
+        facts["notices"] = [str(notice) for notice in pipeline.notices]
     return facts
 
 
@@ -327,8 +329,8 @@ def _options_said(facts: Mapping[str, Any]) -> list[str]:
 # ------------------------------------------------------------------------------------------------------------ two ways
 
 
-def draw_prompts(
-    studio: Studio,
+def generate_prompts(
+    pipeline: PortraitPipeline,
     results: Results,
     settings: Mapping[str, Any],
     request: PortraitRequest | None,
@@ -338,35 +340,37 @@ def draw_prompts(
     """`count` pictures of every prompt with the request's people, into `results`. Raises PortraitError."""
     seed = settings.get("seed", 0)
     samplings = [
-        studio.sampling(prompt, {**settings, "seed": seed + number}) for prompt in prompts for number in range(count)
+        pipeline.sampling(prompt, {**settings, "seed": seed + number}) for prompt in prompts for number in range(count)
     ]
     check(samplings)
     sections = []
     people: list[str] = []
     comparison = None
     if request is not None:
-        request = studio.resolved(request)
+        request = pipeline.resolved(request)
         # What cannot be measured is found out before anything is drawn.
-        crops = studio.crops(request)
-        comparison = studio.comparison(request, crops)
+        crops = pipeline.crops(request)
+        comparison = pipeline.comparison(request, crops)
         people = [f"person {i + 1}" for i in range(len(crops))]
         faces = [Cell(Image.fromarray(crop), [name]) for name, own in zip(people, crops, strict=True) for crop in own]
         sections.append(Section("References", _rows(faces)))
-    drawn = studio.draw(request, samplings, people)
+    drawn = pipeline.generate(request, samplings, people)
     cells: list[list[Cell]] = [[] for _ in prompts]
     for number, one in enumerate(drawn):
-        measured = comparison.likeness(one.picture, range(len(people)), one.owners) if comparison is not None else []
+        measured = (
+            comparison.similarities(one.picture, range(len(people)), one.owners) if comparison is not None else []
+        )
         results.add(one, people, measured)
         row = cells[number // count]
         row.append(Cell(one.picture, [f"seed {one.sampling.seed}", *_told(people, measured)]))
         if one.routing is not None:
             row.append(Cell(one.routing))
     sections += [Section(prompt, _rows(row)) for prompt, row in zip(prompts, cells, strict=True)]
-    results.finish("Portraits", sections, _facts(studio, request, comparison))
+    results.finish("Portraits", sections, _facts(pipeline, request, comparison))
 
 
-def draw_samples(
-    studio: Studio,
+def generate_samples(
+    pipeline: PortraitPipeline,
     results: Results,
     settings: Mapping[str, Any],
     ask: Callable[[list[dict[str, Any]]], PortraitRequest],
@@ -376,16 +380,16 @@ def draw_samples(
 
     ask: the request for people in their JSON form. Raises PortraitError.
     """
-    samples = read_samples(studio.checkpoint.parent)
+    samples = read_samples(pipeline.checkpoint.parent)
     people = samples.people
     identities = [{"photos": [base64.b64encode(one.photos[0].read_bytes()).decode()]} for one in people]
-    everyone = studio.resolved(ask(identities))
-    comparison = studio.comparison(everyone, studio.crops(everyone))
+    everyone = pipeline.resolved(ask(identities))
+    comparison = pipeline.comparison(everyone, pipeline.crops(everyone))
 
-    def measured(one: Drawn, shown: Sequence[int]) -> list[str]:
-        likeness = comparison.likeness(one.picture, shown, one.owners)
-        results.add(one, [people[i].name for i in shown], likeness)
-        return _told([people[i].name for i in shown] if len(shown) > 1 else [""], likeness)
+    def measured(one: GeneratedPicture, shown: Sequence[int]) -> list[str]:
+        similarities = comparison.similarities(one.picture, shown, one.owners)
+        results.add(one, [people[i].name for i in shown], similarities)
+        return _told([people[i].name for i in shown] if len(shown) > 1 else [""], similarities)
 
     singles = []
     again = all(len(one.photos) > 1 for one in people)
@@ -394,10 +398,10 @@ def draw_samples(
         if again:
             # What the measuring network makes of a real photo: more likeness cannot be expected.
             other = _opened(person.photos[1])
-            row.append(Cell(other, _told([""], comparison.likeness(other, [i]))))
+            row.append(Cell(other, _told([""], comparison.similarities(other, [i]))))
         request = replace(everyone, identities=(everyone.identities[i],))
         prompts = [prompt.format(word=person.word) for prompt in samples.one]
-        drawn = studio.draw(request, [studio.sampling(prompt, settings) for prompt in prompts])
+        drawn = pipeline.generate(request, [pipeline.sampling(prompt, settings) for prompt in prompts])
         singles.append([*row, *(Cell(one.picture, measured(one, [i])) for one in drawn)])
     pairs = []
     for i, j in zip(range(0, len(people), 2), range(1, len(people), 2)):
@@ -406,7 +410,7 @@ def draw_samples(
         prompts = [prompt.format(both=both) for prompt in samples.two]
         row = [Cell(_opened(people[k].photos[0]), [f"reference: {people[k].name}"]) for k in (i, j)]
         names = [people[i].name, people[j].name]
-        for one in studio.draw(request, [studio.sampling(prompt, settings) for prompt in prompts], names):
+        for one in pipeline.generate(request, [pipeline.sampling(prompt, settings) for prompt in prompts], names):
             row.append(Cell(one.picture, measured(one, [i, j])))
             if one.routing is not None:
                 row.append(Cell(one.routing))
@@ -417,7 +421,7 @@ def draw_samples(
     if pairs:
         general = [text for prompt in samples.two for text in (prompt.replace("{both}", "…"), "who was put where")]
         sections.append(Section("Two people", pairs, ["", "", *general]))
-    results.finish(samples.title, sections, _facts(studio, everyone, comparison))
+    results.finish(samples.title, sections, _facts(pipeline, everyone, comparison))
 
 
 def _opened(photo: Path) -> Image.Image:
@@ -425,7 +429,7 @@ def _opened(photo: Path) -> Image.Image:
         return picture.convert("RGB")
 
 
-def _told(people: Sequence[str], measured: Sequence[Likeness]) -> list[str]:
+def _told(people: Sequence[str], measured: Sequence[FaceSimilarity]) -> list[str]:
     lines = []
     for name, one in zip(people, measured):
         before = f"{name}: " if name else ""

@@ -19,7 +19,7 @@ from lib_portrait.faces.recognition import Backbone, backbone_from_state_dict
 
 
 @dataclass(frozen=True)
-class Likeness:
+class FaceSimilarity:
     """Of one person in one picture: cosine similarities of identity embeddings, -1 to 1.
 
     own: of the face that was taken for this person's to the reference, or None where no face was left for it.
@@ -36,7 +36,7 @@ class Likeness:
     placed: bool | None = None
 
 
-def shows_everybody(measured: Sequence[Likeness]) -> bool:
+def shows_everybody(measured: Sequence[FaceSimilarity]) -> bool:
     """Whether a picture shows each person by a face of their own, where it was routed to them as far as that is known.
 
     Each has a face (FastComposer's greedy matching, one face a person), that face is more similar to them than to any
@@ -73,9 +73,9 @@ class Measurer:
         """The faces of a picture (H, W, 3) uint8, from left to right."""
         return detect_faces(picture, self.detector)
 
-    def likeness(
+    def similarities(
         self, picture: np.ndarray, references: Tensor, people: Sequence[int], owners: Tensor | None = None
-    ) -> list[Likeness]:
+    ) -> list[FaceSimilarity]:
         """Of each of `people` (rows of `references` (n, D)) that the picture was asked to show.
 
         Faces and people are paired greedily by similarity, each at most once (FastComposer, sec. 5.1).
@@ -83,7 +83,7 @@ class Measurer:
         """
         faces = self.faces(picture)
         if not faces:
-            return [Likeness(None, None, False) for _ in people]
+            return [FaceSimilarity(None, None, False) for _ in people]
         similar = self.embed([align_face(picture, face.landmarks) for face in faces]) @ references.T
         pairs = greedy_pairs(similar[:, list(people)])
         recognised = recognised_people(similar[:, list(people)], pairs)
@@ -91,11 +91,11 @@ class Measurer:
         for column, person in enumerate(people):
             face = pairs.get(column)
             if face is None:
-                measured.append(Likeness(None, None, False))
+                measured.append(FaceSimilarity(None, None, False))
                 continue
             others = [float(similar[face, other]) for other in range(len(references)) if other not in people]
             measured.append(
-                Likeness(
+                FaceSimilarity(
                     float(similar[face, person]),
                     max(others) if others else None,
                     recognised[column],

@@ -88,8 +88,8 @@ def sample(
             x = scheduler.scale_model_input(latents, t).repeat(len(kinds), 1, 1, 1)
             predicted = model.unet(x.to(model.unet.dtype), t, context).sample.float()
             if guided:
-                without, predicted = predicted.chunk(2)
-                predicted = without + guidance * (predicted - without)
+                eps_uncond, eps_cond = predicted.chunk(2)
+                predicted = eps_uncond + guidance * (eps_cond - eps_uncond)
             latents = scheduler.step(predicted, t, latents).prev_sample
             _check_finite(latents, "the UNet", f"at step {step + 1} of {first.steps}")
             on_step(step + 1, first.steps)

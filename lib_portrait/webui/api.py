@@ -40,7 +40,7 @@ def add_routes(app: Any, api_auth: str | None = None) -> None:
     from fastapi.security import HTTPBasic, HTTPBasicCredentials
     from starlette.concurrency import run_in_threadpool
 
-    from lib_portrait.webui import services
+    from lib_portrait.webui import instances
 
     accepted = credentials(api_auth)
     basic = HTTPBasic(auto_error=False)
@@ -73,26 +73,26 @@ def add_routes(app: Any, api_auth: str | None = None) -> None:
     authorised.__annotations__ = {"request": Request, "given": HTTPBasicCredentials | None}
 
     async def schema(request: Any) -> Any:
-        return json_schema(services.limits())
+        return json_schema(instances.limits())
 
     async def models(request: Any) -> Any:
-        return await run_in_threadpool(lambda: list_models(services.store()))
+        return await run_in_threadpool(lambda: list_models(instances.store()))
 
     async def methods(request: Any) -> Any:
         return list_methods()
 
     async def detect(request: Any) -> Any:
-        limits = services.limits()
+        limits = instances.limits()
         body = await read_json(request, limits.photo_bytes * 4 // 3 + BODY_MARGIN)
-        return await run_in_threadpool(lambda: detect_faces(body, services.faces(), limits))
+        return await run_in_threadpool(lambda: detect_faces(body, instances.faces(), limits))
 
     async def keep(request: Any) -> Any:
-        limits = services.limits()
+        limits = instances.limits()
         body = await read_json(request, limits.photo_bytes * 4 // 3 + BODY_MARGIN)
-        return await run_in_threadpool(lambda: keep_photo(body, services.remember, limits))
+        return await run_in_threadpool(lambda: keep_photo(body, instances.remember, limits))
 
     async def drop(request: Any) -> Any:
-        await run_in_threadpool(services.drop_caches)
+        await run_in_threadpool(instances.drop_caches)
         return {"dropped": True}
 
     route("/portrait/schema", "GET", schema, "JSON Schema of a request")

@@ -88,9 +88,9 @@ def _options(xyz: Any, identities: int) -> list[Any]:
         return axis(label, float, key)
 
     def checkpoints() -> list[str]:
-        from lib_portrait.webui import services
+        from lib_portrait.webui import instances
 
-        return list(services.store().names())
+        return list(instances.store().names())
 
     default, *_ = methods = declarations()
     # The cost makes the host vary it in the outermost loop: weights are read from disk when it changes.

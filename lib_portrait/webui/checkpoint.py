@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from lib_portrait.checkpoints.kit import Manifest, TextEncoder
-from lib_portrait.webui import services
+from lib_portrait.webui import instances
 
 SD15 = "SD1.5"
 # The host's controls that a kit's default sampler settings go to, see `controls`.
@@ -39,11 +39,11 @@ class Loaded:
     def automatic(self, method: str | None = None) -> str:
         """The adapter of a method (None: the first) that *automatic* means with it. Raises PortraitError as
         `Store.automatic` does."""
-        return services.store().automatic(self.file, self.text_encoder, method)
+        return instances.store().automatic(self.file, self.text_encoder, method)
 
     def manifest(self) -> Manifest | None:
         """The kit that was made on this very file and tells settings for it, or None."""
-        manifest = services.store().trained_on(self.file) if self.file is not None else None
+        manifest = instances.store().trained_on(self.file) if self.file is not None else None
         return manifest if manifest is not None and manifest.picture and manifest.sampling else None
 
 

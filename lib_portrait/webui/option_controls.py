@@ -9,14 +9,14 @@ from typing import Any
 
 from lib_portrait.methods.declarations import Declaration, declarations
 from lib_portrait.options import Choice, Number, Option, by_name
-from lib_portrait.webui import values as layout
+from lib_portrait.webui import panel_values
 from lib_portrait.webui.paste import UNCHANGED
 
 # The control of a block that is seen where people can be mixed in.
 MIXED = "mixed"
 
 
-def key(control: layout.Control) -> str:
+def key(control: panel_values.Control) -> str:
     """What a control is called among those of its tab, and its element in the page."""
     return control.name if control.method is None else f"{control.method}_{control.name}"
 
@@ -76,12 +76,12 @@ def build_options(
     """A row of a method's options, seen while that method is chosen. whose: see `_build_option`."""
     if not options:
         return
-    default = method.name == layout.DEFAULT.name
+    default = method.name == panel_values.DEFAULT.name
     # The host saves defaults by labels, and methods may give options the same title.
     owner = whose if default else f"{whose or 'all identities'} with {method.title}"
     with gr.Row(visible=default) as block[f"{method.name} options"]:
         for option in options:
-            made = key(layout.Control(option.name, method=None if default else method.name))
+            made = key(panel_values.Control(option.name, method=None if default else method.name))
             block[made] = _build_option(gr, option, owner, name(made))
 
 
@@ -90,8 +90,8 @@ def build_maps(gr: Any, block: dict[str, Any], name: Callable[[str], str]) -> No
     for method in declarations():
         maps = by_name(method.options, method.maps)
         if maps is not None:
-            default = method.name == layout.DEFAULT.name
-            made = key(layout.Control(maps.name, method=None if default else method.name))
+            default = method.name == panel_values.DEFAULT.name
+            made = key(panel_values.Control(maps.name, method=None if default else method.name))
             block[made] = block[f"{method.name} maps"] = _build_option(
                 gr, maps, "" if default else method.title, name(made), default
             )
@@ -108,7 +108,7 @@ def connect_method(top: dict[str, Any], blocks: Sequence[dict[str, Any]]) -> Non
             shown.append((block[MIXED], operator.attrgetter("mixes")))
 
     def show(title: str) -> list[Any]:
-        chosen = layout.method_of([True, title])
+        chosen = panel_values.method_of([True, title])
         return [{**UNCHANGED, "visible": concerns(chosen)} for _, concerns in shown]
 
     # gradio evaluates the annotations of every handler.

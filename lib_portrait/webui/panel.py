@@ -25,8 +25,7 @@ from lib_portrait.checkpoints.store import AUTOMATIC
 from lib_portrait.errors import NoSuchFace, PortraitError
 from lib_portrait.methods.declarations import declaration, declarations
 from lib_portrait.request import END, HASH_PREFIX, START, WEIGHT, Limits, Photo, parse_request
-from lib_portrait.webui import adetailer, checkpoint, inputs, option_controls, paste, services, settings
-from lib_portrait.webui import values as layout
+from lib_portrait.webui import adetailer, checkpoint, inputs, instances, option_controls, panel_values, paste, settings
 from lib_portrait.webui.option_controls import Label, slider
 from lib_portrait.webui.paste import message_html
 
@@ -38,7 +37,7 @@ DOWNLOAD_PERIOD = 0.5
 FACE_SIDE = 40
 # Which of the panel's controls the host keeps as defaults (Settings > Defaults), beside those of options: no photo is
 # one, nor whether it is used.
-DEFAULTS = ("checkpoint", START.name, END.name, *(f"{slot}_{WEIGHT.name}" for slot in layout.MIXES))
+DEFAULTS = ("checkpoint", START.name, END.name, *(f"{slot}_{WEIGHT.name}" for slot in panel_values.MIXES))
 
 
 # ----------------------------------------------------------------------------------------------------------- building
@@ -68,25 +67,25 @@ def build(script: Any, is_img2img: bool) -> list[Any]:
     script.portrait_settings_button = top["kit_settings"]
     _connect_settings(script)
     for block in blocks:
-        for name in ("photos", *(f"{slot}_photos" for slot in layout.MIXES)):
+        for name in ("photos", *(f"{slot}_photos" for slot in panel_values.MIXES)):
             _connect_photos(top["enabled"], block, name)
         _connect_region(gr, block, tab)
 
     option_controls.connect_method(top, blocks)
 
     # Where a list of the API is longer than the panel, what comes next lands here, and is refused.
-    top[layout.BEYOND.name] = gr.Textbox(value=layout.NOTHING_BEYOND, visible=False)
-    placed = layout.controls(identities)
+    top[panel_values.BEYOND.name] = gr.Textbox(value=panel_values.NOTHING_BEYOND, visible=False)
+    placed = panel_values.controls(identities)
     controls = [(top if one.tab is None else blocks[one.tab - 1])[option_controls.key(one)] for one in placed]
     kept = {*DEFAULTS, *(option.name for one in declarations() for option in (*one.options, *one.identity_options))}
     for one, control in zip(placed, controls, strict=True):
         control.do_not_save_to_config = one.name not in kept
-    readers = [paste.reader(position, identities, services.named) for position in range(len(controls))]
+    readers = [paste.reader(position, identities, instances.named) for position in range(len(controls))]
     sent = zip(controls, readers, placed, strict=True)
-    read = [(control, reader, one) for control, reader, one in sent if one is not layout.BEYOND]
+    read = [(control, reader, one) for control, reader, one in sent if one is not panel_values.BEYOND]
     script.infotext_fields = [
         *((control, reader) for control, reader, _ in read),
-        (pasted, lambda params: paste.message_update(params, identities, services.named)),
+        (pasted, lambda params: paste.message_update(params, identities, instances.named)),
     ]
     script.paste_field_names = [reader for _, reader, one in read if paste.sendable(one.name)]
     return controls
@@ -165,7 +164,7 @@ def _build_top(gr: Any, tab: str) -> dict[str, Any]:
         # What is missing depends on the loaded checkpoint, so the page asks when it is there (portrait.js).
         weights = gr.HTML(elem_id=name("weights"))
         download = gr.Button(
-            layout.DOWNLOAD_NAME,
+            panel_values.DOWNLOAD_NAME,
             size="sm",
             visible=False,
             elem_id=name("download"),
@@ -184,15 +183,15 @@ def _build_top(gr: Any, tab: str) -> dict[str, Any]:
 
     def judge(chosen: str, title: str) -> list[Any]:
         loaded = checkpoint.loaded()
-        message, loadable = weights_html(chosen, loaded, layout.method_of([True, title]).name)
+        message, loadable = weights_html(chosen, loaded, panel_values.method_of([True, title]).name)
         offered = loaded.manifest() is not None
         return [message + neighbours_html(), gr.update(visible=loadable), gr.update(visible=offered)]
 
     def look_again(chosen: str, title: str) -> list[Any]:
-        choices = checkpoint_choices(layout.method_of([True, title]).name)
-        bare = str(chosen).removesuffix(layout.INCOMPLETE)
+        choices = checkpoint_choices(panel_values.method_of([True, title]).name)
+        bare = str(chosen).removesuffix(panel_values.INCOMPLETE)
         # One that was pasted and is not here stays, to be said and refused.
-        value = next((choice for choice in choices if choice.removesuffix(layout.INCOMPLETE) == bare), bare)
+        value = next((choice for choice in choices if choice.removesuffix(panel_values.INCOMPLETE) == bare), bare)
         return [gr.update(choices=choices, value=value), *judge(value, title)]
 
     # The badge in the panel's title follows the box, also where pasting has ticked it.
@@ -203,7 +202,7 @@ def _build_top(gr: Any, tab: str) -> dict[str, Any]:
     top["checkpoint"].change(judge, chosen, judged, show_progress=False)
 
     def fetch(chosen: str, title: str) -> Iterator[list[Any]]:
-        for message in download_missing(chosen, checkpoint.loaded(), layout.method_of([True, title]).name):
+        for message in download_missing(chosen, checkpoint.loaded(), panel_values.method_of([True, title]).name):
             yield [paste.UNCHANGED, message, gr.update(interactive=False)]
         choices, _, visible, _ = look_again(chosen, title)
         yield [choices, message, {**visible, "interactive": True}]
@@ -275,11 +274,11 @@ def _build_identity(gr: Any, tab: str, index: int) -> dict[str, Any]:
     with gr.Accordion(
         "Mix in other people",
         open=False,
-        visible=layout.DEFAULT.mixes,
+        visible=panel_values.DEFAULT.mixes,
         elem_id=name("mix"),
         elem_classes=["portrait-mix"],
     ) as block[option_controls.MIXED]:
-        for number, slot in enumerate(layout.MIXES, start=1):
+        for number, slot in enumerate(panel_values.MIXES, start=1):
             _build_photos(gr, block, f"{slot}_photos", f"Photos of mixed-in person {number}", name)
             label = Label(WEIGHT.title, f"mixed-in person {number} of {whose}")
             block[f"{slot}_weight"] = slider(gr, WEIGHT, label, name(f"{slot}_weight"))
@@ -378,7 +377,7 @@ def add_photos(files: Any, kept: str) -> tuple[str, str, bool]:
                 raise PortraitError(
                     title, f"at most {limits.photos} photos per person", "Raise the limit in Settings > Portrait."
                 )
-            entry = HASH_PREFIX + services.remember(data)
+            entry = HASH_PREFIX + instances.remember(data)
         except Exception as error:
             problems.append(_said(error).detail)
             continue
@@ -416,8 +415,8 @@ def _said(error: Exception) -> PortraitError:
 
 def _kept_photo(entry: Any, limits: Limits) -> Photo:
     """A stored photo as a request has it, checked as there: the textbox is in the page, and anyone may write to it."""
-    values = [True, *[None] * len(layout.GLOBAL_FIELDS), inputs.stored_text([entry])]
-    form = layout.request_from_values(values, limits)
+    values = [True, *[None] * len(panel_values.GLOBAL_FIELDS), inputs.stored_text([entry])]
+    form = panel_values.request_from_values(values, limits)
     assert form is not None
     return parse_request(form, limits).identities[0].photos[0]
 
@@ -445,13 +444,13 @@ def found_html(kept: str) -> str:
         aligned = isinstance(entry, Mapping) and entry.get("aligned") is True
         try:
             photo = _kept_photo(entry, limits)
-            found = services.faces().find(photo, title)
-            chosen = services.faces().chosen(photo, title)
+            found = instances.faces().find(photo, title)
+            chosen = instances.faces().chosen(photo, title)
         except Exception as error:
-            said = layout.said_in_panel(_said(error), [1])
+            said = panel_values.said_in_panel(_said(error), [1])
             # Another of its faces can be chosen where it is only that one which is not there.
             faces = (
-                services.faces().find(_kept_photo(_image_of(entry), limits), title)
+                instances.faces().find(_kept_photo(_image_of(entry), limits), title)
                 if isinstance(error, NoSuchFace)
                 else []
             )
@@ -532,7 +531,7 @@ def spread_faces(lists: Sequence[str]) -> list[Any]:
         listed = [inputs.stored_photos(kept, f"Identity {tab}") for tab, kept in enumerate(lists, 1)]
         place, photo, people, bystanders = _group_photo(listed[0])
         if len(listed[0]) > 1:
-            found, shown = services.faces().find(photo, "photo"), services.faces().chosen(photo, "photo")
+            found, shown = instances.faces().find(photo, "photo"), instances.faces().chosen(photo, "photo")
             own = next(number for number, one in enumerate(found) if one is shown)
             people = [own, *(number for number in people if number != own)]
     except Exception as error:
@@ -574,7 +573,7 @@ def _group_photo(listed: Sequence[Any]) -> tuple[int, Photo, list[int], int]:
     for place, entry in enumerate(listed):
         try:
             photo = _kept_photo(entry, settings.limits())
-            found = services.faces().find(photo, f"Photo {place + 1}")
+            found = instances.faces().find(photo, f"Photo {place + 1}")
         except PortraitError as error:
             fault = fault or error
             continue
@@ -628,7 +627,7 @@ def mask_html(kept: str) -> str:
         return ""
     try:
         listed = inputs.stored_photos(kept, "Mask")
-        mask = services.faces().mask(_kept_photo(listed[0], settings.limits()), "Mask")
+        mask = instances.faces().mask(_kept_photo(listed[0], settings.limits()), "Mask")
     except Exception as error:
         return message_html(_said(error).detail)
     picture = (mask * 255).astype("uint8")
@@ -651,22 +650,22 @@ def blank_canvas(size: str) -> Any:
 # ------------------------------------------------------------------------------------------------------------ weights
 
 
-def checkpoint_choices(method: str = layout.DEFAULT.name) -> list[str]:
+def checkpoint_choices(method: str = panel_values.DEFAULT.name) -> list[str]:
     """The choices of the checkpoint control."""
-    kits = services.store().kits(method)
-    return [AUTOMATIC] + [kit.name + ("" if kit.usable else layout.INCOMPLETE) for kit in kits]
+    kits = instances.store().kits(method)
+    return [AUTOMATIC] + [kit.name + ("" if kit.usable else panel_values.INCOMPLETE) for kit in kits]
 
 
 def _wanted(chosen: str, loaded: checkpoint.Loaded, method: str) -> tuple[str, KitStatus | None]:
     """The adapter of a method that a choice of the checkpoint control means with the loaded checkpoint: its name, and
     what is there of it. Raises PortraitError where there is none, and none is published."""
-    name = str(chosen).removesuffix(layout.INCOMPLETE)
+    name = str(chosen).removesuffix(panel_values.INCOMPLETE)
     if name == AUTOMATIC:
         name = loaded.automatic(method)
-    return name, next((kit for kit in services.store().kits(method) if kit.name == name), None)
+    return name, next((kit for kit in instances.store().kits(method) if kit.name == name), None)
 
 
-def weights_html(chosen: str, loaded: checkpoint.Loaded, method: str = layout.DEFAULT.name) -> tuple[str, bool]:
+def weights_html(chosen: str, loaded: checkpoint.Loaded, method: str = panel_values.DEFAULT.name) -> tuple[str, bool]:
     """What the loaded checkpoint lacks to draw people, or what is to be known of it (HTML, or ""); and whether a
     download would help.
 
@@ -687,7 +686,11 @@ def weights_html(chosen: str, loaded: checkpoint.Loaded, method: str = layout.DE
     if kit.problem is not None:
         return message_html(f"{kit.name}: {kit.problem}"), False
     loadable = any(gap.known for gap in kit.missing)
-    how = f"press <b>{layout.DOWNLOAD_NAME}</b>, or put them there by hand" if loadable else "put them there by hand"
+    how = (
+        f"press <b>{panel_values.DOWNLOAD_NAME}</b>, or put them there by hand"
+        if loadable
+        else "put them there by hand"
+    )
     if not kit.usable:
         return _missing_html(
             f"Weights are missing (adapter {escape(kit.name)}): {how}.", kit.missing, "warning"
@@ -723,7 +726,7 @@ def _missing_html(text: str, gaps: Sequence[Missing], kind: str) -> str:
     return f'<div class="portrait-message portrait-{kind}" role="alert">{text}{which}</div>'
 
 
-def download_missing(chosen: str, loaded: checkpoint.Loaded, method: str = layout.DEFAULT.name) -> Iterator[str]:
+def download_missing(chosen: str, loaded: checkpoint.Loaded, method: str = panel_values.DEFAULT.name) -> Iterator[str]:
     """Downloads the published files that a choice of the checkpoint control lacks; messages (HTML) on how it goes, the
     last on how it ended.
 

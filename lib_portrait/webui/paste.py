@@ -15,7 +15,7 @@ from typing import Any
 from lib_portrait.errors import PortraitError
 from lib_portrait.infotext import from_infotext
 from lib_portrait.request import Limits, Photo, with_photos
-from lib_portrait.webui.values import controls, said_in_panel, values_from_request
+from lib_portrait.webui.panel_values import controls, said_in_panel, values_from_request
 
 INFOTEXT_KEY = "Portrait"
 # What earlier versions wrote of sixteen people with thirty-two photos each has some 50,000 characters.
@@ -33,7 +33,7 @@ Named = Callable[[Photo], Photo]
 
 
 @functools.lru_cache(maxsize=4)
-def panel_values(text: str, identities: int, named: Named) -> tuple[tuple[Any, ...] | None, str]:
+def pasted_values(text: str, identities: int, named: Named) -> tuple[tuple[Any, ...] | None, str]:
     """The panel's values for an infotext's "Portrait" value, or None where it is unusable; and a message, or "".
 
     They are LEFT where a control does not concern its method.
@@ -57,7 +57,7 @@ def panel_values(text: str, identities: int, named: Named) -> tuple[tuple[Any, .
 
 def _read(params: Mapping[str, Any], identities: int, named: Named) -> tuple[tuple[Any, ...] | None, str] | None:
     text = params.get(INFOTEXT_KEY)
-    return panel_values(text, identities, named) if isinstance(text, str) and text else None
+    return pasted_values(text, identities, named) if isinstance(text, str) and text else None
 
 
 def field_update(params: Mapping[str, Any], position: int, identities: int, named: Named) -> dict[str, Any] | None:

@@ -28,8 +28,7 @@ from lib_portrait.errors import Notice, PortraitError
 from lib_portrait.infotext import to_infotext
 from lib_portrait.methods.declarations import Declaration
 from lib_portrait.request import PortraitRequest, parse_request
-from lib_portrait.webui import adetailer, axes, checkpoint, jobs, places, services, settings, upcoming
-from lib_portrait.webui import values as layout
+from lib_portrait.webui import adetailer, axes, checkpoint, instances, jobs, panel_values, places, settings, upcoming
 from lib_portrait.webui.host import WebuiHost, lora_state
 from lib_portrait.webui.refusal import refusal
 
@@ -68,7 +67,7 @@ class Session:
         self._conditioning: Conditioning | None = None
         self._rule: Rule[Any] | None = None
         self._injection: Injection | None = None
-        self._door: Any = None
+        self._pre_hook: Any = None
         self._sampling = False
         self._latent = (0, 0)
         self._expected = 0
@@ -93,7 +92,7 @@ class Session:
         dtype = torch.float32 if devices.device.type == "cpu" else devices.dtype
         request = resolved(self.request)
         try:
-            conditioning = services.conditioner().prepare(
+            conditioning = instances.conditioner().prepare(
                 request, places.picture_size(p), devices.device, dtype, report=_show_progress
             )
         finally:
@@ -121,7 +120,7 @@ class Session:
 
     def said(self, field: str) -> str:
         """A field of the request as the panel names it, where the request comes from there."""
-        return layout.said_of_tab(field, self.tabs, self.method)
+        return panel_values.said_of_tab(field, self.tabs, self.method)
 
     # ---- around the host's p.sample
 
@@ -154,7 +153,7 @@ class Session:
                 self._rule.routing = None
 
     def _enter(self, p: Any, unet: torch.nn.Module) -> None:
-        self._door = unet.register_forward_pre_hook(self._at_the_door)
+        self._pre_hook = unet.register_forward_pre_hook(self._check_call)
         assert self._conditioning is not None and self._rule is not None
         if self._injection is None or self._injection.unet is not unet:
             self._conditioning.check_fits(find_sites(unet))
@@ -164,14 +163,14 @@ class Session:
         self._injection.inject()
 
     def _leave(self) -> None:
-        if self._door is not None:
-            self._door.remove()
-            self._door = None
+        if self._pre_hook is not None:
+            self._pre_hook.remove()
+            self._pre_hook = None
         if self._injection is not None and self._injection.injected:
             self._injection.eject()
             self._seen += self._injection.calls.get(POSITIVE, 0)
 
-    def _at_the_door(self, unet: torch.nn.Module, args: tuple[Any, ...]) -> None:
+    def _check_call(self, unet: torch.nn.Module, args: tuple[Any, ...]) -> None:
         # A fault found in a denoiser callback stops the picture here, one line of code later.
         self.check()
         if self._injection is None or self._rule is None:
@@ -341,14 +340,14 @@ def check_axis(p: Any, cells: Sequence[Mapping[str, Any]]) -> None:
     values = p.script_args[script.args_from : script.args_to]
     tabs: Sequence[int] = ()
     try:
-        tabs, form = layout.read_form(values, settings.limits())
+        tabs, form = panel_values.read_form(values, settings.limits())
         if form is None:
             return
         for cell in cells:
-            request = parse_request(axes.apply_overrides(form, cell, tabs), services.limits())
-            services.conditioner().check(resolved(request))
+            request = parse_request(axes.apply_overrides(form, cell, tabs), instances.limits())
+            instances.conditioner().check(resolved(request))
     except PortraitError as error:
-        raise refusal(_known(error, tabs, layout.method_of(values)), p) from None
+        raise refusal(_known(error, tabs, panel_values.method_of(values)), p) from None
 
 
 def begin(p: Any, values: Sequence[Any]) -> None:
@@ -359,14 +358,14 @@ def begin(p: Any, values: Sequence[Any]) -> None:
     failure: Exception | None = None
     tabs: Sequence[int] = ()
     try:
-        tabs, form = layout.read_form(values, settings.limits())
+        tabs, form = panel_values.read_form(values, settings.limits())
         if form is None:
             return
         form = axes.apply_overrides(form, getattr(p, axes.ATTRIBUTE, {}), tabs)
-        request = parse_request(form, services.limits())
+        request = parse_request(form, instances.limits())
     except Exception as error:
-        failure = _known(error, tabs, layout.method_of(values))
-    setattr(p, _ATTRIBUTE, Session(request, layout.method_of(values), tabs, failure))
+        failure = _known(error, tabs, panel_values.method_of(values))
+    setattr(p, _ATTRIBUTE, Session(request, panel_values.method_of(values), tabs, failure))
     for name in ("init", "sample"):
         setattr(p, name, _Guard(p, name))
 
@@ -472,7 +471,7 @@ def session_of(p: Any) -> Session | None:
 def _known(error: Exception, tabs: Sequence[int], method: Declaration) -> PortraitError:
     """The error if it is meant for users, as the panel says it; else one that says whose fault it is."""
     if isinstance(error, PortraitError):
-        return layout.said_in_panel(error, tabs, method)
+        return panel_values.said_in_panel(error, tabs, method)
     errors.report("Portrait failed", exc_info=True)
     return PortraitError(
         "Portrait", f"it failed with {type(error).__name__}: {error}", "Please report the log above.", 500

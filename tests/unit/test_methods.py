@@ -27,8 +27,7 @@ from lib_portrait.infotext import from_infotext, to_infotext
 from lib_portrait.methods import declarations
 from lib_portrait.methods.declarations import Declaration
 from lib_portrait.request import Identity, Limits, Photo, PortraitRequest, json_schema, parse_request, to_json
-from lib_portrait.webui import api, axes, option_controls, paste
-from lib_portrait.webui import values as layout
+from lib_portrait.webui import api, axes, option_controls, panel_values, paste
 from tests.toy_method import SIDES, toy
 
 __all__ = ["toy"]
@@ -119,34 +118,36 @@ def test_an_infotext_says_what_differs_and_is_read_back(toy: Declaration) -> Non
 def test_a_request_survives_panel_and_paste(toy: Declaration, options: Any, own: Any) -> None:
     people = tuple(Identity((Photo(HASH),), options=one) for one in own)
     asked = request(identities=people, options=options)
-    values, lost = layout.values_from_request(asked, 3)
-    tabs, form = layout.read_form(values, Limits())
+    values, lost = panel_values.values_from_request(asked, 3)
+    tabs, form = panel_values.read_form(values, Limits())
     assert (list(tabs), lost) == ([1, 2, 3][: len(own)], []) and parse_request(form) == asked
-    pasted, said = paste.panel_values(to_infotext(asked), 3, lambda photo: Photo(HASH))
+    pasted, said = paste.pasted_values(to_infotext(asked), 3, lambda photo: Photo(HASH))
     assert pasted is not None and said == ""
-    left = [one for one, value in zip(layout.controls(3), pasted, strict=True) if value is paste.LEFT]
+    left = [one for one, value in zip(panel_values.controls(3), pasted, strict=True) if value is paste.LEFT]
     assert {one.name for one in left if one.method is None} == {"scale", "lora_scale", "show_routing", "structure"}
     assert all(one.method != "toy" for one in left)
     kept = [value if value is not paste.LEFT else "left as it was" for value in pasted]
-    assert parse_request(layout.read_form(kept, Limits())[1]) == asked
+    assert parse_request(panel_values.read_form(kept, Limits())[1]) == asked
 
 
 def test_controls_of_other_methods_are_not_read(toy: Declaration) -> None:
     """Those of the panel stay where they were when another method is chosen."""
-    values, _ = layout.values_from_request(request(), 2)
+    values, _ = panel_values.values_from_request(request(), 2)
     values[1] = declarations.declaration(DEFAULT).title
-    _, form = layout.read_form(values, Limits())
-    assert form is not None and set(form) == {"enabled", "method", "checkpoint", "identities", *layout.GLOBAL_FIELDS}
+    _, form = panel_values.read_form(values, Limits())
+    common = {"enabled", "method", "checkpoint", "identities"}
+    assert form is not None and set(form) == {*common, *panel_values.GLOBAL_FIELDS}
     assert parse_request(form).method == DEFAULT
-    mixing = layout.IDENTITY_FIELDS.index("mix1_photos") + len(layout.GLOBAL_FIELDS)
+    mixing = panel_values.IDENTITY_FIELDS.index("mix1_photos") + len(panel_values.GLOBAL_FIELDS)
     values[1], values[mixing] = "Toy", json.dumps([f"sha256:{HASH}"])
-    assert parse_request(layout.read_form(values, Limits())[1]) == request(), "it mixes nobody, so this is not shown"
+    _, form = panel_values.read_form(values, Limits())
+    assert parse_request(form) == request(), "it mixes nobody, so this is not shown"
 
 
 def test_further_controls_come_behind_all_that_lists_reach(toy: Declaration) -> None:
-    placed = layout.controls(2)
-    own = len(layout.GLOBAL_FIELDS) + 2 * len(layout.IDENTITY_FIELDS)
-    assert placed[own] is layout.BEYOND and all(one.method is None for one in placed[: own + 1])
+    placed = panel_values.controls(2)
+    own = len(panel_values.GLOBAL_FIELDS) + 2 * len(panel_values.IDENTITY_FIELDS)
+    assert placed[own] is panel_values.BEYOND and all(one.method is None for one in placed[: own + 1])
     assert [(one.name, one.tab) for one in placed if one.method == "toy"] == [
         *((name, None) for name in OPTIONS),
         *((name, tab) for tab in (1, 2) for name in OWN),
@@ -158,7 +159,7 @@ def test_errors_are_said_by_its_titles(toy: Declaration) -> None:
     for changes, said in (({"scale": 99}, "Toy scale: 99 is"), (deep, "Identity 2, depth: 2 is")):
         with pytest.raises(PortraitError) as caught:
             parse_request({**FULL, **changes})
-        assert layout.said_in_panel(caught.value, [2], toy).detail.startswith(said)
+        assert panel_values.said_in_panel(caught.value, [2], toy).detail.startswith(said)
 
 
 class Gradio:

@@ -26,7 +26,7 @@ from lib_portrait.methods.declarations import adapter_files
 from lib_portrait.request import Limits, Photo
 
 WORLD = Path(__file__).resolve().parents[2] / "models" / "world"
-MODULES = tuple(f"lib_portrait.webui.{name}" for name in ("adetailer", "checkpoint", "panel", "services", "settings"))
+MODULES = tuple(f"lib_portrait.webui.{name}" for name in ("adetailer", "checkpoint", "panel", "instances", "settings"))
 
 
 def face(shade, *notices, bystander=False):
@@ -119,11 +119,11 @@ def panel(host, monkeypatch):
         # Also remembered as the package's attribute, for `from lib_portrait.webui import ...`.
         monkeypatch.delattr(package, name.rpartition(".")[2], raising=False)
     loaded = importlib.import_module("lib_portrait.webui.panel")
-    services = sys.modules["lib_portrait.webui.services"]
+    instances = sys.modules["lib_portrait.webui.instances"]
     settings = sys.modules["lib_portrait.webui.settings"]
-    monkeypatch.setattr(services, "faces", lambda: host.faces)
-    monkeypatch.setattr(services, "store", lambda: host.store)
-    monkeypatch.setattr(services, "remember", host.remember)
+    monkeypatch.setattr(instances, "faces", lambda: host.faces)
+    monkeypatch.setattr(instances, "store", lambda: host.store)
+    monkeypatch.setattr(instances, "remember", host.remember)
     monkeypatch.setattr(settings, "limits", lambda: host.limits)
     yield loaded
     for name in MODULES:

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from lib_portrait.infotext import to_infotext
 from lib_portrait.request import Identity, Photo, PortraitRequest, Region, parse_request, to_json
 from lib_portrait.webui import paste
-from lib_portrait.webui.values import GLOBAL_FIELDS, IDENTITY_FIELDS, controls, request_from_values
+from lib_portrait.webui.panel_values import GLOBAL_FIELDS, IDENTITY_FIELDS, controls, request_from_values
 
 WIDTH = len(GLOBAL_FIELDS) + 2 * len(IDENTITY_FIELDS)
 KEPT = [64 * digit for digit in "abcd"]

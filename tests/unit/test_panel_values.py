@@ -20,10 +20,9 @@ from lib_portrait.errors import NoSuchFace, PortraitError
 from lib_portrait.methods.declarations import adapter_files
 from lib_portrait.methods.declarations.uniportrait import FILES
 from lib_portrait.request import Identity, Limits, Mix, Photo, PortraitRequest, Region, parse_request
-from lib_portrait.webui import inputs
-from lib_portrait.webui import values as layout
+from lib_portrait.webui import inputs, panel_values
 from lib_portrait.webui.inputs import box_from_text, box_to_text
-from lib_portrait.webui.values import (
+from lib_portrait.webui.panel_values import (
     divided,
     read_form,
     request_from_values,
@@ -39,22 +38,22 @@ HASH = "sha256:" + 64 * "a"
 
 def panel(identities: int = 1, **given):
     """The panel's values with its defaults (None), and some controls set: `enabled` or `face`, `photos_2` for tab 2."""
-    values = [None] * (len(layout.GLOBAL_FIELDS) + identities * len(layout.IDENTITY_FIELDS))
+    values = [None] * (len(panel_values.GLOBAL_FIELDS) + identities * len(panel_values.IDENTITY_FIELDS))
     values[0] = True
     for name, value in given.items():
         field, _, number = name.rpartition("_") if name[-1].isdigit() else (name, "", "1")
-        if name in layout.GLOBAL_FIELDS:
-            values[layout.GLOBAL_FIELDS.index(field)] = value
+        if name in panel_values.GLOBAL_FIELDS:
+            values[panel_values.GLOBAL_FIELDS.index(field)] = value
         else:
-            block = len(layout.GLOBAL_FIELDS) + (int(number) - 1) * len(layout.IDENTITY_FIELDS)
-            values[block + layout.IDENTITY_FIELDS.index(field)] = value
+            block = len(panel_values.GLOBAL_FIELDS) + (int(number) - 1) * len(panel_values.IDENTITY_FIELDS)
+            values[block + panel_values.IDENTITY_FIELDS.index(field)] = value
     return values
 
 
-def sent(values, beyond=layout.NOTHING_BEYOND):
+def sent(values, beyond=panel_values.NOTHING_BEYOND):
     """All that the page sends, with untouched controls of further methods behind these values."""
-    people = (len(values) - len(layout.GLOBAL_FIELDS)) // len(layout.IDENTITY_FIELDS)
-    return [*values, beyond, *(None for _ in layout.further_controls(people))]
+    people = (len(values) - len(panel_values.GLOBAL_FIELDS)) // len(panel_values.IDENTITY_FIELDS)
+    return [*values, beyond, *(None for _ in panel_values.further_controls(people))]
 
 
 @dataclass
@@ -141,7 +140,7 @@ def test_an_upload_beyond_the_limits_is_read_with_these_limits(gradio_folder):
         read_form(sent(values), Limits(photo_bytes=1000, page="Settings > Portrait"))
 
 
-@pytest.mark.parametrize("values", [[], [False], [None], panel(enabled=False), panel(enabled=None)])
+@pytest.mark.parametrize("panel_values", [[], [False], [None], panel(enabled=False), panel(enabled=None)])
 def test_disabled_is_none(values):
     assert request_from_values(values) is None
 
@@ -521,7 +520,7 @@ requests = st.builds(
 def test_a_request_survives_the_panel(request):
     values, lost = values_from_request(request, 4)
     assert lost == []
-    assert len(values) == len(layout.controls(4))
+    assert len(values) == len(panel_values.controls(4))
     tabs, form = read_form(values, Limits())
     assert tabs == list(range(1, len(request.identities) + 1)) or not request.enabled
     assert parse_request(form) == request
@@ -539,7 +538,7 @@ def test_what_the_panel_has_no_place_for_is_said():
     mixes = tuple(Mix((Photo(64 * "b"),), 0.1) for _ in range(3))
     request = PortraitRequest(identities=tuple(Identity((Photo(64 * "a"),), mix=mixes) for _ in range(3)))
     values, lost = values_from_request(request, 2)
-    assert len(values) == len(layout.controls(2))
+    assert len(values) == len(panel_values.controls(2))
     assert [("has 3 people" in text, "mixes 3" in text) for text in lost] == [
         (True, False),
         (False, True),
@@ -550,7 +549,7 @@ def test_what_the_panel_has_no_place_for_is_said():
 def test_each_photo_keeps_its_own_face():
     photos = (Photo(64 * "a", face=1), Photo(64 * "b", face=1), Photo(64 * "c", aligned=True), Photo(64 * "d"))
     values, _ = values_from_request(PortraitRequest(identities=(Identity(photos),)), 1)
-    block = dict(zip(layout.IDENTITY_FIELDS, values[len(layout.GLOBAL_FIELDS) :]))
+    block = dict(zip(panel_values.IDENTITY_FIELDS, values[len(panel_values.GLOBAL_FIELDS) :]))
     assert json.loads(block["photos"]) == [
         {"image": "sha256:" + 64 * "a", "face": 1},
         {"image": "sha256:" + 64 * "b", "face": 1},
@@ -566,7 +565,7 @@ def test_each_photo_keeps_its_own_face():
 def test_the_control_after_the_last_is_taken_off():
     values = panel(2)
     own, further = divided(sent(values))
-    assert own == values and set(further) == set(layout.further_controls(2))
+    assert own == values and set(further) == set(panel_values.further_controls(2))
 
 
 @pytest.mark.parametrize("beyond", [None, [HASH], "x", False])

@@ -300,7 +300,7 @@ def test_calls_of_others_during_the_sampling_are_left_alone(host: Host) -> None:
 
 
 @pytest.mark.parametrize(
-    ("values", "field"),
+    ("panel_values", "field"),
     [
         (ask(), "identities"),
         (one(scale="much"), "identities[0].scale"),
@@ -319,12 +319,12 @@ def test_a_request_at_fault_ends_before_the_first_step(host: Host, values: tuple
 
 
 def test_a_fault_is_said_in_the_panels_words_where_the_request_comes_from_there(host: Host) -> None:
-    layout = sys.modules["lib_portrait.webui.values"]
-    blank = layout.identity_values(None)
+    panel_values = sys.modules["lib_portrait.webui.panel_values"]
+    blank = panel_values.identity_values(None)
     photos = f'["sha256:{64 * "0"}"]'
     blocks = [blank, {**blank, "photos": photos}]
     own = (True, "UniPortrait", "small", 1.0, 1.0, False, *(block[name] for block in blocks for name in blank))
-    values = (*own, layout.NOTHING_BEYOND, *(None for _ in layout.further_controls(2)))
+    values = (*own, panel_values.NOTHING_BEYOND, *(None for _ in panel_values.further_controls(2)))
     assert refused(host, Processing(host, values)).field == "Identity 2, photo 1"
 
 
@@ -710,7 +710,7 @@ def test_a_copy_does_not_draw_the_object_that_it_is_a_copy_of(host: Host) -> Non
 
 @pytest.mark.parametrize("name", ["init", "sample"])
 def test_a_neighbours_wrapper_stays_where_it_is(host: Host, name: str) -> None:
-    """Around ours, below ours, and ours once more around it when the object is processed again."""
+    """Wrapper ours, below ours, and ours once more around it when the object is processed again."""
     expected = images(host.generate(Processing(host, one())))
     plain = images(host.generate(Processing(host, OFF)))
     told: list[str] = []
@@ -776,15 +776,17 @@ def test_notices_are_in_the_parameters_and_below_the_gallery(host: Host) -> None
 
 
 def test_notices_name_people_as_the_panel_does(host: Host) -> None:
-    services, layout, inputs = (sys.modules[f"lib_portrait.webui.{name}"] for name in ("services", "values", "inputs"))
-    blank = layout.identity_values(None)
+    instances, panel_values, inputs = (
+        sys.modules[f"lib_portrait.webui.{name}"] for name in ("instances", "panel_values", "inputs")
+    )
+    blank = panel_values.identity_values(None)
     blocks = [blank]
     for seed, box in ((ADA, "0, 0, 70, 100"), (BEN, "40, 0, 100, 100")):
-        sha = services.remember(base64.b64decode(seed["image"]))
+        sha = instances.remember(base64.b64decode(seed["image"]))
         photos = f'[{{"image": "sha256:{sha}", "aligned": true}}]'
         blocks.append({**blank, "photos": photos, "region": inputs.BOX, "box": box})
     own = (True, "UniPortrait", "small", 1.0, 1.0, False, *(block[name] for block in blocks for name in blank))
-    values = (*own, layout.NOTHING_BEYOND, *(None for _ in layout.further_controls(3)))
+    values = (*own, panel_values.NOTHING_BEYOND, *(None for _ in panel_values.further_controls(3)))
     p = Processing(host, values)
     host.generate(p)
     assert p.extra_generation_params["Portrait notices"].startswith(

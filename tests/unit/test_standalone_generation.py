@@ -504,7 +504,7 @@ def test_a_picture_shows_everybody_when_each_has_a_face_of_their_own_in_their_pl
     everybody: bool,
 ) -> None:
     measurer = measuring_as(monkeypatch, embeddings)
-    measured = measurer.likeness(np.full((64, 64, 3), 9, np.uint8), torch.eye(2), [0, 1], owners)
+    measured = measurer.similarities(np.full((64, 64, 3), 9, np.uint8), torch.eye(2), [0, 1], owners)
     assert tuple(one.recognised for one in measured) == recognised
     assert tuple(one.placed for one in measured) == placed
     assert measuring.shows_everybody(measured) == everybody
@@ -512,9 +512,9 @@ def test_a_picture_shows_everybody_when_each_has_a_face_of_their_own_in_their_pl
 
 def test_a_picture_with_a_face_too_few_does_not_show_everybody(monkeypatch: pytest.MonkeyPatch) -> None:
     measurer = measuring_as(monkeypatch, [])
-    nobody = measurer.likeness(np.zeros((64, 64, 3), np.uint8), torch.eye(2), [0, 1], LEFT_AND_RIGHT)
+    nobody = measurer.similarities(np.zeros((64, 64, 3), np.uint8), torch.eye(2), [0, 1], LEFT_AND_RIGHT)
     assert not measuring.shows_everybody(nobody)
-    assert not measuring.shows_everybody([measuring.Likeness(0.9, None, True, True), nobody[1]])
+    assert not measuring.shows_everybody([measuring.FaceSimilarity(0.9, None, True, True), nobody[1]])
 
 
 def test_parts_of_a_picture_are_whose_share_is_largest() -> None:
@@ -526,13 +526,13 @@ def test_likeness_tells_own_and_others(monkeypatch: pytest.MonkeyPatch) -> None:
     measurer = measuring_as(monkeypatch, [[0.6, 0.8, 0.0], [0.0, 1.0, 0.0]])
     left = np.full((224, 224, 3), 10, np.uint8)
     references = torch.eye(3)
-    one, two = measurer.likeness(left, references, [0, 1])
+    one, two = measurer.similarities(left, references, [0, 1])
     assert (one.own, two.own) == (pytest.approx(0.6), pytest.approx(1.0))
     assert (one.others, two.others) == (0.0, 0.0)
-    (alone,) = measurer.likeness(left, references, [0])
+    (alone,) = measurer.similarities(left, references, [0])
     assert (alone.own, alone.others) == (pytest.approx(0.6), pytest.approx(0.8))
-    *_, nobody = measurer.likeness(left, references, [0, 1, 2])
-    assert nobody == measuring.Likeness(None, None, False)
+    *_, nobody = measurer.similarities(left, references, [0, 1, 2])
+    assert nobody == measuring.FaceSimilarity(None, None, False)
 
 
 def test_a_network_in_half_precision_measures_like_in_full(tmp_path: Path) -> None:

@@ -17,7 +17,7 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
-from lib_portrait.webui.values import IDENTITY_FIELDS
+from lib_portrait.webui.panel_values import IDENTITY_FIELDS
 from tests.webui.server import ROOT, Client, plotted
 from tests.webui.world import KIT, World
 

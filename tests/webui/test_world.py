@@ -18,7 +18,7 @@ from PIL import Image
 
 from lib_portrait.request import Limits, PortraitRequest, parse_request
 from lib_portrait.standalone import generation
-from lib_portrait.standalone.generation import Studio
+from lib_portrait.standalone.generation import PortraitPipeline
 from lib_portrait.standalone.samples import both_words, read_samples, sample_people
 from lib_portrait.standalone.sampling import SAMPLERS
 from tests.webui.browser import Page
@@ -71,11 +71,11 @@ def host(shipped: Path, server: Client, world: World) -> Iterator[Client]:
 
 
 @pytest.fixture(scope="module")
-def studio(shipped: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Studio]:
+def pipeline(shipped: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[PortraitPipeline]:
     """The standalone generator."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(generation, "CACHE", tmp_path_factory.mktemp("cache"))
-        yield Studio(shipped / "world.safetensors", [shipped], "cpu")
+        yield PortraitPipeline(shipped / "world.safetensors", [shipped], "cpu")
 
 
 @pytest.fixture(scope="module")
@@ -109,11 +109,11 @@ def pictures(images: Sequence[str]) -> list[np.ndarray]:
     return [np.asarray(Image.open(io.BytesIO(base64.b64decode(image))).convert("RGB")) for image in images]
 
 
-def drawn(studio: Studio, prompt: str, request: PortraitRequest | None) -> list[np.ndarray]:
+def drawn(pipeline: PortraitPipeline, prompt: str, request: PortraitRequest | None) -> list[np.ndarray]:
     """What the standalone generator makes of DDIM."""
     seeds = range(DDIM["seed"], DDIM["seed"] + DDIM["batch_size"])
-    samplings = [studio.sampling(prompt, {"steps": 20, "guidance": 5.0, "seed": seed}) for seed in seeds]
-    return [np.asarray(one.picture) for one in studio.draw(request, samplings)]
+    samplings = [pipeline.sampling(prompt, {"steps": 20, "guidance": 5.0, "seed": seed}) for seed in seeds]
+    return [np.asarray(one.picture) for one in pipeline.generate(request, samplings)]
 
 
 class WithoutLastStep(DDIMScheduler):
@@ -138,16 +138,16 @@ def apart(host: Sequence[np.ndarray], own: Sequence[np.ndarray]) -> list[float]:
 
 
 def test_the_checkpoint_draws_what_the_standalone_generator_draws(
-    host: Client, shipped: Path, studio: Studio, webui_ddim: pytest.MonkeyPatch
+    host: Client, shipped: Path, pipeline: PortraitPipeline, webui_ddim: pytest.MonkeyPatch
 ) -> None:
     answer = host.generate(prompt=prompt_of(shipped), **DDIM)
     assert answer.status == 200, answer.detail
     assert "Model: world" in answer.info["infotexts"][0]
-    assert max(apart(pictures(answer.images), drawn(studio, prompt_of(shipped), None))) < 0.6
+    assert max(apart(pictures(answer.images), drawn(pipeline, prompt_of(shipped), None))) < 0.6
 
 
 def test_two_people_in_one_picture_are_those_of_the_standalone_generator(
-    host: Client, shipped: Path, studio: Studio, everyone: PortraitRequest, webui_ddim: pytest.MonkeyPatch
+    host: Client, shipped: Path, pipeline: PortraitPipeline, everyone: PortraitRequest, webui_ddim: pytest.MonkeyPatch
 ) -> None:
     """Three pairs, four pictures each: one pair is too little to tell whether people are themselves."""
     theirs: dict[tuple[int, int], list[np.ndarray]] = {}
@@ -158,7 +158,7 @@ def test_two_people_in_one_picture_are_those_of_the_standalone_generator(
         assert answer.status == 200, answer.detail
         assert len(answer.images) == 2 * DDIM["batch_size"], "a routing map for each picture"
         theirs[pair] = pictures(answer.images[: DDIM["batch_size"]])
-        differences += apart(theirs[pair], drawn(studio, prompt, request))
+        differences += apart(theirs[pair], drawn(pipeline, prompt, request))
     # The faces are cut out and read by other versions of the libraries, and the router gives each place to one person:
     # where two are nearly as likely, small differences grow. (Noise of one grey level in the photos changes some of the
     # standalone generator's pictures by 15 levels on average.)
@@ -170,17 +170,17 @@ def test_two_people_in_one_picture_are_those_of_the_standalone_generator(
     # The last step is made again: what is measured here holds for what is measured of `portrait.py generate`. A face at
     # the detector's limit may be found in one of two nearly equal pictures only, and then the other face is given away.
     webui_ddim.undo()
-    comparison = studio.comparison(everyone, studio.crops(everyone))
+    comparison = pipeline.comparison(everyone, pipeline.crops(everyone))
     measurer = comparison.measurer
     assert measurer is not None
     alike, measured, of_parted = 0, [], []
     for place, pair in enumerate(PAIRS):
-        own = drawn(studio, prompt_of(shipped, pair), together(everyone, pair))
+        own = drawn(pipeline, prompt_of(shipped, pair), together(everyone, pair))
         for one, other, far in zip(theirs[pair], own, parted[place * len(own) :], strict=False):
             if len(measurer.faces(one)) != len(measurer.faces(other)):
                 continue
             alike += 1
-            seen = [comparison.likeness(Image.fromarray(picture), list(pair)) for picture in (one, other)]
+            seen = [comparison.similarities(Image.fromarray(picture), list(pair)) for picture in (one, other)]
             for there, here in zip(*seen, strict=True):
                 if there.own is not None and here.own is not None:
                     measured.append((there, here))

@@ -271,8 +271,8 @@ class UniPortraitRecipe(Recipe):
         cond, uncond = self._conditions(people, caption_ids[which], beta[which], SCALE)
         noisy = ddim_sample(noise[which], last[which], DRAWN_IN, self.schedule, self._guided(cond, uncond))
         with torch.no_grad():
-            without, _ = self._predict(noisy, last[which], uncond)
-        return LastStep(noisy, last[which], cond, without, people["intrinsic"], batch["who"][which])
+            eps_uncond, _ = self._predict(noisy, last[which], uncond)
+        return LastStep(noisy, last[which], cond, eps_uncond, people["intrinsic"], batch["who"][which])
 
     def _conditions(
         self, people: Mapping[str, Tensor], caption_ids: Tensor, beta: Tensor, scale: float
