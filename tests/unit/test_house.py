@@ -285,7 +285,7 @@ def test_download_fetches_what_was_named_into_the_folder(tmp_path, monkeypatch, 
 
     asked = []
 
-    def fetch(name, folder, progress, sha256):
+    def fetch(name, folder, registry, progress, sha256):
         if name == "unknown":
             raise PortraitError(name, "no published weight has this name", "Use another.")
         asked.append(name)

@@ -140,7 +140,7 @@ def test_an_upload_beyond_the_limits_is_read_with_these_limits(gradio_folder):
         read_form(sent(values), Limits(photo_bytes=1000, page="Settings > Portrait"))
 
 
-@pytest.mark.parametrize("panel_values", [[], [False], [None], panel(enabled=False), panel(enabled=None)])
+@pytest.mark.parametrize("values", [[], [False], [None], panel(enabled=False), panel(enabled=None)])
 def test_disabled_is_none(values):
     assert request_from_values(values) is None
 

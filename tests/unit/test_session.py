@@ -300,7 +300,7 @@ def test_calls_of_others_during_the_sampling_are_left_alone(host: Host) -> None:
 
 
 @pytest.mark.parametrize(
-    ("panel_values", "field"),
+    ("values", "field"),
     [
         (ask(), "identities"),
         (one(scale="much"), "identities[0].scale"),

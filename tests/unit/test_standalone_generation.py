@@ -23,6 +23,7 @@ from lib_portrait.errors import PortraitError
 from lib_portrait.faces import service
 from lib_portrait.faces.detection import Detector, Face
 from lib_portrait.infotext import from_infotext
+from lib_portrait.methods.declarations import declarations
 from lib_portrait.request import Identity, PortraitRequest
 from lib_portrait.standalone import generation, measuring, samples
 from lib_portrait.standalone.measuring import Measurer, greedy_pairs
@@ -57,8 +58,10 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
         folder.mkdir(parents=True)
         save_model(small_model(), folder / "world.safetensors")
         small_kit(folder, "world")
-        torch.manual_seed(9)
-        save_file(dict(tiny_backbone().state_dict()), folder / "world-measuring.safetensors")
+        # Not the network that conditions, by whose content it could be found.
+        measuring_weights = {name: tensor.clone() for name, tensor in tiny_backbone().state_dict().items()}
+        next(iter(measuring_weights.values())).mul_(0.9)
+        save_file(measuring_weights, folder / "world-measuring.safetensors")
         (folder / "faces").mkdir()
         for name in ("man-0019-0", "man-0019-1", "woman-0009-0", "woman-0009-1"):
             noise(len(name) + int(name[-1])).save(folder / "faces" / f"{name}.png")
@@ -148,7 +151,7 @@ def test_people_of_one_s_own_in_a_checkpoint_of_one_s_own(world: Path, photos: P
     assert (request.options["scale"], request.shows_maps, request.checkpoint) == (0.6, True, "world")
     assert (eve.options["scale"], eve.region and eve.region.box) == (0.9, (0.0, 0.0, 0.5, 1.0))
     assert [(photo.face, photo.aligned) for photo in ada.photos] == [(1, False), (None, True)]
-    assert (ada.structure, ada.start, ada.mix[0].weight) == (0.3, 0.1, 0.25)
+    assert (ada.options["structure"], ada.start, ada.mix[0].weight) == (0.3, 0.1, 0.25)
     assert ada.region is not None and ada.region.mask is not None
 
 
@@ -186,12 +189,13 @@ def test_nobody_need_be_asked_for(world: Path, tmp_path: Path) -> None:
 def test_the_command_line_can_say_all_that_a_request_can() -> None:
     parser = argparse.ArgumentParser()
     generate.configure(parser)
-    options = {action.dest for action in parser._actions}
-    person = {"photos": "faces"}
-    assert {person.get(field.name, field.name) for field in fields(Identity)} <= options
-    whole = {"identities": "faces", "enabled": "request", "checkpoint": "adapter"}
-    whole |= {name: f"all_{name}" for name in ("scale", "lora_scale")}
-    assert {whole.get(field.name, field.name) for field in fields(PortraitRequest)} <= options
+    flags = {action.dest for action in parser._actions}
+    person, whole = {"photos": "faces"}, {"identities": "faces", "enabled": "request", "checkpoint": "adapter"}
+    assert {person.get(one.name, one.name) for one in fields(Identity) if one.name != "options"} <= flags
+    assert {whole.get(one.name, one.name) for one in fields(PortraitRequest) if one.name != "options"} <= flags
+    for method in declarations():
+        assert {option.name for option in method.identity_options} <= flags
+        assert {f"all_{option.name}" for option in method.options} <= flags
 
 
 @pytest.mark.parametrize("coding", ["utf-8", "utf-8-sig", "utf-16"])
