@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from lib_portrait.attention import NEGATIVE, POSITIVE, Injection, Row, mark
 from lib_portrait.attention.injection import Call
 from lib_portrait.errors import PortraitError
-from lib_portrait.guidance import FeatureGuidance, signal_rate
+from lib_portrait.guidance.features import FeatureGuidance, signal_rate
 from lib_portrait.methods.uniportrait import Adapter, Person, UniPortraitRule
 from tests.parity.unets import diffusers_unet, flatten, ldm_unet, load_bin
 from tests.unit.test_attention import Adding, Doubling, attributes

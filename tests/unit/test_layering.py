@@ -80,7 +80,13 @@ ROOMS = {
         own="lib_portrait.errors lib_portrait.options lib_portrait.request lib_portrait.methods.declarations"
     ),
     "lib_portrait.attention": Room("torch einops", "lib_portrait.errors"),
-    "lib_portrait.guidance": Room("torch", "lib_portrait.errors lib_portrait.attention"),
+    "lib_portrait.guidance": Room(
+        "torch numpy",
+        "lib_portrait.errors lib_portrait.options lib_portrait.attention lib_portrait.faces lib_portrait.methods "
+        "lib_portrait.guidance.options",
+    ),
+    # What is to be known of it where there is no torch.
+    "lib_portrait.guidance.options": Room(own="lib_portrait.options"),
     "lib_portrait.checkpoints": Room(
         SERIALISED,
         "lib_portrait.errors",
