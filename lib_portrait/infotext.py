@@ -41,8 +41,9 @@ def to_infotext(request: PortraitRequest, adapter: str | None = None) -> str:
     Parts are divided by " | ": what concerns all people, then one part a person. Within a part "; " divides what
     differs from the defaults, under the request's names, boxes as fractions; photos are the first digits of their
     hashes, with "#1" for the second face from the left and "#aligned" as on the command line. Where reference guidance
-    is switched on there are the clause "guidance" and one for each of its options that was given, "guidance.strength 9",
-    also where that is the default, for a kit may say otherwise. There is no comma, colon or line break, so that the host adds no quotation marks and escapes (modules/infotext_utils.py: quote).
+    is switched on there are the clause "guidance" and one for each of its options that was given,
+    "guidance.strength 9", also where that is the default, for a kit may say otherwise. There is no comma, colon or line
+    break, so that the host adds no quotation marks and escapes (modules/infotext_utils.py: quote).
     """
     name = adapter if adapter is not None and request.checkpoint == AUTOMATIC else request.checkpoint
     clauses = [request.method]

@@ -222,7 +222,7 @@ def parse_request(value: Any, limits: Limits | None = None) -> PortraitRequest:
 
     Missing keys take their defaults; unknown keys, wrong types, non-finite or out-of-range numbers raise
     PortraitError naming the key. An enabled request needs at least one identity, an identity at least one photo, and
-    somebody whom reference guidance acts on where it is switched on; it must be where the method draws nobody by itself.
+    reference guidance somebody to act on; it must be switched on where the method draws nobody by itself.
     """
     limits = limits or Limits()
     # Which keys there are is known once the method is.
@@ -305,8 +305,8 @@ def _options(options: Sequence[Option], data: Mapping[str, Any], path: str) -> d
 def _identity(value: Any, path: str, one: Declaration, limits: Limits) -> Identity:
     data = _object(value, path, identity_keys(one), one)
     mixes = _list(data.get("mix", []), f"{path}.mix")
-    start, end, guided = (
-        option.check(data.get(option.name, option.default), f"{path}.{option.name}") for option in (START, END, GUIDED)
+    start, end = (
+        option.check(data.get(option.name, option.default), f"{path}.{option.name}") for option in (START, END)
     )
     identity = Identity(
         photos=_photos(data.get("photos"), f"{path}.photos", limits),
@@ -314,7 +314,7 @@ def _identity(value: Any, path: str, one: Declaration, limits: Limits) -> Identi
         end=end,
         region=_region(data.get("region"), f"{path}.region", limits),
         mix=tuple(_mix(item, f"{path}.mix[{i}]", limits) for i, item in enumerate(mixes)),
-        guided=guided,
+        guided=GUIDED.check(data.get(GUIDED.name, GUIDED.default), f"{path}.{GUIDED.name}"),
         options=_options(one.identity_options, data, path),
     )
     if identity.start >= identity.end:

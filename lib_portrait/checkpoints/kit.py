@@ -74,7 +74,8 @@ class Manifest:
     adapter: bare file names by role. encoders: by role, those that the adapter was trained with. detector: finds faces
     in pictures of this kind. measuring: a recognition network that took no part in the training. attributes: a network
     that tells what such pictures show. base: the checkpoint that was trained on. picture: width and height in pixels.
-    guidance: options of reference guidance by name, as they were found to work on the base. training: facts of the training, for people.
+    guidance: options of reference guidance by name, as they were found to work on the base. training: facts of the
+    training, for people.
     """
 
     name: str

@@ -243,7 +243,9 @@ def _changes(options: argparse.Namespace) -> dict[str, Any]:
     """What the options say about all people together, by the request's names."""
     named = {name.removeprefix(_ALL): value for name, value in vars(options).items() if name.startswith(_ALL)}
     named |= {"method": options.method, "checkpoint": options.adapter}
-    guidance = {name.removeprefix(_GUIDANCE): value for name, value in vars(options).items() if name.startswith(_GUIDANCE)}
+    guidance = {
+        name.removeprefix(_GUIDANCE): value for name, value in vars(options).items() if name.startswith(_GUIDANCE)
+    }
     named |= {"guidance": {name: value for name, value in guidance.items() if value is not None} or None}
     return {name: value for name, value in named.items() if value is not None}
 

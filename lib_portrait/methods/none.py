@@ -1,4 +1,4 @@
-"""No method: nothing is put into the UNet's attention. Where the people are, and when, is left to reference guidance."""
+"""No method: nothing is put into the UNet's attention. Reference guidance alone draws the people."""
 
 from __future__ import annotations
 

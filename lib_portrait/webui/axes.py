@@ -28,9 +28,10 @@ def apply_overrides(
     """A request's JSON form with values put in its place; the request given is not changed.
 
     overrides: value by key: ``name``, ``identities[0].name``, ``identities[*].name`` (all of them) or
-    ``guidance.name``. Values are checked by `parse_request` afterwards. tabs: where the request comes from the panel, the tab (from 1) of each
-    identity; identities are then counted as the panel does, empty tabs included. Raises PortraitError for an identity
-    that the request does not have, and for options of guidance that is switched off: all cells would be the same.
+    ``guidance.name``. Values are checked by `parse_request` afterwards. tabs: where the request comes from the panel,
+    the tab (from 1) of each identity; identities are then counted as the panel does, empty tabs included. Raises
+    PortraitError for an identity that the request does not have, and for options of reference guidance where that is
+    switched off: all cells would be the same.
     """
     changed = dict(request)
     for key, value in overrides.items():
