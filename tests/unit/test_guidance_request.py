@@ -1,4 +1,4 @@
-"""Reference guidance as it is asked for: JSON, schema, infotext, panel, axes, command line, a kit's values; and alone."""
+"""Reference guidance as it is asked for: JSON, schema, infotext, panel, axes, command line, kits; and by itself."""
 
 from __future__ import annotations
 
