@@ -112,15 +112,20 @@ ROOMS = {
     ),
     "lib_portrait.conditioning": Room(
         "torch numpy einops",
-        "lib_portrait.errors lib_portrait.request lib_portrait.attention lib_portrait.faces lib_portrait.checkpoints "
-        "lib_portrait.methods lib_portrait.methods.declarations",
+        "lib_portrait.errors lib_portrait.options lib_portrait.request lib_portrait.attention lib_portrait.faces "
+        "lib_portrait.checkpoints lib_portrait.guidance lib_portrait.guidance.options lib_portrait.methods "
+        "lib_portrait.methods.declarations",
     ),
     "lib_portrait.picture_files": Room(),
     "lib_portrait.routing_picture": Room("torch numpy PIL", "lib_portrait.attention"),
+    "lib_portrait.guidance_picture": Room(
+        "torch numpy PIL", "lib_portrait.attention lib_portrait.guidance lib_portrait.routing_picture"
+    ),
     "lib_portrait.standalone": Room(
         f"{SERIALISED} {PICTURES} diffusers transformers yaml",
         "lib_portrait.errors lib_portrait.request lib_portrait.attention lib_portrait.faces lib_portrait.checkpoints "
-        "lib_portrait.methods lib_portrait.methods.declarations lib_portrait.conditioning lib_portrait.routing_picture",
+        "lib_portrait.methods lib_portrait.methods.declarations lib_portrait.guidance lib_portrait.guidance.options "
+        "lib_portrait.conditioning lib_portrait.routing_picture lib_portrait.guidance_picture",
     ),
     "lib_portrait.commands": Room(
         own="lib_portrait.errors lib_portrait.options lib_portrait.request lib_portrait.picture_files "
