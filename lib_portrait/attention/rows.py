@@ -31,12 +31,13 @@ class Row:
     """What one row of a UNet call is.
 
     kind: POSITIVE, NEGATIVE or REFERENCE. picture: its number in the batch; a picture has several positive rows
-    where its prompt is composed of several. words: positions of the identity words in the row's context.
+    where its prompt is composed of several. words: the positions of each identity's word in the row's context, in the
+    request's order; () where nobody has one.
     """
 
     kind: int
     picture: int = 0
-    words: tuple[int, ...] = ()
+    words: tuple[tuple[int, ...], ...] = ()
 
 
 # The table of one picture and no words: there a row's number is its kind. Nothing is marked with 0.

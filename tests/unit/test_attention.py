@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import itertools
 import json
 
 import pytest
@@ -114,7 +115,7 @@ class Rewriting(Adding):
         self.asked.append(context.shape[1])
         changed = context.clone()
         for number, row in enumerate(call.rows):
-            changed[number, list(row.words)] = self.embedding
+            changed[number, list(itertools.chain(*row.words))] = self.embedding
         return changed
 
 
@@ -454,7 +455,7 @@ def test_rows_that_rules_add_are_seen_by_all_rules_and_not_by_the_host(unet: nn.
 
 @pytest.mark.parametrize("named", [False, True])
 def test_a_rule_rewrites_the_context_before_the_unet_and_neighbours_see_it(unet: nn.Module, named: bool) -> None:
-    table = {0: Row(POSITIVE, 0, (2, 5)), 1: Row(NEGATIVE)}
+    table = {0: Row(POSITIVE, 0, ((2,), (5,))), 1: Row(NEGATIVE)}
     embedding, context = torch.full((48,), 0.7), text()
     expected = context.clone()
     expected[0, [2, 5]] = embedding
