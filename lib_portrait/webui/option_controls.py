@@ -21,7 +21,7 @@ ADAPTERS = "checkpoint"
 GUIDANCE = "guidance"
 
 GUIDANCE_HELP = "Brings more of the photos into the faces while the picture is drawn (RB-Guidance). Takes longer."
-GUIDANCE_FRONT = (STRENGTH, BEGIN, SHOW)
+GUIDANCE_FRONT = (STRENGTH, BEGIN)
 OPTIONS_A_ROW = 2
 
 
@@ -131,6 +131,7 @@ def build_guidance(gr: Any, top: dict[str, Any], blocks: Sequence[dict[str, Any]
                     elem_id=name(f"{number - 1}_{made}"),
                 )
         top["guidance_references"] = gr.HTML(elem_id=name("guidance_references"))
+        build([SHOW])
         with gr.Row(elem_classes=["portrait-weights"]):
             top["guidance_kit"] = gr.HTML(elem_id=name("guidance_kit"))
             top["guidance_settings"] = gr.Button(
@@ -141,7 +142,7 @@ def build_guidance(gr: Any, top: dict[str, Any], blocks: Sequence[dict[str, Any]
                 tooltip="Sets what the makers of the kit found to work, here and below.",
             )
         with gr.Accordion("Details of reference guidance", open=False, elem_id=name("guidance_details")):
-            rest = [option for option in OPTIONS if option not in GUIDANCE_FRONT]
+            rest = [option for option in OPTIONS if option not in (*GUIDANCE_FRONT, SHOW)]
             for first in range(0, len(rest), OPTIONS_A_ROW):
                 build(rest[first : first + OPTIONS_A_ROW])
 

@@ -124,6 +124,12 @@ def pictures(p: Any, processed: Any) -> list[Image.Image]:
 def notices(p: Any, request: PortraitRequest) -> list[Notice]:
     if shows_maps(p):
         return []
-    wanted = {request.declaration.maps: request.shows_maps, "guidance.show": request.guidance.options.get(SHOW.name)}
-    text = f"the script {script_title(p)} has no place for such pictures, so none is shown"
-    return [Notice(field, text) for field, asked in wanted.items() if asked]
+    wanted = []
+    if request.shows_maps:
+        wanted.append((request.declaration.maps, "routing maps"))
+    if request.guidance.options.get(SHOW.name):
+        wanted.append((f"guidance.{SHOW.name}", "pictures of reference guidance"))
+    return [
+        Notice(field, f"the script {script_title(p)} has no place for {what}, so none is shown")
+        for field, what in wanted
+    ]
