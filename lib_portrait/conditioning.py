@@ -191,7 +191,7 @@ class Conditioner:
             ]
             notices += [Notice("guidance", one.how) for one in found if not one.parsed]
             pictures, masks = tuple(one.picture for one in found), tuple(one.mask for one in found)
-            people.append(GuidedPerson(pictures, masks, place, identity.guided))
+            people.append(GuidedPerson(pictures, masks, place, identity.guided, identity.start, identity.end))
         if request.guidance.values({})[STRENGTH.name] == 0:
             notices.append(Notice(f"guidance.{STRENGTH.name}", "a strength of 0 leaves reference guidance out"))
         return tuple(people), list(dict.fromkeys(notices))
