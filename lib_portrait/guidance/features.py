@@ -200,7 +200,7 @@ class FeatureGuidance(ABC):
             t = torch.as_tensor(TIMESTEPS.of(args, kwargs), device=z.device).expand(len(z))
             rows = self._rows(call, z, t)
             if not rows:
-                return self._guided(call, z, t, host(*args, **kwargs))
+                return self._with_gradients(call, z, t, host(*args, **kwargs))
             rest = [row for row in range(len(z)) if row not in rows]
             apart = bool(rest) and injection.alone and REFERENCE not in call.kinds
 
@@ -221,7 +221,7 @@ class FeatureGuidance(ABC):
                 with injection.only(rest):
                     others = host(*rows_of(args, len(z), rest), **rows_of(kwargs, len(z), rest))
                 output = with_predicted(output, _merged(z, (rows, predicted(output)), (rest, predicted(others))))
-            return self._guided(call, z, t, output)
+            return self._with_gradients(call, z, t, output)
 
         def through(host: Callable[..., Any], rows: list[int], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
             """The UNet's output, with the gradient of these rows left in `under_way`."""
@@ -355,7 +355,7 @@ class FeatureGuidance(ABC):
         for picture, z, t, own in zip(done.pictures, done.z.detach(), done.t, value, strict=True):
             self._known[picture] = _Gradient(z, t, own)
 
-    def _guided(self, call: Call, z: Tensor, t: Tensor, output: Any) -> Any:
+    def _with_gradients(self, call: Call, z: Tensor, t: Tensor, output: Any) -> Any:
         """The UNet's output with grad E in every row of the guided pictures (eq. 11)."""
         prediction = predicted(output).clone()
         for number, row in enumerate(call.rows):

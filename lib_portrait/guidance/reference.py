@@ -340,7 +340,7 @@ class ReferenceGuidance(FeatureGuidance):
                 own[number] = mean
             energies.append(total)
             similarities.append(tuple(own))
-        self._found = _Found([float(one) for one in energies], similarities, masks)
+        self._found = _Found([float(one.detach()) for one in energies], similarities, masks)
         return torch.stack(energies)
 
     def _similarity(self, number: int, generated: Tensor) -> tuple[Tensor, float]:
@@ -355,7 +355,7 @@ class ReferenceGuidance(FeatureGuidance):
             reference, matched = reference[chosen], matched[chosen]
         reduction = str(self.options["reduction"])
         similarity = equations.similarity(reference, generated[matched], reduction)
-        return similarity, float(similarity) / (1 if reduction == "mean" else len(reference))
+        return similarity, float(similarity.detach()) / (1 if reduction == "mean" else len(reference))
 
     def _points_of(self, number: int, like: Tensor) -> _Points:
         """A person's reference features where and in what the picture's are."""
