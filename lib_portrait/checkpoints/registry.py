@@ -1,4 +1,4 @@
-"""What can be downloaded: the published files of all methods, and the face detector."""
+"""What can be downloaded: the published files of all methods, the face detector and the face parser."""
 
 from __future__ import annotations
 
@@ -22,11 +22,24 @@ DETECTOR = KnownWeight(
     ),
 )
 
+PARSER = KnownWeight(
+    role="parser",
+    filename="parsing_parsenet.pth",
+    url="https://github.com/xinntao/facexlib/releases/download/v0.2.2/parsing_parsenet.pth",
+    size=85_331_193,
+    sha256="3d558d8d0e42c20224f13cf5a29c79eba2d59913419f945545d8cf7b72920de2",
+    licence="see the publisher's page (the code is MIT; trained on CelebAMask-HQ, which is non-commercial)",
+    what="face parser ParseNet of facexlib, which the WebUI fetches for face restoration; without it the mask of a "
+    "reference comes from the face's landmarks",
+    group="facexlib",
+)
+
 # What the networks are for that are no parts of adapters.
 USES = {
     "backbone": "face recognition network",
     "vision": "CLIP image encoder",
     "detector": "face detector of insightface; without it MTCNN is used",
+    "parser": "face parser of facexlib; without it the landmarks give the mask of a reference",
 }
 
 
@@ -36,7 +49,7 @@ class Registry:
     def __init__(self, methods: Sequence[AdapterFiles]):
         published = (weight for files in methods for weight in files.published)
         # Where two methods read the same network, it is one file.
-        self.known: tuple[KnownWeight, ...] = tuple(dict.fromkeys([*published, DETECTOR]))
+        self.known: tuple[KnownWeight, ...] = tuple(dict.fromkeys([*published, DETECTOR, PARSER]))
 
     @property
     def groups(self) -> list[str]:

@@ -90,17 +90,39 @@ def portrait(image: np.ndarray, landmarks: np.ndarray, size: int, face_only: boo
     how large it is: boxes differ from detector to detector. Beyond the picture's edge its outermost pixels go on.
     face_only: grey outside of the oval that the landmarks give, softly. Raises ValueError when all landmarks coincide.
     """
+    matrix = portrait_matrix(landmarks, size)
+    square = warped(image, matrix, size)
+    if not face_only:
+        return square
+    radius = oval_radius(landmarks @ matrix[:, :2].T + matrix[:, 2], size)
+    kept = np.clip((1 + _OVAL_EDGE - radius) / _OVAL_EDGE, 0, 1)[:, :, None]
+    return np.rint(square * kept + _BLANK * (1 - kept)).astype(np.uint8)
+
+
+def portrait_matrix(landmarks: np.ndarray, size: int) -> np.ndarray:
+    """What takes points of a picture into the square that `portrait` cuts out of it: (2, 3), scale and shift alone."""
     to_template = similarity(landmarks, template(112))
     scale = float(np.hypot(*to_template[:, 0])) * size / (PORTRAIT * 112)
     # Whole numbers are the middles of pixels.
     centre = np.linalg.solve(to_template[:, :2], 56.0 - to_template[:, 2])
-    matrix = np.column_stack([np.eye(2) * scale, (size - 1) / 2 - scale * centre])
-    shrunk, moved = _shrunk(image, matrix, scale) if scale < 1 else (image, matrix)
-    square = cv2.warpAffine(shrunk, moved, (size, size), borderMode=cv2.BORDER_REPLICATE)
-    if not face_only:
-        return square
+    return np.column_stack([np.eye(2) * scale, (size - 1) / 2 - scale * centre])
+
+
+def oval_radius(landmarks: np.ndarray, size: int) -> np.ndarray:
+    """How far the pixels of a square are from the middle of a face with these landmarks (5, 2): (size, size), 1 on the
+    edge of its oval, from hairline to chin."""
+    to_template = similarity(landmarks, template(112))
     places = np.stack(np.meshgrid(np.arange(size), np.arange(size)), axis=-1)
-    on_template = (places - matrix[:, 2]) / scale @ to_template[:, :2].T + to_template[:, 2]
-    radius = np.linalg.norm((on_template - _OVAL_CENTRE) / _OVAL_AXES, axis=-1)
-    kept = np.clip((1 + _OVAL_EDGE - radius) / _OVAL_EDGE, 0, 1)[:, :, None]
-    return np.rint(square * kept + _BLANK * (1 - kept)).astype(np.uint8)
+    on_template = places @ to_template[:, :2].T + to_template[:, 2]
+    return np.linalg.norm((on_template - _OVAL_CENTRE) / _OVAL_AXES, axis=-1)
+
+
+def warped(image: np.ndarray, matrix: np.ndarray, size: int, border: int = cv2.BORDER_REPLICATE) -> np.ndarray:
+    """The picture (H, W) or (H, W, C) on a square of `size` pixels by `matrix` (2, 3), averaged where that shrinks it.
+
+    border: of cv2, what is beyond its edge.
+    """
+    scale = float(np.hypot(*matrix[:, 0]))
+    if scale < 1:
+        image, matrix = _shrunk(image, matrix, scale)
+    return cv2.warpAffine(image, matrix, (size, size), borderMode=border)

@@ -9,6 +9,7 @@ import numpy as np
 
 if TYPE_CHECKING:
     from lib_portrait.faces.features import FaceEncoder, FaceFeatures
+    from lib_portrait.faces.parsing import MaskedPortrait
     from lib_portrait.faces.service import FaceService, FoundFace
     from lib_portrait.request import Photo
 
@@ -35,6 +36,10 @@ class Reference:
     def portrait(self, size: int, face_only: bool = False) -> np.ndarray:
         """The square about that face, (size, size, 3) uint8, see `alignment.portrait`."""
         return self.faces.portrait(self.photo, self.field, size, face_only)
+
+    def masked(self, size: int) -> MaskedPortrait:
+        """The same square, and what of it is face, see `FaceService.reference`."""
+        return self.faces.reference(self.photo, self.field, size)
 
     @property
     def features(self) -> FaceFeatures:

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
 
+from lib_portrait.checkpoints.formats import read_tensors
 from lib_portrait.errors import NoSuchFace, Notice, PortraitError
 from lib_portrait.faces import order
 from lib_portrait.faces.alignment import align_face, fit_aligned, portrait, template
@@ -24,6 +25,7 @@ from lib_portrait.faces.detection import (
 )
 from lib_portrait.faces.features import FaceEncoder, FaceFeatures
 from lib_portrait.faces.images import decode_mask, decode_photo
+from lib_portrait.faces.parsing import MaskedPortrait, ParseNet, masked_portrait, parser_from_state_dict
 from lib_portrait.request import Limits, Photo
 
 
@@ -54,7 +56,8 @@ class FaceService:
 
     detector_dirs: folders in which insightface's weights may lie. cache_dir: where photos and features are kept.
     detector: the one to use or its name, or None for the best available (see `detection`). cache_bytes: how much photos
-    (two thirds) and features (one third) may take on disk. filter_crops: see `align_face`.
+    (two thirds) and features (one third) may take on disk. filter_crops: see `align_face`. parser: where the weights of
+    the face parser lie at the moment, None where they do not.
     """
 
     def __init__(
@@ -65,6 +68,7 @@ class FaceService:
         detector: str | Detector | None = None,
         cache_bytes: int = 2**30,
         filter_crops: bool = False,
+        parser: Callable[[], Path | None] = lambda: None,
     ):
         self.limits = limits or Limits()
         self.photos = PhotoCache(Path(cache_dir) / "photos", cache_bytes * 2 // 3)
@@ -74,6 +78,9 @@ class FaceService:
         self._chosen = detector
         self.filter_crops = filter_crops
         self._detector: Detector | None = None
+        self._masked: Recent[MaskedPortrait] = Recent(32)
+        self._parser_file = parser
+        self._parser: tuple[ParseNet, object] | None = None
         self._lock = threading.RLock()
 
     @property
@@ -115,14 +122,24 @@ class FaceService:
 
         Raises PortraitError as `crop` does.
         """
-        chosen = self.chosen(photo, field)
-        if photo.aligned:
-            return portrait(chosen.crop, chosen.face.landmarks, size, face_only)
-        image, _ = decode_photo(self._bytes(self.named(photo, field), field), field, self.limits)
-        quarters = chosen.turn // 90
-        upright = turned(image, quarters)
-        face = turned_back(chosen.face, -quarters, upright.shape[1], upright.shape[0])
-        return portrait(upright, face.landmarks, size, face_only)
+        return portrait(*self._upright(photo, field), size, face_only)
+
+    def reference(self, photo: Photo, field: str, size: int) -> MaskedPortrait:
+        """The same square, and what of it is face: by the parser, where there is one, else by the face's landmarks.
+
+        The last ones asked for are kept. Raises PortraitError as `crop` does, and for damaged weights of the parser.
+        """
+        photo = self.named(photo, field)
+        with self._lock:
+            parser, made_by = self._face_parser()
+            key = FeatureCache.key(photo.sha256, photo.face, photo.aligned, self._how(photo), size, made_by)
+            found = self._masked.get(key)
+            if found is None:
+                found = masked_portrait(*self._upright(photo, field), size, parser)
+                self._masked.put(key, found)
+            else:
+                self._keep(photo)
+            return found
 
     def notices(self, photo: Photo, field: str) -> list[Notice]:
         """What a user should know of the face that the photo's `face` chooses. Raises PortraitError as `crop` does."""
@@ -186,7 +203,30 @@ class FaceService:
             self.photos.clear()
             self._features.clear()
             self._found.clear()
-            self._detector = None
+            self._masked.clear()
+            self._detector = self._parser = None
+
+    def _upright(self, photo: Photo, field: str) -> tuple[np.ndarray, np.ndarray]:
+        """The photo (H, W, 3) turned so that its people stand upright, and in its pixels the landmarks (5, 2) of the
+        face that its `face` chooses."""
+        chosen = self.chosen(photo, field)
+        if photo.aligned:
+            return chosen.crop, template()
+        image, _ = decode_photo(self._bytes(self.named(photo, field), field), field, self.limits)
+        quarters = chosen.turn // 90
+        upright = turned(image, quarters)
+        return upright, turned_back(chosen.face, -quarters, upright.shape[1], upright.shape[0]).landmarks
+
+    def _face_parser(self) -> tuple[ParseNet | None, object]:
+        """The parser, None where its weights are not there, and what changes when their file does."""
+        path = self._parser_file()
+        if path is None:
+            return None, None
+        stat = path.stat()
+        made_by = (str(path), stat.st_size, stat.st_mtime_ns)
+        if self._parser is None or self._parser[1] != made_by:
+            self._parser = parser_from_state_dict(read_tensors(path, "parser").tensors, path.name), made_by
+        return self._parser
 
     def _how(self, photo: Photo) -> str:
         """What decides the crop of a photo besides its bytes. No detector is needed for one aligned already."""

@@ -172,9 +172,9 @@ class FeatureGuidance(ABC):
         """Whether `look` wants to be told."""
         return False
 
-    def look(self, site: Site, x: Tensor, context: Tensor, current: Pass, latent: tuple[int, int]) -> None:
+    def look(self, site: Site, x: Tensor, context: Tensor, current: Pass) -> None:
         """Told of each attention layer before the features when it is about to run, also when it runs again: its input
-        x (B, n, channels) and context (B, m, context), and the size of the call's latent."""
+        x (B, n, channels) and context (B, m, context)."""
         return
 
     # ---- in the UNet
@@ -276,7 +276,7 @@ class FeatureGuidance(ABC):
             if not (under_way and under_way[0].running):
                 return host(*args, **kwargs)
             if self.looks:
-                self.look(site, *site.arguments(args, kwargs), under_way[0], call.latent)
+                self.look(site, *site.arguments(args, kwargs), under_way[0])
             out = _plain_attention(site, args, kwargs) if self._plain else host(*args, **kwargs)
             if not out.requires_grad and _given(args, kwargs).requires_grad:
                 raise _Undifferentiable(f"{site.path} has no derivative")

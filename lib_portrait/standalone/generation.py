@@ -77,7 +77,13 @@ class PortraitPipeline:
         say(f"Loading {checkpoint.name} ({self.device})")
         self.model = load_model(checkpoint, self.device, self.dtype)
         self.store = Store(Folders(own=folders), adapter_files(), CACHE)
-        self.faces = FaceService(self.store.folders("detector"), CACHE, Limits(), filter_crops=filter_crops)
+        self.faces = FaceService(
+            self.store.folders("detector"),
+            CACHE,
+            Limits(),
+            filter_crops=filter_crops,
+            parser=lambda: self.store.published("parser"),
+        )
         self.conditioner = Conditioner(self.faces, self.store)
 
     def sampling(self, prompt: str, settings: Mapping[str, Any]) -> Sampling:

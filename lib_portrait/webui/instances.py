@@ -45,8 +45,8 @@ def faces() -> FaceService:
     def make() -> FaceService:
         from lib_portrait.faces import FaceService
 
-        folders = store().folders("detector")
-        return FaceService(folders, *chosen)
+        weights = store()
+        return FaceService(weights.folders("detector"), *chosen, parser=lambda: weights.published("parser"))
 
     chosen = (
         settings.cache_dir(),

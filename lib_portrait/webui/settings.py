@@ -111,7 +111,7 @@ def folders() -> Folders:
     """Where weights are looked for: folders of the settings page, the WebUI's models/Portrait, this extension's models.
 
     In the last of these lies the embedded kit, in a folder of its own. Image encoders and detectors that ControlNet,
-    IP-Adapter or another WebUI extension brought are found where those keep them.
+    IP-Adapter or another WebUI extension brought are found where those keep them, and the WebUI's own face parser.
     """
     models = Path(models_path)
     lines = str(_option("model_folders", "")).splitlines()
@@ -123,9 +123,14 @@ def folders() -> Folders:
     vision = [models / "clip_vision", *(folder / "clip_vision" for folder in annotators)]
     # Below each of these the detector looks into insightface's own subfolders too.
     detector = [models, models / "insightface", *annotators, Path.home() / ".insightface"]
+    # Where the WebUI has facexlib put what face restoration fetches.
+    restoration = [
+        Path(getattr(shared.cmd_opts, f"{name.lower()}_models_path", models / name))
+        for name in ("GFPGAN", "Codeformer")
+    ]
     return Folders(
         own=[*further, models / "Portrait", EXTENSION / "models"],
-        shared={"vision": vision, "detector": detector},
+        shared={"vision": vision, "detector": detector, "parser": restoration},
     )
 
 

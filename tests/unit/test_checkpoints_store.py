@@ -37,8 +37,8 @@ def put(folder: Path, *names: str) -> None:
 
 def test_registry_is_sound() -> None:
     registry = Registry(adapter_files())
-    roles = {"detector"}.union(*([part.role for part in files.parts] + [*files.encoders] for files in adapter_files()))
-    assert {weight.role for weight in registry.known} <= roles
+    roles = {role for files in adapter_files() for role in (*(part.role for part in files.parts), *files.encoders)}
+    assert {weight.role for weight in registry.known} <= roles | {"detector", "parser"}
     for weight in registry.known:
         assert weight.url.startswith("https://")
         assert weight.sha256 is None or len(bytes.fromhex(weight.sha256)) == 32
