@@ -200,6 +200,11 @@ class ReferenceGuidance(FeatureGuidance):
 
     # ---- what is guided
 
+    @property
+    def reached(self) -> bool:
+        """Whether any step since `begin` fulfilled eq. 11's condition, whatever came of it."""
+        return bool(self._steps)
+
     def active(self, progress: float) -> bool:
         self._progress = progress
         return bool(self._guided) and float(self.options["strength"]) > 0
