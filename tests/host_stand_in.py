@@ -185,6 +185,7 @@ class Host:
             return_mask=False,
             return_mask_composite=False,
             CLIP_stop_at_last_layers=1,
+            emphasis="Original",
         )
         state = SimpleNamespace(interrupted=False, skipped=False, stopping_generation=False, textinfo=None)
         loaded = {"sd_model": self.models[self.first], "loaded_hypernetworks": []}
@@ -374,9 +375,19 @@ class TextModel:
         return [[zlib.crc32(part.encode()) for word in text.split() for part in word.split("-")] for text in texts]
 
     def tokenize_line(self, line: str) -> tuple[list[SimpleNamespace], int]:
-        (tokens,) = self.tokenize([line])
-        chunks = [tokens[first : first + 75] for first in range(0, max(len(tokens), 1), 75)]
-        return [SimpleNamespace(tokens=[0, *chunk, *[1] * (76 - len(chunk))]) for chunk in chunks], len(tokens)
+        """What stands between brackets is emphasised."""
+        tokens, weights = [], []
+        for word in line.split():
+            (own,) = self.tokenize([word.strip("()")])
+            tokens += own
+            weights += [1.1 if word.startswith("(") else 1.0] * len(own)
+        chunks = []
+        for first in range(0, max(len(tokens), 1), 75):
+            own, last = tokens[first : first + 75], first + 75
+            rest = 76 - len(own)
+            multipliers = [1.0, *weights[first:last], *[1.0] * rest]
+            chunks.append(SimpleNamespace(tokens=[0, *own, *[1] * rest], multipliers=multipliers))
+        return chunks, len(tokens)
 
     def __call__(self, texts: Sequence[str]) -> torch.Tensor:
         """Of each token its remainders by the numbers from 2 on, 48 channels."""

@@ -38,8 +38,11 @@ class _Host:
     def text(self, prompt: str) -> Tensor:
         return torch.randn(1, 77, self._width)
 
-    def positions(self, prompt: str, word: str) -> tuple[int, ...]:
+    def positions(self, prompt: str, word: str) -> tuple[tuple[int, ...], ...]:
         return ()
+
+    def emphasis(self, prompt: str) -> tuple[float, ...]:
+        return (1.0,) * 77
 
     def call(self, latent: Tensor, t: Tensor, context: Tensor) -> Tensor:
         return self.unet(latent, t, context)
@@ -62,7 +65,7 @@ def rules(
                 adapter.properties = Properties(**case)
                 adapter.kept.clear()
                 rule = FusionRule(adapter, people)
-                rule.prepare(_Host(unet, sites))
+                rule.prepare(_Host(unet, sites))  # type: ignore[arg-type]
                 return rule
 
             yield {"ids": count, **case}, make

@@ -1,8 +1,9 @@
-"""Routing maps: who was put where in a picture."""
+"""Who was put where in a picture: routing maps, and what of it attends to a word."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -30,7 +31,7 @@ class RoutingMaps:
 
     def add(self, site: Site, call: Call, pictures: Sequence[int], shares: Tensor) -> None:
         """shares (rows, n, N) of the positive rows of a call; pictures: the number of each row's picture."""
-        if call.repeated:
+        if site.index in call.repeated:
             return
         h, w = call.shape_at(site, shares.shape[1])
         maps = shares.detach().float().transpose(1, 2).unflatten(-1, (h, w))
@@ -55,3 +56,20 @@ class RoutingMaps:
         means = {picture: total / count for picture, (total, count) in self._sums[self._last].items()}
         nobody = torch.zeros_like(next(iter(means.values())))
         return torch.stack([means.get(picture, nobody) for picture in range(max(means) + 1)])
+
+
+def word_attention(site: Site, x: Tensor, context: Tensor, words: Sequence[Sequence[Sequence[int]]]) -> Tensor:
+    """How much each position of a cross-attention attends to people's words: (B, N, n) in [0, 1], float32.
+
+    A(m) of OmniPortrait (sec. 3.2, eq. 5 and 6), the mean over the heads. site, x (B, n, channels), context (B, m, D):
+    as `Site.arguments` gives them. words: of each row and each of N people, as `Row.words` has them; of several words
+    of one person the sum, and 0 where there is none. Gradients pass.
+    """
+    layer: Any = site.module
+    q, k = site.split_heads(layer.to_q(x)), site.split_heads(layer.to_k(context))
+    attention = (q.float() @ k.float().mT * q.shape[-1] ** -0.5).softmax(dim=-1).mean(dim=1)
+    chosen = attention.new_zeros(len(words), max(map(len, words), default=0), context.shape[1])
+    for row, people in enumerate(words):
+        for person, positions in enumerate(people):
+            chosen[row, person, list(positions)] = 1
+    return chosen @ attention.mT

@@ -31,13 +31,17 @@ class Row:
     """What one row of a UNet call is.
 
     kind: POSITIVE, NEGATIVE or REFERENCE. picture: its number in the batch; a picture has several positive rows
-    where its prompt is composed of several. words: the positions of each identity's word in the row's context, in the
-    request's order; () where nobody has one.
+    where its prompt is composed of several. words: of each identity the positions of its words in the row's text, where
+    a method reads them. weights: how much each of these positions is emphasised. ahead: how many tokens of others stand
+    in front of the text at the UNet's door (ControlNet's mark, which its own forward takes off); attention layers see
+    none of them.
     """
 
     kind: int
     picture: int = 0
     words: tuple[tuple[int, ...], ...] = ()
+    weights: tuple[tuple[float, ...], ...] = ()
+    ahead: int = 0
 
 
 # The table of one picture and no words: there a row's number is its kind. Nothing is marked with 0.
@@ -75,12 +79,12 @@ def mark_conditions(conditions: Conditions, numbers: int | Sequence[int]) -> Con
     return marked
 
 
-def word_positions(tokens: Sequence[int], word: Sequence[int]) -> tuple[int, ...]:
-    """Where the tokens of a word stand among those of a prompt: every position of every time that it is there."""
+def word_positions(tokens: Sequence[int], word: Sequence[int]) -> tuple[tuple[int, ...], ...]:
+    """Where the tokens of a word stand among those of a prompt: their positions, for every time that it is there."""
     length = len(word)
-    starts = range(len(tokens) - length + 1)
+    starts = range(len(tokens) - length + 1) if length else ()
     found = [start for start in starts if [*tokens[start : start + length]] == [*word]]
-    return tuple(start + offset for start in found for offset in range(length))
+    return tuple(tuple(range(start, start + length)) for start in found)
 
 
 def unmark(context: torch.Tensor) -> tuple[list[int] | None, torch.Tensor]:

@@ -172,9 +172,9 @@ class FeatureGuidance(ABC):
         """Whether `look` wants to be told."""
         return False
 
-    def look(self, site: Site, x: Tensor, context: Tensor, current: Pass, latent: tuple[int, int]) -> None:
+    def look(self, site: Site, x: Tensor, context: Tensor, current: Pass) -> None:
         """Told of each attention layer before the features when it is about to run, also when it runs again: its input
-        x (B, n, channels) and context (B, m, context), and the size of the call's latent."""
+        x (B, n, channels) and context (B, m, context)."""
         return
 
     # ---- in the UNet
@@ -193,6 +193,7 @@ class FeatureGuidance(ABC):
     def overrides(self, unet: nn.Module, call: Call, injection: Injection) -> dict[str, Wrapper]:
         under_way: list[Pass] = []
         outer: list[bool] = []
+        ran: set[int] = set()
         path = self.path_of(unet)
 
         def network(host: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
@@ -238,11 +239,12 @@ class FeatureGuidance(ABC):
                     "the attention optimization has no backward pass, so that guided rows take PyTorch's own attention",
                 )
             )
-            with injection.repeated():
+            with injection.repeated(set(ran)):
                 return once(host, rows, args, kwargs)
 
         def once(host: Callable[..., Any], rows: list[int], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
             under_way.clear()
+            ran.clear()
             z, t = LATENT.of(args, kwargs), TIMESTEPS.of(args, kwargs)
             current = Pass.of(call, rows, z, torch.as_tensor(t, device=z.device).expand(len(z)))
             under_way.append(current)
@@ -276,8 +278,9 @@ class FeatureGuidance(ABC):
             if not (under_way and under_way[0].running):
                 return host(*args, **kwargs)
             if self.looks:
-                self.look(site, *site.arguments(args, kwargs), under_way[0], call.latent)
+                self.look(site, *site.arguments(args, kwargs), under_way[0])
             out = _plain_attention(site, args, kwargs) if self._plain else host(*args, **kwargs)
+            ran.add(site.index)
             if not out.requires_grad and _given(args, kwargs).requires_grad:
                 raise _Undifferentiable(f"{site.path} has no derivative")
             return out

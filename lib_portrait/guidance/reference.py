@@ -29,10 +29,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lib_portrait.attention.injection import Call, Injection
+from lib_portrait.attention.maps import word_attention
 from lib_portrait.attention.regions import FAINTEST, WHOLE, Box, Region, coverage
 from lib_portrait.attention.rows import Row
 from lib_portrait.attention.schedule import noised, signal_rate
-from lib_portrait.attention.sites import Site, spatial_shape
+from lib_portrait.attention.sites import Site
 from lib_portrait.attention.windows import takes_part
 from lib_portrait.errors import PortraitError
 from lib_portrait.faces.cache import Recent
@@ -90,11 +91,11 @@ class GuidedStep:
 
 @dataclass
 class _Attention:
-    """What the attention layers of one level showed in a pass, by site: of each guided person with a word the attention
-    to it (P, n), by person, and of the picture to itself (P, n, n)."""
+    """What the attention layers of one level, of size `shape`, showed in a pass, by site: the attention to each
+    person's words (P, N, n), and of the picture to itself (P, n, n)."""
 
-    shape: tuple[int, int] = (0, 0)
-    cross: dict[int, dict[int, Tensor]] = field(default_factory=dict)
+    shape: tuple[int, int]
+    cross: dict[int, Tensor] = field(default_factory=dict)
     own: dict[int, Tensor] = field(default_factory=dict)
 
 
@@ -268,7 +269,8 @@ class ReferenceGuidance(FeatureGuidance):
             faces = sorted(faces, key=lambda face: -int(face.sum()))[: len(own)]
             if len(faces) == len(own):
                 faces.sort(key=lambda face: float(face.nonzero()[:, 1].float().mean()))
-                self._faces[(mark.picture, *latent)] = dict(zip(own, faces, strict=True))
+                found = (mark.picture, *latent)
+                self._faces[found] = dict(zip(own, faces, strict=True))
 
     def _look_at_step(self, unet: nn.Module, current: Pass) -> None:
         """The features of references that are as noisy as the pass's first row."""
@@ -304,38 +306,31 @@ class ReferenceGuidance(FeatureGuidance):
         return self._attention is not None
 
     @torch.no_grad()
-    def look(self, site: Site, x: Tensor, context: Tensor, current: Pass, latent: tuple[int, int]) -> None:
+    def look(self, site: Site, x: Tensor, context: Tensor, current: Pass) -> None:
         """Keeps A^c and A_s of eq. 6, the means over heads, at the level where they are taken."""
         attention = self._attention
         if attention is None or site.index in attention.cross or site.index in attention.own:
             return
-        if spatial_shape(x.shape[1], latent) != attention.shape:
+        if x.shape[1] != attention.shape[0] * attention.shape[1]:
             return
         layer: Any = site.module
-        rows = current.rows
-        q, k = (site.split_heads(one).float() for one in (layer.to_q(x[rows]), layer.to_k(context[rows])))
-        weights = (q @ k.transpose(-1, -2) * q.shape[-1] ** -0.5).softmax(dim=-1).mean(dim=1)
-        if not site.cross:
-            attention.own[site.index] = weights
-            return
-        attention.cross[site.index] = {
-            number: torch.stack(
-                [
-                    own[:, list(mark.words[number])].sum(dim=-1) if len(mark.words) > number else own[:, 0] * torch.nan
-                    for own, mark in zip(weights, current.marks, strict=True)
-                ]
-            )
-            for number in self._guided
-        }
+        rows, words = current.rows, [mark.words or ((),) for mark in current.marks]
+        if site.cross:
+            attention.cross[site.index] = word_attention(site, x[rows], context[rows], words)
+        else:
+            q, k = (site.split_heads(project(x[rows])).float() for project in (layer.to_q, layer.to_k))
+            attention.own[site.index] = (q @ k.mT * q.shape[-1] ** -0.5).softmax(dim=-1).mean(dim=1)
 
     def energy(self, features: Tensor, current: Pass) -> Tensor:
         """E of each picture (eq. 10), the sum over its guided people."""
         strength = 1.0 if self.options["gradient"] == "share" else float(self.options["strength"])
         size = (current.z.shape[-2], current.z.shape[-1])
         masks = torch.zeros(len(features), len(self.people), *size, dtype=torch.bool)
-        energies, similarities = [], []
+        energies: list[Tensor] = []
+        similarities: list[tuple[float | None, ...]] = []
         for row, of_picture in enumerate(features):
-            total, own = of_picture.new_zeros(()), [None] * len(self.people)
+            total = of_picture.new_zeros(())
+            own: list[float | None] = [None] * len(self.people)
             for number in self._guided:
                 if not takes_part(self.people[number].start, self.people[number].end, self._progress):
                     continue
@@ -408,7 +403,7 @@ class ReferenceGuidance(FeatureGuidance):
                 "no attention layer shows the map of a word at a level that the features come from",
                 'Give the person a region, or choose another "where".',
             )
-        cross = torch.stack([one[number][row] for one in attention.cross.values()]).mean(dim=0)
+        cross = torch.stack([one[row, number] for one in attention.cross.values()]).mean(dim=0)
         own = torch.stack([one[row] for one in attention.own.values()]).mean(dim=0)
         rounds, power = int(self.options["rounds"]), float(self.options["power"])
         refined = equations.refined(cross.reshape(attention.shape), own, rounds, power)

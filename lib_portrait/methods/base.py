@@ -9,7 +9,7 @@ from __future__ import annotations
 import importlib
 from abc import ABC, abstractmethod
 from collections.abc import Hashable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Generic, Literal, Protocol, TypeVar
 
 import numpy as np
@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from lib_portrait.attention.injection import Call, Wrapper
 from lib_portrait.attention.maps import RoutingMaps
 from lib_portrait.attention.regions import WHOLE, Box, Region
+from lib_portrait.attention.rows import Row
 from lib_portrait.attention.sites import Site
 from lib_portrait.checkpoints.formats import Checkpoint
 from lib_portrait.errors import Notice
@@ -90,8 +91,11 @@ class Host(Protocol):
     def text(self, prompt: str) -> Any:
         """The context of a prompt, (1, n, D), or the host's own form of it."""
 
-    def positions(self, prompt: str, word: str) -> tuple[int, ...]:
-        """Where a word stands in the prompt's context."""
+    def positions(self, prompt: str, word: str) -> tuple[tuple[int, ...], ...]:
+        """Where a word stands in the prompt's context: the positions of its tokens, for every time that it is there."""
+
+    def emphasis(self, prompt: str) -> tuple[float, ...]:
+        """What each position of the prompt's context is multiplied with, by the prompt's own emphasis: (n)."""
 
     def call(self, latent: Tensor, t: Tensor, context: Any) -> Tensor:
         """The UNet's output (B, 4, h, w) for latents (B, 4, h, w), timesteps (B,) and a context of `text`; the model's
@@ -104,7 +108,10 @@ class Rule(ABC, Generic[P]):
     people: in the request's order. drawn: who was added to positive rows with a strength above 0, by number.
     place: the part of the finished picture that the UNet samples at the moment; regions lie on all of it.
     routing: collects where people are put, where that is asked for and the method's declaration has `maps`.
+    reads_words: whether `words` is to be asked where people's words are, for `attention.Row`.
     """
+
+    reads_words = False
 
     def __init__(self, people: Sequence[P], routing: RoutingMaps | None = None):
         self.people = list(people)
@@ -118,6 +125,14 @@ class Rule(ABC, Generic[P]):
 
     def prepare(self, host: Host) -> None:
         """Before each sampling, and when the host changes its model within one: what has to be asked of the model."""
+
+    def words(self, host: Host, prompts: Sequence[str]) -> list[tuple[tuple[int, ...], ...]]:
+        """For each of the prompts that one picture's is composed of: of every person the positions of their words."""
+        return [()] * len(prompts)
+
+    def check_words(self, found: Sequence[Sequence[tuple[tuple[int, ...], ...]]]) -> None:
+        """Raises PortraitError for somebody whose words are nowhere. found: what `words` said of one picture, at each
+        part of the sampling that has prompts of its own."""
 
     def active(self, progress: float) -> bool:
         return any(person.active(progress) for person in self.people)
@@ -137,6 +152,20 @@ class Rule(ABC, Generic[P]):
         """How much of each position that person was given so far in the call under way, or in the last one, in the row
         of that number: (h, w) in [0, 1]; None where it is not known."""
         return None
+
+
+def with_words(rule: Rule[Any], host: Host, rows: Sequence[Row], prompts: Sequence[tuple[str, int]]) -> list[Row]:
+    """The positive rows of one picture, told where people's words are.
+
+    prompts: of each row the text, and the length of the context that the host has made of it, in which others may have
+    put tokens in front.
+    """
+    told = []
+    for row, words, (prompt, length) in zip(rows, rule.words(host, [prompt for prompt, _ in prompts]), prompts):
+        emphasis = host.emphasis(prompt)
+        weights = tuple(tuple(emphasis[position] for position in own) for own in words)
+        told.append(replace(row, words=words, weights=weights, ahead=max(length - len(emphasis), 0)))
+    return told
 
 
 class Method(ABC):

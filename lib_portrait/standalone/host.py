@@ -58,11 +58,15 @@ class DiffusersHost:
         """The context (1, 77, D) of a prompt."""
         return encode_prompts(self.model, [prompt])
 
-    def positions(self, prompt: str, word: str) -> tuple[int, ...]:
+    def positions(self, prompt: str, word: str) -> tuple[tuple[int, ...], ...]:
         """Where a word stands in the prompt's context; () where it does not, or beyond what the model reads."""
         length = self.model.text_encoder.config.max_position_embeddings
         tokens = self.model.tokenizer(prompt, verbose=False).input_ids[: length - 1]
         return word_positions(tokens, self.model.tokenizer(word, add_special_tokens=False).input_ids)
+
+    def emphasis(self, prompt: str) -> tuple[float, ...]:
+        """1 for each position: prompts have no emphasis here."""
+        return (1.0,) * self.model.text_encoder.config.max_position_embeddings
 
     def call(self, latent: Tensor, t: Tensor, context: Tensor) -> Tensor:
         """The UNet's output (B, 4, h, w) for latents (B, 4, h, w), timesteps (B,) or () and contexts (B or 1, n, D)."""

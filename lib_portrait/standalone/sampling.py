@@ -18,6 +18,7 @@ from lib_portrait.conditioning import Conditioning
 from lib_portrait.errors import Notice, PortraitError
 from lib_portrait.guidance.outcome import check_acted
 from lib_portrait.guidance.reference import GuidedStep, ReferenceGuidance
+from lib_portrait.methods.base import Rule, with_words
 from lib_portrait.standalone.host import DiffusersHost, as_pixels, encode_prompts
 from lib_portrait.standalone.model import Model
 
@@ -76,6 +77,9 @@ def sample(
     for context in contexts.values():
         _check_finite(context, "the text encoder", "of the prompt")
     rows = [Row(kind, picture) for kind in kinds for picture in range(len(samplings))]
+    rule = conditioning.rule(routing) if conditioning is not None else None
+    if rule is not None and rule.reads_words:
+        rows[-len(samplings) :] = _rows_with_words(rule, DiffusersHost(model), kinds[POSITIVE])
     context = torch.cat(list(contexts.values()))
     if conditioning is not None:
         context = mark(context, range(len(rows)))
@@ -85,7 +89,7 @@ def sample(
     scheduler = scheduler_class(**model.schedule, steps_offset=1, **options)
     scheduler.set_timesteps(first.steps, device=model.device)
     latents = _noise(model, samplings) * scheduler.init_noise_sigma
-    with _injected(model, conditioning, routing, rows) as (injection, guidance):
+    with _injected(model, conditioning, rule, rows) as (injection, guidance):
         for step, t in enumerate(scheduler.timesteps):
             if injection is not None:
                 injection.progress = step / first.steps
@@ -138,14 +142,13 @@ def _noise(model: Model, samplings: Sequence[Sampling]) -> Tensor:
 
 @contextlib.contextmanager
 def _injected(
-    model: Model, conditioning: Conditioning | None, routing: RoutingMaps | None, rows: Sequence[Row]
+    model: Model, conditioning: Conditioning | None, rule: Rule[Any] | None, rows: Sequence[Row]
 ) -> Iterator[tuple[Injection | None, ReferenceGuidance | None]]:
     """The people in the UNet while this lasts, and what guides it; None where there are none, or nothing does."""
-    if conditioning is None:
+    if conditioning is None or rule is None:
         yield None, None
         return
     conditioning.check_fits(find_sites(model.unet))
-    rule = conditioning.rule(routing)
     guidance = conditioning.guidance(rule)
     host = DiffusersHost(model)
     if guidance is not None:
@@ -155,6 +158,15 @@ def _injected(
         guidance.prepare(host)
     with Injection(model.unet, rule, rows=dict(enumerate(rows)), guidance=guidance) as injection:
         yield injection, guidance
+
+
+def _rows_with_words(rule: Rule[Any], host: DiffusersHost, prompts: Sequence[str]) -> list[Row]:
+    """The positive rows of these prompts. Raises PortraitError where one does not name somebody who is drawn there."""
+    rows = []
+    for picture, prompt in enumerate(prompts):
+        rule.check_words([rule.words(host, [prompt])])
+        rows += with_words(rule, host, [Row(POSITIVE, picture)], [(prompt, len(host.emphasis(prompt)))])
+    return rows
 
 
 def _check_finite(values: Tensor, network: str, where: str) -> None:

@@ -91,14 +91,23 @@ class WebuiHost:
                 prompt_parser.SdConditioning([prompt], width=width, height=height)
             )
 
-    def positions(self, prompt: str, word: str) -> tuple[int, ...]:
+    def positions(self, prompt: str, word: str) -> tuple[tuple[int, ...], ...]:
         """Where a word stands in the context of a prompt with emphasis, breaks and embeddings; () where it does not."""
-        text_model = self.sd_model.cond_stage_model
-        # SDXL has two text encoders, whose tokens are the same.
-        embedder = next(one for one in getattr(text_model, "embedders", [text_model]) if hasattr(one, "tokenize_line"))
-        chunks, _ = embedder.tokenize_line(prompt)
-        (tokens,) = embedder.tokenize([word])
+        chunks, _ = self._embedder.tokenize_line(prompt)
+        (tokens,) = self._embedder.tokenize([word])
         return word_positions([token for chunk in chunks for token in chunk.tokens], tokens)
+
+    def emphasis(self, prompt: str) -> tuple[float, ...]:
+        """What each position of the prompt's context is multiplied with, but for the restored mean of all of it."""
+        chunks, _ = self._embedder.tokenize_line(prompt)
+        weights = tuple(float(weight) for chunk in chunks for weight in chunk.multipliers)
+        return (1.0,) * len(weights) if shared.opts.emphasis == "Ignore" else weights
+
+    @property
+    def _embedder(self) -> Any:
+        """What makes tokens of prompts; SDXL has two text encoders, whose tokens are the same."""
+        text_model = self.sd_model.cond_stage_model
+        return next(one for one in getattr(text_model, "embedders", [text_model]) if hasattr(one, "tokenize_line"))
 
     def call(self, latent: Tensor, t: Tensor, context: Any) -> Tensor:
         """The UNet's output (B, 4, h, w) for latents (B, 4, h, w), timesteps (B,) or (), conditions of B rows or one.

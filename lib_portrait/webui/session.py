@@ -28,7 +28,18 @@ from lib_portrait.errors import Notice, PortraitError
 from lib_portrait.infotext import to_infotext
 from lib_portrait.methods.declarations import Declaration
 from lib_portrait.request import PortraitRequest, parse_request
-from lib_portrait.webui import adetailer, axes, checkpoint, instances, jobs, panel_values, places, settings, upcoming
+from lib_portrait.webui import (
+    adetailer,
+    axes,
+    checkpoint,
+    instances,
+    jobs,
+    panel_values,
+    places,
+    prompts,
+    settings,
+    upcoming,
+)
 from lib_portrait.webui.host import WebuiHost, lora_state
 from lib_portrait.webui.refusal import refusal
 
@@ -77,6 +88,7 @@ class Session:
         self._expected = 0
         self._seen = 0
         self._steps: set[float] = set()
+        self._words: dict[tuple[tuple[str, int], ...], list[Row]] = {}
 
     def fail(self, error: Exception) -> None:
         if self.failure is None:
@@ -145,6 +157,7 @@ class Session:
         assert self._rule is not None and self.request is not None
         self._check_windows(upcoming.steps(p))
         self._check_places(p)
+        self._check_words(p)
         self._rule.routing = RoutingMaps() if self.request.shows_maps else None
         # Guidance asks the rule what it is going to be told by it.
         for part in (self._guidance, self._rule):
@@ -224,6 +237,15 @@ class Session:
             if person.region is not None:
                 check_takes_part(person.region, self.said(f"identities[{i}].region"), painted, place)
 
+    def _check_words(self, p: Any) -> None:
+        """Raises PortraitError if some picture's prompt never names somebody who is drawn where their word stands."""
+        assert self._rule is not None
+        self._words.clear()
+        if self._rule.reads_words:
+            host = WebuiHost(shared.sd_model, (p.width, p.height))
+            for of_picture in prompts.of_all_steps(p):
+                self._rule.check_words([self._rule.words(host, texts) for texts in of_picture])
+
     def _check_windows(self, steps: Sequence[float] | set[float]) -> None:
         """Raises PortraitError if none of these steps lies in the window of somebody who is to be drawn."""
         assert self._rule is not None
@@ -294,6 +316,8 @@ class Session:
             self._injection.progress = min(denoiser.step / max(denoiser.total_steps or 1, 1), 1.0)
             self._steps.add(self._injection.progress)
             positive, negative = _rows(params)
+            if self._rule.reads_words:
+                positive = self._with_words(positive, denoiser)
             self._injection.rows = dict(enumerate([*positive, *negative]))
             params.text_cond = mark_conditions(params.text_cond, range(len(positive)))
             below = range(len(positive), len(positive) + len(negative))
@@ -301,6 +325,20 @@ class Session:
             self._expected += len(positive)
         except Exception as error:
             self.fail(_known(error, self.tabs, self.method))
+
+    def _with_words(self, rows: list[Row], denoiser: Any) -> list[Row]:
+        """The positive rows of a step, told where people's words stand in what each one's prompt says by now."""
+        from lib_portrait.methods.base import with_words
+
+        told: list[Row] = []
+        assert self._rule is not None
+        for of_picture in prompts.at_step(denoiser):
+            key = tuple(of_picture)
+            if key not in self._words:
+                host = WebuiHost(shared.sd_model, (denoiser.p.width, denoiser.p.height))
+                self._words[key] = with_words(self._rule, host, [Row(POSITIVE)] * len(key), key)
+            told += [dataclasses.replace(row, picture=rows[len(told)].picture) for row in self._words[key]]
+        return told
 
 
 def resolved(request: PortraitRequest) -> PortraitRequest:

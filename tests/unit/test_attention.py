@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import itertools
 import json
 
 import pytest
@@ -23,6 +22,7 @@ from lib_portrait.attention import (
     mark_conditions,
     spatial_shape,
     unmark,
+    word_attention,
 )
 from lib_portrait.attention.injection import _Override
 from lib_portrait.attention.rows import MOST_ROWS, REFERENCE
@@ -115,7 +115,7 @@ class Rewriting(Adding):
         self.asked.append(context.shape[1])
         changed = context.clone()
         for number, row in enumerate(call.rows):
-            changed[number, list(itertools.chain(*row.words))] = self.embedding
+            changed[number, [position for own in row.words for position in own]] = self.embedding
         return changed
 
 
@@ -266,7 +266,7 @@ def test_unmarked_calls_run_bare_and_marks_do_not_reach_the_text(unet: nn.Module
 
 def test_a_number_is_a_row_of_the_table(unet: nn.Module) -> None:
     """A positive row of either picture, then the second one's negative row."""
-    table = {7: Row(POSITIVE, 0), 300: Row(POSITIVE, 1), 4095: Row(NEGATIVE, 1, (3, 4))}
+    table = {7: Row(POSITIVE, 0), 300: Row(POSITIVE, 1), 4095: Row(NEGATIVE, 1, ((3, 4),))}
     seen: list[list[Row]] = []
 
     class Watching(Doubling):
@@ -286,7 +286,7 @@ def test_a_number_is_a_row_of_the_table(unet: nn.Module) -> None:
             run(unet, mark(text(), [7, 8]))
         assert injection.call.rows == []
     assert seen[0] == list(table.values())
-    assert seen[-1] == [Row(POSITIVE, 1), Row(NEGATIVE, 1, (3, 4))]
+    assert seen[-1] == [Row(POSITIVE, 1), Row(NEGATIVE, 1, ((3, 4),))]
 
 
 def test_a_site_that_is_passed_by_is_an_error(unet: nn.Module) -> None:
@@ -643,3 +643,25 @@ def test_a_control_net_called_inside_the_unet_has_its_rows() -> None:
     assert not torch.allclose(changed[-1][0], plain[-1][0], atol=1e-3)
     torch.testing.assert_close(changed[-1][1], plain[-1][1], atol=1e-4, rtol=1e-4)
     assert all(torch.equal(one, other) for one, other in zip(bare, plain, strict=True))
+
+
+def test_what_attends_to_a_word_is_its_share_of_the_softmax(unet: nn.Module) -> None:
+    """One site by hand: softmax(Q K^T / sqrt(d)), the mean over the heads, the sum over a person's words."""
+    site = next(site for site in find_sites(unet) if site.cross)
+    x, context = torch.randn(2, 16, site.channels), torch.randn(2, 7, site.context)
+    words = [((2,), ()), ((1, 5), (3,))]
+    found = word_attention(site, x, context, words)
+    d = site.inner // site.heads
+    for row in range(2):
+        by_head = []
+        for head in range(site.heads):
+            own = slice(head * d, (head + 1) * d)
+            q, k = (x[row] @ site.module.to_q.weight.T)[:, own], (context[row] @ site.module.to_k.weight.T)[:, own]
+            by_head.append((q @ k.T / d**0.5).softmax(dim=-1))
+        mean = torch.stack(by_head).mean(dim=0)
+        for person, positions in enumerate(words[row]):
+            torch.testing.assert_close(found[row, person], mean[:, list(positions)].sum(dim=1), atol=1e-6, rtol=1e-5)
+    assert found.shape == (2, 2, 16) and not found[0, 1].any()
+    context.requires_grad_(True)
+    word_attention(site, x, context, words)[1, 1].sum().backward()
+    assert context.grad is not None and context.grad[1].abs().sum() > 0 and not context.grad[0].any()

@@ -215,7 +215,8 @@ def test_a_step_is_the_equations_step(unet: nn.Module, options: Mapping[str, Val
         assert step.gradient == pytest.approx(float(gradient.norm()), rel=1e-3)
         assert step.picture == row and step.t == 500 and all(round(n) == pytest.approx(n, rel=1e-3) for n in count)
         assert torch.equal(step.masks, torch.stack([box(LEFT, 16), box(RIGHT, 16)]))
-    assert not (out - plain)[:, :, outside].any()
+        # To the bit; the rows themselves run in batches of another size, which is seen in their last digits.
+        assert not made._known[row].value[:, outside].any()
 
 
 def test_the_gradient_is_that_of_finite_differences() -> None:
@@ -286,6 +287,7 @@ def test_eq_11_holds_with_and(unet: nn.Module) -> None:
 
 def test_only_guided_rows_have_a_graph_where_nobody_else_is_around_the_unet(small: nn.Module) -> None:
     z, t, context = inputs()
+    z = z[[0, 0, 1, 1]]
     calls: list[tuple[int, bool]] = []
     block = small.get_submodule("input_blocks.1")
     hook = block.register_forward_hook(lambda module, args, out: calls.append((len(out), out.requires_grad)))
@@ -409,7 +411,8 @@ def test_the_words_attention_map(unet: nn.Module) -> None:
         out = run(unet, z, t, mark(context, [1]))
     assert torch.equal(made.record[0].masks, torch.stack(expected))
     assert 0 < int(expected[0].sum()) < 256
-    assert not (out - plain)[0][:, ~(expected[0] | expected[1])].any()
+    assert not made._known[0].value[:, ~(expected[0] | expected[1])].any()
+    assert (out - plain).abs().max() > 1e-3
 
 
 @pytest.fixture(scope="module")
@@ -440,7 +443,7 @@ def test_the_routing_map_of_the_method(small: nn.Module, adapter: Adapter) -> No
         out = run(small, z, t, mark(context, [1, 2, 3, 4]))
     (one, _, two, _), masks = (out - plain).abs().sum(dim=1), [step.masks for step in made.record]
     for change, own in ((one, masks[0]), (two, masks[1])):
-        assert own.any(dim=0).any() and not change[~own.any(dim=0)].any()
+        assert own.any(dim=0).any() and change[~own.any(dim=0)].sum() < 1e-4 < change.max()
     # Of the sites before the features, the mean of who was chosen.
     sites = [site for site in find_sites(small) if site.cross and not site.path.startswith(tuple(LATER))]
     maps = [plain_rule.routing.maps[(site.index, 0.0, 0)] for site in sites]
@@ -472,7 +475,7 @@ def test_a_face_in_the_first_prediction(small: nn.Module) -> None:
         out = run(small, z, t, mark(context, [1, 2, 3, 4]))
         # Nobody is found: the other person alone is guided.
         assert len(asked) == 2 and [step.similarity[0] for step in made.record] == [None, None]
-        assert not (out - plain)[:, :, ~box(LEFT, 16)].any()
+        assert (out - plain)[:, :, ~box(LEFT, 16)].abs().max() < 1e-5
         alpha = host.alphas_cumprod[500].sqrt()
         expected = (z[:1] - (1 - alpha**2).sqrt() * plain[:1]) / alpha
         torch.testing.assert_close(host.drawn[0], expected, atol=1e-5, rtol=0)
@@ -729,7 +732,8 @@ def test_nothing_of_a_call_lives_on(small: nn.Module, adapter: Adapter) -> None:
     made = guidance(host, [person(0), person(1, region=RIGHT)], rule, noise="step")
     watched: list[weakref.ref[Tensor]] = []
     hook = small.get_submodule("output_blocks.5").register_forward_hook(
-        lambda module, args, out: watched.extend([weakref.ref(out), weakref.ref(args[0])])
+        # What the references' own row shows is kept from step to step.
+        lambda module, args, out: watched.extend(weakref.ref(one) for one in (out, args[0]) if len(one) == 2)
     )
     before = holding_a_graph()
     try:

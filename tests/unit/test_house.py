@@ -301,7 +301,7 @@ def test_download_fetches_what_was_named_into_the_folder(tmp_path, monkeypatch, 
     assert "vision: 1.0 of 1.0 MiB, 100 %" in said.err
     asked.clear()
     assert portrait.run(portrait.parse(["download", "all", "--into", str(tmp_path)])) == 0
-    assert asked == ["uniportrait", "insightface"]
+    assert asked == ["uniportrait", "insightface", "facexlib"]
     assert portrait.parse(["download"]).what == ["uniportrait"]
     assert portrait.run(portrait.parse(["download", "unknown"])) == 1
 

@@ -44,13 +44,14 @@ def test_a_word_stands_where_its_token_does(model: Model) -> None:
     host, tokenizer = DiffusersHost(model), model.tokenizer
     prompt = "a woman, an uncharacteristically-dressed woman"
     words = tokenizer.convert_ids_to_tokens(tokenizer(prompt).input_ids)
-    assert host.positions(prompt, "woman") == tuple(i for i, word in enumerate(words) if word == "woman</w>")
-    split = host.positions(prompt, "uncharacteristically")
+    assert host.positions(prompt, "woman") == tuple((i,) for i, word in enumerate(words) if word == "woman</w>")
+    (split,) = host.positions(prompt, "uncharacteristically")
     assert len(split) > 1
     assert "".join(words[i] for i in split) == "uncharacteristically</w>"
     assert host.positions(prompt, "man") == host.positions(prompt, "") == ()
-    assert host.positions("so " * 74 + "woman", "woman") == (75,)
+    assert host.positions("so " * 74 + "woman", "woman") == ((75,),)
     assert host.positions("so " * 75 + "woman", "woman") == ()
+    assert host.emphasis(prompt) == (1.0,) * 77
 
 
 def test_the_schedule_is_the_models(model: Model, monkeypatch: pytest.MonkeyPatch) -> None:

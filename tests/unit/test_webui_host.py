@@ -174,11 +174,16 @@ def test_a_word_is_found_in_every_chunk(modules: Host, sdxl: bool) -> None:
         modules.shared.sd_model.cond_stage_model = SimpleNamespace(
             embedders=[object(), modules.shared.sd_model.cond_stage_model]
         )
-    assert host.positions("a woman and a woman", "woman") == (2, 5)
-    assert host.positions("a red-haired woman", "red-haired") == (2, 3)
-    assert host.positions("so " * 80 + "woman", "woman") == (77 + 6,)
+    assert host.positions("a woman and a woman", "woman") == ((2,), (5,))
+    assert host.positions("a red-haired woman", "red-haired") == ((2, 3),)
+    assert host.positions("so " * 80 + "woman", "woman") == ((77 + 6,),)
     assert host.positions("a man", "woman") == ()
     assert host.positions("a man", "") == ()
+    assert host.positions("a (red-haired) woman", "red-haired") == ((2, 3),)
+    weights = host.emphasis("so " * 80 + "(red-haired) woman")
+    assert [place for place, weight in enumerate(weights) if weight != 1] == [77 + 6, 77 + 7] and len(weights) == 154
+    modules.opts.emphasis = "Ignore"
+    assert host.emphasis("a (woman)") == (1.0,) * 77
 
 
 def test_the_schedule_is_the_models(modules: Host) -> None:

@@ -340,7 +340,8 @@ def host_answers(prompt: str, word: str, instead: str) -> dict[str, Any]:
         "random": kept,
         "call": float((out - expected).abs().max()),
         "context": list(context.shape),
-        "positions": list(host.positions(prompt, word)),
+        "positions": [position for own in host.positions(prompt, word) for position in own],
+        "emphasis": list(host.emphasis(prompt)),
         # Text encoders look backwards only: before the word nothing changes.
         "changed": int((context != other).any(dim=2)[0].nonzero()[0]),
         "alphas_cumprod": [len(host.alphas_cumprod), float(host.alphas_cumprod[0]), float(host.alphas_cumprod[-1])],
