@@ -184,11 +184,13 @@ class PortraitPipeline:
         conditions would find its own mark in every picture.
         """
         kit = self.conditioner.kit(request)
-        manifest = kit.manifest if request.declaration.has_adapter else self.store.trained_on(self.checkpoint)
+        manifest, home = kit.manifest, kit.home
+        if not request.declaration.has_adapter:
+            manifest, home = self.store.trained_on(self.checkpoint), self.checkpoint.parent
         if manifest is None or manifest.measuring is None or manifest.detector is None:
             whose = kit.name if request.declaration.has_adapter else self.checkpoint.name
             return Comparison(f"similarity not measured: {whose} comes without a network for it")
-        measuring, detector = (self.store.locate(file, kit.home) for file in (manifest.measuring, manifest.detector))
+        measuring, detector = (self.store.locate(file, home) for file in (manifest.measuring, manifest.detector))
         if measuring is None or detector is None:
             missing = manifest.measuring if measuring is None else manifest.detector
             return Comparison(f"similarity not measured: {missing.name} is not there; get the kit anew")
