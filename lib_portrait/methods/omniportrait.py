@@ -219,7 +219,7 @@ class OmniPortraitRule(Rule[PivotIdentity]):
                 )
             raise PortraitError(
                 "prompt",
-                f"it has no word for identity {number + 1} of {len(self.people)}: each of {', '.join(WORDS)} in it is one "
+                f"it has no word for identity {number + 1} of {len(self.people)}: of {', '.join(WORDS)} each is one "
                 "person, and each time that one stands there another, where there are not enough",
                 "Write one of these for everybody, in the order of the identities, or name a word of the prompt as the "
                 f"identity's own: identities[{number}].word.",
@@ -257,7 +257,7 @@ class OmniPortraitRule(Rule[PivotIdentity]):
     def overrides(self, site: Site, call: Call) -> dict[str, Wrapper]:
         def watched(host: Callable[..., Tensor], *args: Any, **kwargs: Any) -> Tensor:
             x, context = site.arguments(args, kwargs)
-            words = [row.words[:1] for row in call.rows]
+            words = [row.words[:1] or ((),) for row in call.rows]
             self.attention[site.index] = word_attention(site, x, context, words)[:, 0]
             return host(*args, **kwargs)
 
