@@ -32,7 +32,7 @@ Places = Sequence[Mapping[int, int]]
 
 @pytest.fixture(scope="module", autouse=True)
 def files(world: World) -> Iterator[None]:
-    """A random adapter for the world's checkpoints and its image encoder, in the kit's folder while these tests last."""
+    """A random adapter for the world's checkpoints, and its image encoder, in the kit's folder while tests last."""
     generator = torch.Generator().manual_seed(3)
     weight = torch.randn(CONTEXT, E + CONTEXT, generator=generator)
     weight[:, :E] *= 2 * E**-0.5
