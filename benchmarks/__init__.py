@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import importlib
 
-BENCHES = ("step", "start", "train")
+BENCHES = ("step", "guidance", "start", "train")
 
 
 def run(name: str, arguments: list[str]) -> int:

@@ -1,6 +1,7 @@
 """Measure: one JSON object a line on standard output.
 
 portrait.py bench step     cost of a UNet step with 1, 2, 4 and 8 people beside a bare one
+portrait.py bench guidance cost of a UNet step with RB-Guidance beside a bare one
 portrait.py bench train    samples a second of the training loop beside its frozen UNet alone
 portrait.py bench start    what the extension adds to the start of a WebUI
 """

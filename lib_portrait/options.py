@@ -38,21 +38,27 @@ class _Declared:
 
 @dataclass(frozen=True)
 class Number(_Declared):
-    """A finite number in [low, high]. unit: that it is counted in, "" for none."""
+    """A finite number in [low, high]. unit: that it is counted in, "" for none. whole: without a fraction."""
 
     default: float
     low: float
     high: float
     unit: str = ""
     axis: str = ""
+    whole: bool = False
 
     def check(self, value: Any, path: str) -> float:
         """The value, once it is known to be one. Raises PortraitError naming `path`."""
-        return finite(value, path, self.low, self.high)
+        number = finite(value, path, self.low, self.high)
+        if self.whole and not number.is_integer():
+            remedy = f"Give a whole number from {self.low:g} to {self.high:g}."
+            raise PortraitError(path, f"{shown(value)} is no whole number", remedy)
+        return number
 
     def schema(self) -> dict[str, Any]:
         """Its JSON Schema."""
-        limits = {"type": "number", "minimum": self.low, "maximum": self.high, "default": self.default}
+        kind = "integer" if self.whole else "number"
+        limits = {"type": kind, "minimum": self.low, "maximum": self.high, "default": self.default}
         return {**limits, "description": f"{self.help}, in {self.unit}" if self.unit else self.help}
 
     def said(self, value: Value) -> str:

@@ -205,7 +205,12 @@ class Host:
         )
         module("sd_models", get_closet_checkpoint_match=checkpoint_match)
         module("sd_samplers", find_sampler_config=SAMPLERS.get)
-        module("sd_samplers_common", setup_img2img_steps=setup_img2img_steps)
+        module(
+            "sd_samplers_common",
+            setup_img2img_steps=setup_img2img_steps,
+            samples_to_images_tensor=lambda sample, approximation, model: model.decode_first_stage(sample),
+        )
+        module("lowvram", is_enabled=lambda model: getattr(model, "lowvram", False))
         module("script_callbacks", callback_map=self.callbacks, add_callback=_add_callback)
         module("scripts", Script=object, AlwaysVisible=object(), scripts_data=[])
         paths = ("data_path", "extensions_dir", "models_path")
@@ -327,6 +332,11 @@ class SdModel:
 
     def encode_first_stage(self, pixels: torch.Tensor) -> torch.Tensor:
         return self.first_stage_model.encode(pixels)
+
+    def decode_first_stage(self, latents: torch.Tensor) -> torch.Tensor:
+        """Each position's channels, over its pixels."""
+        pixels = latents[:, :3] / self.scale_factor
+        return pixels.repeat_interleave(LATENT, dim=2).repeat_interleave(LATENT, dim=3)
 
     def get_learned_conditioning(self, texts: SdConditioning) -> Any:
         context = self.cond_stage_model(texts)

@@ -7,7 +7,8 @@ are never touched, so attention optimisations, LoRA, tiling and the like go on w
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable, Mapping, Sequence
+import contextlib
+from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from types import TracebackType
 from typing import Any, Protocol, runtime_checkable
@@ -34,7 +35,8 @@ class Call:
     means.
     latent: (height, width) of the call's latent. progress: how far the sampling has come, 0 to 1.
     host_state: changes whenever the host may compute something else from the same weights.
-    visited: sites at which the rule did its work in this call.
+    visited: sites at which the rule did its work in this call. repeated: whether what runs has run before in this call,
+    as guidance has it; who counts or averages what is seen leaves it out.
     """
 
     numbers: list[int] | None = None
@@ -43,6 +45,7 @@ class Call:
     progress: float = 0.0
     host_state: Hashable = None
     visited: set[int] = field(default_factory=set)
+    repeated: bool = False
 
     @property
     def rows(self) -> list[Row]:
@@ -72,6 +75,7 @@ class Call:
         self.table, self.latent, self.progress = call.table, call.latent, call.progress
         self.host_state = call.host_state
         self.visited.clear()
+        self.repeated = False
 
 
 class Rule(Protocol):
@@ -108,10 +112,11 @@ class AddsRows(Rule, Protocol):
 
 
 class Guidance(Protocol):
-    """What is done to the UNet's call as a whole, such as `guidance.FeatureGuidance`."""
+    """What is done to the UNet's call as a whole, such as `guidance.features.FeatureGuidance`."""
 
-    def overrides(self, unet: nn.Module, call: Call) -> dict[str, Wrapper]:
-        """Functions to put around modules of the UNet: by path inside it, "" for the UNet itself, marks taken off."""
+    def overrides(self, unet: nn.Module, call: Call, injection: Injection) -> dict[str, Wrapper]:
+        """Functions to put around modules of the UNet: by path inside it, "" for the UNet itself, marks taken off.
+        They are inside of those of rules. injection: the one that asks, which is not in place yet."""
 
     def active(self, progress: float) -> bool:
         """Whether it does anything at this point of the sampling, 0 to 1."""
@@ -209,8 +214,8 @@ class Injection:
         self._parts = [self._part_of(rule) for rule in rules]
         if guidance is not None:
             call = Call()
-            wrappers = [(unet.get_submodule(path), one) for path, one in guidance.overrides(unet, call).items()]
-            self._parts.append(_Part(guidance.active, call, wrappers))
+            wrappers = [(unet.get_submodule(path), one) for path, one in guidance.overrides(unet, call, self).items()]
+            self._parts.insert(0, _Part(guidance.active, call, wrappers))
         self._left: list[list[int] | None] = []
         self._overrides: list[_Override] = []
         self._handles: list[Any] = []
@@ -268,6 +273,51 @@ class Injection:
         """Lets the rules act on the rows of the last call again, for gradient checkpointing runs its layers anew."""
         for part, numbers in zip(self._parts, self._left, strict=True):
             part.call.numbers = numbers
+
+    # ---- for guidance, within the call that is under way
+
+    @property
+    def alone(self) -> bool:
+        """Whether nobody else has put a `forward` on the UNet itself, beneath ours."""
+        return all(override.previous is None for override in self._overrides if override.module is self.unet)
+
+    @contextlib.contextmanager
+    def only(self, rows: Sequence[int]) -> Iterator[None]:
+        """While some of the call's rows run by themselves, in this order: nobody sees others."""
+        with self._numbered(lambda call: [call.numbers[row] for row in rows] if call.numbers is not None else None):
+            yield
+
+    @contextlib.contextmanager
+    def aside(self) -> Iterator[None]:
+        """While the UNet runs for the guidance's own sake: the rules do nothing."""
+        own = [part.call for part in self._parts if part.rule is None]
+        with self._numbered(lambda call: call.numbers if any(call is one for one in own) else None):
+            yield
+
+    @contextlib.contextmanager
+    def repeated(self) -> Iterator[None]:
+        """While what has run in the call already runs again."""
+        calls = [part.call for part in self._parts]
+        before = [call.repeated for call in calls]
+        for call in calls:
+            call.repeated = True
+        try:
+            yield
+        finally:
+            for call, value in zip(calls, before, strict=True):
+                call.repeated = value
+
+    @contextlib.contextmanager
+    def _numbered(self, numbers: Callable[[Call], list[int] | None]) -> Iterator[None]:
+        calls = [self.call, *(part.call for part in self._parts)]
+        before = [call.numbers for call in calls]
+        for call, own in zip(calls, [numbers(call) for call in calls], strict=True):
+            call.numbers = own
+        try:
+            yield
+        finally:
+            for call, own in zip(calls, before, strict=True):
+                call.numbers = own
 
     def _stand_aside(self) -> None:
         self.call.numbers = None

@@ -31,6 +31,8 @@ class RoutingMaps:
 
     def add(self, site: Site, call: Call, pictures: Sequence[int], shares: Tensor) -> None:
         """shares (rows, n, N) of the positive rows of a call; pictures: the number of each row's picture."""
+        if call.repeated:
+            return
         h, w = call.shape_at(site, shares.shape[1])
         maps = shares.detach().float().transpose(1, 2).unflatten(-1, (h, w))
         resized = F.interpolate(maps, size=call.latent, mode="bilinear", align_corners=False).cpu()

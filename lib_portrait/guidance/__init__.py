@@ -1,5 +1,4 @@
-"""Guidance by what the UNet itself computes of a picture, inside of its call."""
+"""RB-Guidance (OmniPortrait, section 3.3): guidance by what the UNet itself computes of a picture, inside of its call.
 
-from lib_portrait.guidance.features import Energy, FeatureGuidance, signal_rate
-
-__all__ = ["Energy", "FeatureGuidance", "signal_rate"]
+Its options are declared in `options`, which is read where there is no torch; so nothing is imported here.
+"""

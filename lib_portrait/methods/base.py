@@ -84,6 +84,10 @@ class Host(Protocol):
         """The latent (1, 4, H / 8, W / 8) of a picture (H, W, 3) uint8 RGB, scaled as the UNet sees it: the mean of the
         posterior."""
 
+    def picture(self, latent: Tensor) -> np.ndarray:
+        """The picture (H, W, 3) uint8 RGB of a latent (1, 4, H / 8, W / 8) as the UNet sees it; also within a call of
+        the UNet."""
+
     def text(self, prompt: str) -> Any:
         """The context of a prompt, (1, n, D), or the host's own form of it."""
 
@@ -139,6 +143,15 @@ class Rule(ABC, Generic[P]):
     @abstractmethod
     def overrides(self, site: Site, call: Call) -> dict[str, Wrapper]:
         """As for `attention.Rule`."""
+
+    def locates(self) -> bool:
+        """Asked before each sampling by who wants to know where people are put: whether `located` will tell it."""
+        return False
+
+    def located(self, person: int, number: int) -> Tensor | None:
+        """How much of each position that person was given so far in the call under way, or in the last one, in the row
+        of that number: (h, w) in [0, 1]; None where it is not known."""
+        return None
 
 
 def with_words(rule: Rule[Any], host: Host, rows: Sequence[Row], prompts: Sequence[tuple[str, int]]) -> list[Row]:

@@ -34,6 +34,7 @@ from lib_portrait.attention.injection import Call, Injection, Wrapper
 from lib_portrait.attention.maps import RoutingMaps
 from lib_portrait.attention.regions import Box, Region, coverage
 from lib_portrait.attention.rows import NEGATIVE, POSITIVE, REFERENCE, Row, mark_conditions
+from lib_portrait.attention.schedule import noised
 from lib_portrait.attention.sites import Site
 from lib_portrait.attention.windows import takes_part
 from lib_portrait.checkpoints.formats import Checkpoint
@@ -252,22 +253,6 @@ def seen_by(regions: Sequence[Region | None], shape: tuple[int, int], place: Box
 
 
 # --------------------------------------------------------------------------------------------- reference pass, sec. 3.1
-
-
-def noised(latent: Tensor, t: float, alphas_cumprod: Tensor) -> Tensor:
-    """The latent (1, 4, h, w) as it is at timestep t: sqrt(abar) x_0 + sqrt(1 - abar) eps.
-
-    eps is the same whenever the size is. alphas_cumprod: abar (T,). t may lie between two timesteps, as some samplers
-    have it; then the logarithm of sqrt((1 - abar) / abar) does between theirs.
-    """
-    # Drawn on the CPU, so that it is the same on every device.
-    noise = torch.randn(latent.shape, generator=torch.Generator().manual_seed(0)).to(latent)
-    low = min(int(t), len(alphas_cumprod) - 1)
-    high, share = min(low + 1, len(alphas_cumprod) - 1), t - low
-    # The logit of abar is -2 log sigma.
-    before, after = alphas_cumprod[[low, high]].double().cpu().logit()
-    logit = torch.lerp(before, after, share)
-    return latent * logit.sigmoid().sqrt().item() + noise * (-logit).sigmoid().sqrt().item()
 
 
 def fitted(latent: Tensor, shape: tuple[int, int]) -> Tensor:

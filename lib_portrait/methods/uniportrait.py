@@ -657,10 +657,14 @@ class UniPortraitRule(DecoupledAttention, Rule[Person]):
         self.adapter = adapter
         self._regions = RegionsAtSites([person.region for person in people])
         self._states: dict[int, _SiteState] = {}
+        # Filled where somebody asks for it: (N, h, w) of a row, by its number, at each site.
+        self._routed: dict[int, dict[int, Tensor]] | None = None
 
     def begin(self) -> None:
         """Forgets what belongs to the sampling before: who was drawn, and with which scale at which position."""
         super().begin()
+        if self._routed is not None:
+            self._routed.clear()
         for state in self._states.values():
             state.local_scales.clear()
 
@@ -782,8 +786,33 @@ class UniPortraitRule(DecoupledAttention, Rule[Person]):
     def _record(self, site: Site, call: Call, numbers: Sequence[int], shares: Tensor) -> None:
         """Gives the routing maps the shares (R, n, A) of the active people, while all people are active."""
         rows = [call.table[number] for number in numbers]
-        if self.routing is not None and rows[0].kind == POSITIVE and shares.shape[-1] == len(self.people):
+        if rows[0].kind != POSITIVE or shares.shape[-1] != len(self.people):
+            return
+        if self.routing is not None:
             self.routing.add(site, call, [row.picture for row in rows], shares)
+        if self._routed is not None and not call.repeated:
+            maps = shares.detach().float().transpose(1, 2).unflatten(-1, call.shape_at(site, shares.shape[1]))
+            for number, own in zip(numbers, maps, strict=True):
+                # Sites come in the order in which the UNet runs them: one that is there already begins a new call.
+                seen = self._routed.setdefault(number, {})
+                if site.index in seen:
+                    seen.clear()
+                seen[site.index] = own
+
+    def locates(self) -> bool:
+        """One person alone has every position."""
+        several = len(self.people) > 1
+        self._routed = {} if several else None
+        return several
+
+    def located(self, person: int, number: int) -> Tensor | None:
+        """The mean of the router's choices at the sites that have run."""
+        maps = [own[person] for own in (self._routed or {}).get(number, {}).values()]
+        if not maps:
+            return None
+        shape = max((own.shape for own in maps), key=lambda shape: shape[0] * shape[1])
+        resized = [F.interpolate(own[None, None], size=shape, mode="bilinear", align_corners=False) for own in maps]
+        return torch.cat(resized).mean(dim=0)[0]
 
     # ---- what does not change from step to step, unless it is trained
 

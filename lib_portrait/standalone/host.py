@@ -48,6 +48,12 @@ class DiffusersHost:
         return self.model.vae.encode(pixels).latent_dist.mode() * self.model.vae.config.scaling_factor
 
     @torch.no_grad()
+    def picture(self, latent: Tensor) -> np.ndarray:
+        """The picture (H, W, 3) uint8 RGB of a latent (1, 4, H / 8, W / 8) as the UNet sees it."""
+        decoded = self.model.vae.decode(latent.to(self.model.vae.dtype) / self.model.vae.config.scaling_factor).sample
+        return as_pixels(decoded)[0]
+
+    @torch.no_grad()
     def text(self, prompt: str) -> Tensor:
         """The context (1, 77, D) of a prompt."""
         return encode_prompts(self.model, [prompt])
@@ -67,6 +73,12 @@ class DiffusersHost:
         dtype = self.model.unet.dtype
         context = context.expand(len(latent), -1, -1)
         return self.model.unet(latent.to(dtype), t.expand(len(latent)), context.to(dtype)).sample
+
+
+def as_pixels(decoded: Tensor) -> list[np.ndarray]:
+    """What the VAE gives, (B, 3, H, W) in about [-1, 1], as pictures (H, W, 3) uint8 RGB."""
+    pixels = ((decoded / 2 + 0.5).clamp(0, 1) * 255).round().to(torch.uint8)
+    return list(pixels.permute(0, 2, 3, 1).cpu().numpy())
 
 
 def encode_prompts(model: Model, prompts: Sequence[str]) -> Tensor:

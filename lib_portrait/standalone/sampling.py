@@ -17,7 +17,7 @@ from lib_portrait.attention.windows import check_window
 from lib_portrait.conditioning import Conditioning
 from lib_portrait.errors import PortraitError
 from lib_portrait.methods.base import Rule, with_words
-from lib_portrait.standalone.host import DiffusersHost, encode_prompts
+from lib_portrait.standalone.host import DiffusersHost, as_pixels, encode_prompts
 from lib_portrait.standalone.model import Model
 
 SAMPLERS: dict[str, tuple[Any, dict[str, Any]]] = {
@@ -173,5 +173,4 @@ def _decode(model: Model, latents: Tensor) -> list[np.ndarray]:
     # A few at a time: at full size the decoder takes more memory than the UNet.
     decoded = torch.cat([model.vae.decode(part).sample for part in scaled.split(DECODED_AT_ONCE)])
     _check_finite(decoded, "the VAE", "of the finished picture")
-    pixels = ((decoded / 2 + 0.5).clamp(0, 1) * 255).round().to(torch.uint8)
-    return list(pixels.permute(0, 2, 3, 1).cpu().numpy())
+    return as_pixels(decoded)

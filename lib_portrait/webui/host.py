@@ -13,7 +13,7 @@ from typing import Any, Literal
 
 import numpy as np
 import torch
-from modules import devices, prompt_parser, sd_vae, shared
+from modules import devices, lowvram, prompt_parser, sd_samplers_common, sd_vae, shared
 from torch import Tensor, nn
 
 from lib_portrait.attention.rows import word_positions
@@ -21,6 +21,9 @@ from lib_portrait.errors import PortraitError
 
 # Of an inpainting model: what is painted (1), and the latent of what is not (4).
 INPAINTING_CHANNELS = 5
+# `approximation` of `samples_to_images_tensor` for none.
+FULL_DECODING = 0
+VAE_REMEDY = "Choose another VAE, or start the WebUI with --no-half-vae."
 
 
 class WebuiHost:
@@ -63,6 +66,22 @@ class WebuiHost:
         where the VAE gives infinities or NaN.
         """
         return self._encode(torch.from_numpy(picture).permute(2, 0, 1)[None] / 127.5 - 1)
+
+    @torch.no_grad()
+    def picture(self, latent: Tensor) -> np.ndarray:
+        """The picture (H, W, 3) uint8 RGB of a latent (1, 4, H / 8, W / 8), by the whole VAE.
+
+        Also within a call of the UNet: what the host has moved off the device for the VAE (medvram) is back there
+        afterwards. Raises PortraitError where the VAE gives infinities or NaN.
+        """
+        decoded = sd_samplers_common.samples_to_images_tensor(latent, FULL_DECODING, self.sd_model)
+        if lowvram.is_enabled(self.sd_model):
+            for hook in list(self.sd_model.model._forward_pre_hooks.values()):
+                hook(self.sd_model.model, ())
+        if not bool(decoded.isfinite().all()):
+            raise PortraitError("model", "its VAE gives infinite or undefined numbers", VAE_REMEDY, 500)
+        pixels = ((decoded[0].float() / 2 + 0.5).clamp(0, 1) * 255).round().to(torch.uint8)
+        return pixels.permute(1, 2, 0).cpu().numpy()
 
     def text(self, prompt: str) -> Any:
         """The conditions of a prompt as the host has them: (1, n, D), or SDXL's mapping."""
@@ -140,12 +159,7 @@ class WebuiHost:
             hook.remove()
         mean = moments[0].chunk(2, dim=1)[0].float() * self.sd_model.scale_factor
         if not bool(mean.isfinite().all()):
-            raise PortraitError(
-                "model",
-                "its VAE gives infinite or undefined numbers",
-                "Choose another VAE, or start the WebUI with --no-half-vae.",
-                500,
-            )
+            raise PortraitError("model", "its VAE gives infinite or undefined numbers", VAE_REMEDY, 500)
         return mean
 
 

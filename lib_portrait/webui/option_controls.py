@@ -42,7 +42,7 @@ def slider(gr: Any, number: Number, label: str, elem_id: str) -> Any:
     return gr.Slider(
         minimum=number.low,
         maximum=number.high,
-        step=0.01,
+        step=1 if number.whole else 0.01,
         value=number.default,
         label=label,
         tooltip=_tooltip(number),

@@ -13,8 +13,9 @@ from torch import Tensor, nn
 
 from lib_portrait.attention import NEGATIVE, POSITIVE, Call, Injection, Row, Site, find_sites, mark
 from lib_portrait.attention.rows import REFERENCE
+from lib_portrait.attention.schedule import noised
 from lib_portrait.errors import PortraitError
-from lib_portrait.methods.fusion import STEP, FaceFusion, FusedIdentity, FusionRule, HiddenStates, Properties, noised
+from lib_portrait.methods.fusion import STEP, FaceFusion, FusedIdentity, FusionRule, HiddenStates, Properties
 from tests.parity.unets import diffusers_unet, ldm_unet, sgm_unet
 from tests.unit.test_attention import attributes
 

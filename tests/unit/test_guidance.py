@@ -12,8 +12,10 @@ from torch import Tensor, nn
 
 from lib_portrait.attention import NEGATIVE, POSITIVE, Injection, Row, mark
 from lib_portrait.attention.injection import Call
+from lib_portrait.attention.schedule import signal_rate
+from lib_portrait.attention.windows import takes_part
 from lib_portrait.errors import PortraitError
-from lib_portrait.guidance import FeatureGuidance, signal_rate
+from lib_portrait.guidance.features import FeatureGuidance, Pass
 from lib_portrait.methods.uniportrait import Adapter, Person, UniPortraitRule
 from tests.parity.unets import diffusers_unet, flatten, ldm_unet, load_bin
 from tests.unit.test_attention import Adding, Doubling, attributes
@@ -21,6 +23,36 @@ from tests.unit.test_attention import Adding, Doubling, attributes
 BLOCK = {"diffusers": "up_blocks.1", "ldm": "output_blocks.5"}
 ROWS = {1: Row(POSITIVE, 0), 2: Row(POSITIVE, 1), 3: Row(NEGATIVE, 0), 4: Row(NEGATIVE, 1)}
 ALPHAS_CUMPROD = torch.cumprod(1 - torch.linspace(0.00085**0.5, 0.012**0.5, 1000) ** 2, 0)
+
+
+class Guided(FeatureGuidance):
+    """By a function of the features, the rows and the call's kinds."""
+
+    def __init__(
+        self,
+        energy: Any,
+        pictures: Any = None,
+        scale: float = 1.0,
+        end: float = 1.0,
+        block: int = 1,
+        alphas_cumprod: Tensor | None = None,
+        checkpointing: bool = False,
+    ):
+        super().__init__(block, alphas_cumprod, checkpointing)
+        self.of, self.pictures, self.scale, self.end = energy, pictures, scale, end
+
+    def energy(self, features: Tensor, current: Pass) -> Tensor:
+        return self.of(features, current)
+
+    def active(self, progress: float) -> bool:
+        return takes_part(0.0, self.end, progress)
+
+    def guides(self, picture: int, t: float) -> bool:
+        return self.pictures is None or picture in self.pictures
+
+    def added(self, gradient: Tensor, current: Pass, prediction: Tensor) -> Tensor:
+        assert prediction.shape == gradient.shape
+        return self.scale * gradient
 
 
 @pytest.fixture(scope="module", params=["diffusers", "ldm"])
@@ -64,9 +96,9 @@ def predicted(output: Any) -> Tensor:
     return output if isinstance(output, Tensor) else output[0]
 
 
-def energy(features: Tensor, rows: list[int], call: Call) -> Tensor:
+def energy(features: Tensor, current: Pass | None = None) -> Tensor:
     """Smooth, of every feature, and small, as a mean is: (P)."""
-    assert [call.rows[row].kind for row in rows] == [POSITIVE] * len(rows)
+    assert current is None or [mark.kind for mark in current.marks] == [POSITIVE] * len(features)
     weights = torch.linspace(-1, 1, features[0].numel(), dtype=features.dtype).reshape(features[0].shape)
     return (torch.tanh(features) * weights).flatten(1).mean(dim=1) * 8
 
@@ -82,8 +114,7 @@ def by_autograd(unet: nn.Module, z: Tensor, t: Tensor, context: Tensor) -> tuple
         with torch.enable_grad():
             leaf = z.clone().requires_grad_()
             unet(leaf, t, context)
-            call = Call(numbers=[POSITIVE] * len(z))
-            (gradient,) = torch.autograd.grad(energy(kept[-1], list(range(len(z))), call).sum(), leaf)
+            (gradient,) = torch.autograd.grad(energy(kept[-1]).sum(), leaf)
     finally:
         hook.remove()
     return output, gradient
@@ -98,7 +129,7 @@ def test_every_row_of_a_picture_has_the_gradient_of_its_positive_row(unet: nn.Mo
     z, t, context = inputs()
     plain, _ = by_autograd(unet, z, t, context)
     _, gradient = by_autograd(unet, z[:2], t[:2], context[:2])
-    with Injection(unet, guidance=FeatureGuidance(energy), rows=ROWS):
+    with Injection(unet, guidance=Guided(energy), rows=ROWS):
         out = predicted(unet(z, t, mark(context, [1, 2, 3, 4])))
     torch.testing.assert_close(out - plain, gradient.repeat(2, 1, 1, 1), atol=1e-5, rtol=0)
     assert gradient.flatten(1).norm(dim=1).min() > 0.01
@@ -116,7 +147,7 @@ def test_beside_people(unet: nn.Module, rule: UniPortraitRule) -> None:
         marked = mark(context[:2], [1, 2])
         _, gradient = by_autograd(unet, z[:2], t[:2], marked)
     before = len(holding_a_graph())
-    with Injection(unet, rule, guidance=FeatureGuidance(energy), rows=ROWS):
+    with Injection(unet, rule, guidance=Guided(energy), rows=ROWS):
         first = predicted(unet(z, t, mark(context, [1, 2, 3, 4])))
         torch.testing.assert_close(first - plain, gradient.repeat(2, 1, 1, 1), atol=1e-5, rtol=0)
         # What the rules have kept of the first call serves the second one, and holds no graph.
@@ -134,10 +165,10 @@ def test_the_gradient_is_that_of_finite_differences() -> None:
 
     def energy_of(latent: Tensor) -> Tensor:
         unet(latent, t, context)
-        return energy(kept[-1].double(), [0], Call(numbers=[POSITIVE])).sum()
+        return energy(kept[-1].double()).sum()
 
     plain = predicted(unet(z, t, context))
-    with Injection(unet, guidance=FeatureGuidance(energy)):
+    with Injection(unet, guidance=Guided(energy)):
         gradient = predicted(unet(z, t, mark(context, POSITIVE))) - plain
     unet.get_submodule(BLOCK["diffusers"]).register_forward_hook(lambda module, args, out: kept.append(out))
     for seed in range(3):
@@ -150,9 +181,9 @@ def test_v_is_changed_by_the_gradient_over_alpha(unet: nn.Module) -> None:
     z, t, context = inputs()
     plain = predicted(unet(z, t, context))
     rows = {"rows": ROWS}
-    with Injection(unet, guidance=FeatureGuidance(energy), **rows):
+    with Injection(unet, guidance=Guided(energy), **rows):
         eps = predicted(unet(z, t, mark(context, [1, 2, 3, 4]))) - plain
-    with Injection(unet, guidance=FeatureGuidance(energy, scale=2.0, alphas_cumprod=ALPHAS_CUMPROD), **rows):
+    with Injection(unet, guidance=Guided(energy, scale=2.0, alphas_cumprod=ALPHAS_CUMPROD), **rows):
         v = predicted(unet(z, t, mark(context, [1, 2, 3, 4]))) - plain
     alpha = ALPHAS_CUMPROD[t].sqrt()[:, None, None, None]
     torch.testing.assert_close(v, 2 * eps / alpha, atol=1e-5, rtol=1e-3)
@@ -170,7 +201,7 @@ def test_the_signal_rate_lies_between_those_of_the_steps_beside() -> None:
 def test_only_chosen_pictures_are_guided_and_only_within_the_window(unet: nn.Module) -> None:
     z, t, context = inputs()
     plain = predicted(unet(z, t, context))
-    with Injection(unet, guidance=FeatureGuidance(energy, pictures=[1], end=0.6), rows=ROWS) as injection:
+    with Injection(unet, guidance=Guided(energy, pictures=[1], end=0.6), rows=ROWS) as injection:
         out = predicted(unet(z, t, mark(context, [1, 2, 3, 4])))
         assert [bool((row != 0).any()) for row in out - plain] == [False, True, False, True]
         injection.progress = 0.6
@@ -183,21 +214,21 @@ def test_rows_that_run_apart_have_what_they_have_together(unet: nn.Module) -> No
     z, t, context = inputs()
     asked: list[list[int]] = []
 
-    def counted(features: Tensor, rows: list[int], call: Call) -> Tensor:
-        asked.append(rows)
-        return energy(features, rows, call)
+    def counted(features: Tensor, current: Pass) -> Tensor:
+        asked.append(current.numbers)
+        return energy(features, current)
 
     rows = {**ROWS, 5: Row(POSITIVE, 0)}
-    with Injection(unet, guidance=FeatureGuidance(energy), rows=rows):
+    with Injection(unet, guidance=Guided(energy), rows=rows):
         together = predicted(unet(z, t, mark(context, [1, 2, 3, 4])))
         # Two prompts of one picture, joined by AND.
         composed = predicted(unet(z[[0, 0, 2]], t[[0, 0, 2]], mark(context[[0, 1, 2]], [1, 5, 3])))
-    with Injection(unet, guidance=FeatureGuidance(counted), rows=rows):
+    with Injection(unet, guidance=Guided(counted), rows=rows):
         for row in range(4):
             out = predicted(unet(z[row : row + 1], t[row : row + 1], mark(context[row : row + 1], row + 1)))
             torch.testing.assert_close(out[0], together[row], atol=1e-5, rtol=0)
         again = predicted(unet(z[:1], t[:1], mark(context[:1], 1)))
-        assert asked == [[0], [0]]
+        assert asked == [[1], [2]]
         second = predicted(unet(z[:1], t[:1], mark(context[1:2], 5)))
         torch.testing.assert_close(composed[[0, 1]], torch.cat([again, second]), atol=1e-5, rtol=0)
         unet(z[:1] + 0.1, t[:1], mark(context[:1], 1))
@@ -215,22 +246,22 @@ def test_named_arguments_and_plain_tuples(unet: nn.Module) -> None:
         else ("sample", "timestep", "encoder_hidden_states")
     )
     marked = mark(context, [1, 2, 3, 4])
-    with Injection(unet, guidance=FeatureGuidance(energy), rows=ROWS):
+    with Injection(unet, guidance=Guided(energy), rows=ROWS):
         out = predicted(unet(z, t, marked))
         torch.testing.assert_close(predicted(unet(**dict(zip(names, (z, t, marked))))), out)
         if not hasattr(unet, "input_blocks"):
-            assert torch.equal(unet(z, t, marked, return_dict=False)[0], out)
+            torch.testing.assert_close(unet(z, t, marked, return_dict=False)[0], out)
 
 
 def test_an_exception_in_the_energy_leaves_everything_clean(unet: nn.Module) -> None:
     z, t, context = inputs()
     plain = predicted(unet(z, t, context))
 
-    def broken(features: Tensor, rows: list[int], call: Call) -> Tensor:
+    def broken(features: Tensor, current: Pass) -> Tensor:
         assert torch.is_grad_enabled()
         raise RuntimeError("in the energy")
 
-    guidance = FeatureGuidance(broken)
+    guidance = Guided(broken)
     before = len(holding_a_graph())
     with Injection(unet, Adding(0.1), guidance=guidance, rows=ROWS):
         with pytest.raises(RuntimeError, match="in the energy") as caught:
@@ -240,9 +271,9 @@ def test_an_exception_in_the_energy_leaves_everything_clean(unet: nn.Module) -> 
         del caught
         assert len(holding_a_graph()) == before
         assert torch.equal(predicted(unet(z, t, context)), plain)
-        guidance.energy = energy
+        guidance.of = energy
         again = predicted(unet(z, t, mark(context, [1, 2, 3, 4])))
-    with Injection(unet, Adding(0.1), guidance=FeatureGuidance(energy), rows=ROWS):
+    with Injection(unet, Adding(0.1), guidance=Guided(energy), rows=ROWS):
         assert torch.equal(predicted(unet(z, t, mark(context, [1, 2, 3, 4]))), again)
 
 
@@ -259,7 +290,7 @@ def test_an_exception_before_the_features_leaves_the_mode(unet: nn.Module) -> No
             return {"to_q": fail} if site.index == 1 else {}
 
     z, t, context = inputs()
-    with Injection(unet, Failing(), guidance=FeatureGuidance(energy), rows=ROWS):
+    with Injection(unet, Failing(), guidance=Guided(energy), rows=ROWS):
         with pytest.raises(Interrupt):
             unet(z, t, mark(context, [1, 2, 3, 4]))
         assert not torch.is_grad_enabled()
@@ -279,7 +310,7 @@ def test_behind_the_features_no_graph_is_made(unet: nn.Module) -> None:
             return {"": watch} if site.cross else {}
 
     z, t, context = inputs()
-    with Injection(unet, Watching(), guidance=FeatureGuidance(energy), rows=ROWS):
+    with Injection(unet, Watching(), guidance=Guided(energy), rows=ROWS):
         unet(z, t, mark(context, [1, 2, 3, 4]))
     behind = (
         "output_blocks.6.",
@@ -298,7 +329,7 @@ def test_behind_the_features_no_graph_is_made(unet: nn.Module) -> None:
 
 def test_gradients_that_are_not_finite_are_refused(unet: nn.Module) -> None:
     z, t, context = inputs()
-    guidance = FeatureGuidance(lambda features, rows, call: features.flatten(1).sum(dim=1) * torch.inf)
+    guidance = Guided(lambda features, current: features.flatten(1).sum(dim=1) * torch.inf)
     with (
         Injection(unet, guidance=guidance, rows=ROWS),
         pytest.raises(PortraitError, match="infinite or undefined"),
@@ -311,8 +342,8 @@ def test_half_precision_keeps_a_small_gradient() -> None:
     unet = diffusers_unet()
     z, t, context = inputs(2)
     plain = predicted(unet(z, t, context))
-    tiny = FeatureGuidance(lambda *args: 1e-9 * energy(*args), scale=1e9)
-    with Injection(unet, guidance=FeatureGuidance(energy), rows=ROWS):
+    tiny = Guided(lambda *args: 1e-9 * energy(*args), scale=1e9)
+    with Injection(unet, guidance=Guided(energy), rows=ROWS):
         expected = predicted(unet(z, t, mark(context, [1, 2]))) - plain
     z, context, unet = z.half(), context.half(), unet.half()
     plain = predicted(unet(z, t, context))
@@ -325,7 +356,7 @@ def test_a_unet_that_passes_the_block_by_is_refused(unet: nn.Module, monkeypatch
     z, t, context = inputs()
     monkeypatch.setattr(unet, "forward", lambda x, t, context: x)
     with (
-        Injection(unet, guidance=FeatureGuidance(energy), rows=ROWS),
+        Injection(unet, guidance=Guided(energy), rows=ROWS),
         pytest.raises(PortraitError, match="did not run the block"),
     ):
         unet(z, t, mark(context, [1, 2, 3, 4]))

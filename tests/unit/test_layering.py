@@ -54,7 +54,8 @@ ROOMS = {
     "scripts": Room("modules gradio", "lib_portrait.webui lib_portrait.webui.panel"),
     "benchmarks": Room(
         "torch numpy einops ldm omegaconf diffusers transformers safetensors",
-        "lib_portrait.attention lib_portrait.methods lib_portrait.methods.declarations lib_portrait.standalone trainer",
+        "lib_portrait.options lib_portrait.attention lib_portrait.methods lib_portrait.methods.declarations "
+        "lib_portrait.guidance lib_portrait.guidance.options lib_portrait.standalone trainer",
     ),
     "tests.command": Room(),
     "trainer": Room(
@@ -80,7 +81,13 @@ ROOMS = {
         own="lib_portrait.errors lib_portrait.options lib_portrait.request lib_portrait.methods.declarations"
     ),
     "lib_portrait.attention": Room("torch einops", "lib_portrait.errors"),
-    "lib_portrait.guidance": Room("torch", "lib_portrait.errors lib_portrait.attention"),
+    "lib_portrait.guidance": Room(
+        "torch numpy",
+        "lib_portrait.errors lib_portrait.options lib_portrait.attention lib_portrait.faces lib_portrait.methods "
+        "lib_portrait.guidance.options",
+    ),
+    # What is to be known of it where there is no torch.
+    "lib_portrait.guidance.options": Room(own="lib_portrait.options"),
     "lib_portrait.checkpoints": Room(
         SERIALISED,
         "lib_portrait.errors",

@@ -15,6 +15,7 @@ from lib_portrait.methods import declarations
 from lib_portrait.options import Choice, Number, Switch, Word
 
 DEPTH = Number(name="depth", title="Depth", help="how deep", default=1.0, low=0.0, high=3.0, unit="layers")
+ROUNDS = Number(name="rounds", title="Rounds", help="how many", default=3, low=0, high=9, whole=True)
 SIDE = Choice(name="side", title="Side", help="which", default="left", choices={"left": "Left", "right": "Right"})
 ON = Switch(name="on", title="On", help="whether", default=True)
 WORD = Word(name="word", title="Word", help="which one")
@@ -29,6 +30,8 @@ OFF = Switch(name="off", title="Off", help="whether")
         (DEPTH, 10**400, "from 0 to 3"),
         (DEPTH, True, "from 0 to 3"),
         (DEPTH, "1", "from 0 to 3"),
+        (ROUNDS, 2.5, "whole number from 0 to 9"),
+        (ROUNDS, 10, "from 0 to 9"),
         (SIDE, "up", "left, right"),
         (SIDE, ["left"], "left, right"),
         (ON, 1, "true or false"),
@@ -49,7 +52,7 @@ def test_what_is_no_value_of_an_option_is_refused_by_its_path(option, value, rem
         jsonschema.validate(value if value == value else "NaN", option.schema())
 
 
-@pytest.mark.parametrize("option", [DEPTH, SIDE, ON, OFF, WORD])
+@pytest.mark.parametrize("option", [DEPTH, ROUNDS, SIDE, ON, OFF, WORD])
 def test_a_default_is_a_value_by_check_and_by_schema(option):
     assert option.check(option.default, "x") == option.default == option.schema()["default"]
     jsonschema.validate(option.default, option.schema())

@@ -83,6 +83,26 @@ def test_a_vae_that_gives_nan_is_named_and_left_as_it_was(modules: Host, monkeyp
     assert not vae.quant_conv._forward_hooks
 
 
+def test_a_latent_is_decoded_and_what_was_moved_for_it_comes_back(modules: Host) -> None:
+    host = of(modules)
+    latent = torch.full((1, 4, 2, 3), 0.25)
+    latent[0, 0] = -1
+    assert host.picture(latent).shape == (16, 24, 3)
+    assert host.picture(latent)[5, 7].tolist() == [0, 191, 191]
+    calls: list[Any] = []
+    moved = nn.Identity()
+    moved.register_forward_pre_hook(lambda module, args: calls.append(module))
+    moved.diffusion_model = host.unet
+    host.sd_model.model = moved
+    host.picture(latent)
+    assert not calls
+    host.sd_model.lowvram = True
+    host.picture(latent)
+    assert calls == [moved]
+    with pytest.raises(PortraitError, match="VAE gives infinite"):
+        host.picture(latent * torch.nan)
+
+
 def test_the_unet_gets_the_rows_of_the_latent(modules: Host) -> None:
     unet = ldm_unet()
     host = of(modules, unet)
