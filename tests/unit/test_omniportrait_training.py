@@ -80,8 +80,8 @@ class MeanColours:
         return [FaceFeatures(torch.empty(0), torch.empty(0), image=one) for one in halves]
 
 
-def frozen(images: Any, parser: Any = None, **hashes: str) -> FrozenNetworks:
-    return FrozenNetworks(MeanEncoder(), load_tokenizer(), None, {"vae": "v", **hashes}, 0, images, parser)
+def frozen(images: Any, network: Any = None, **hashes: str) -> FrozenNetworks:
+    return FrozenNetworks(MeanEncoder(), load_tokenizer(), None, {"vae": "v", **hashes}, 0, images, network)
 
 
 @pytest.fixture
