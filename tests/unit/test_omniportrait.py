@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import io
 from collections.abc import Callable, Sequence
+from dataclasses import replace
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -10,14 +13,20 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from PIL import Image
+from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from lib_portrait.attention import NEGATIVE, POSITIVE, Injection, Row, find_sites, mark, spatial_shape
 from lib_portrait.attention.rows import word_positions
+from lib_portrait.checkpoints.store import Folders, Store
+from lib_portrait.conditioning import Conditioner
 from lib_portrait.errors import PortraitError
+from lib_portrait.faces import FaceService
 from lib_portrait.faces.features import PictureEncoder
 from lib_portrait.faces.vision import image_tower_from_state_dict
 from lib_portrait.methods.base import Placement, with_words
+from lib_portrait.methods.declarations import adapter_files
 from lib_portrait.methods.omniportrait import (
     METHOD,
     WORDS,
@@ -28,7 +37,11 @@ from lib_portrait.methods.omniportrait import (
     localized_sites,
     shared_out,
 )
+from lib_portrait.request import Identity, Photo, PortraitRequest
+from lib_portrait.standalone.host import encode_prompts
+from lib_portrait.standalone.sampling import Sampling, sample
 from tests.parity.unets import diffusers_unet, ldm_unet, sgm_unet
+from tests.small_networks import small_model
 from tests.unit.test_attention import attributes
 
 LAYOUTS: dict[str, Callable[[], nn.Module]] = {"diffusers": diffusers_unet, "ldm": ldm_unet, "sgm": sgm_unet}
@@ -449,3 +462,56 @@ def test_the_embedding_reads_the_picture_as_it_is_at_other_sizes() -> None:
     pixels = F.interpolate(torch.rand(1, 3, 7, 7), size=(448, 448), mode="bicubic").clamp(0, 1)
     small = F.interpolate(pixels, size=(224, 224), mode="bicubic", antialias=True)
     torch.testing.assert_close(tower.embedding(pixels), tower.embedding(small), atol=1e-5, rtol=1e-5)
+
+
+# ----------------------------------------------------------------------------------------- a request, without the WebUI
+
+
+def aligned(seed: int) -> Photo:
+    pixels = np.random.default_rng(seed).integers(0, 256, (7, 7, 3), np.uint8)
+    stream = io.BytesIO()
+    Image.fromarray(pixels).resize((224, 224), Image.Resampling.BICUBIC).save(stream, "PNG")
+    return Photo.of(stream.getvalue(), aligned=True)
+
+
+def test_a_request_draws_people_where_their_words_are(tmp_path: Path) -> None:
+    """From photos and files to the context that the UNet is called with: each picture of a batch by its own prompt."""
+    tower, model = clip(), small_model()
+    save_file({name: value.contiguous() for name, value in tower.state_dict().items()}, tmp_path / "eye.safetensors")
+    layer = adapter(24)
+    save_file(layer.state_dict(), tmp_path / "omniportrait_small.safetensors", {"vision": "eye.safetensors"})
+    service = FaceService([], tmp_path / "cache")
+    conditioner = Conditioner(service, Store(Folders(own=[tmp_path]), adapter_files(), tmp_path / "cache"))
+    own = {"strength": 1.0, "word": ""}
+    photos = [(aligned(1), aligned(2)), (aligned(3),)]
+    request = PortraitRequest(
+        tuple(Identity(one, options=own) for one in photos), method="omniportrait", checkpoint="small"
+    )
+    made = conditioner.prepare(request, (64, 64))
+    encoder = PictureEncoder(lambda: image_tower_from_state_dict(tower.state_dict()), "hash")
+    for person, theirs in zip(made.people, photos):
+        features = encoder.encode([service.crop(photo, "photo") for photo in theirs])
+        expected = torch.stack([one.image for one in features]).mean(dim=0)
+        torch.testing.assert_close(person.e_ref, expected, atol=1e-5, rtol=1e-5)  # type: ignore[attr-defined]
+    prompts, seen = ["a man and a woman", "girl , a boy"], []
+    handle = model.unet.register_forward_pre_hook(
+        lambda module, args, kwargs: seen.append(args[2] if len(args) > 2 else kwargs["encoder_hidden_states"]),
+        with_kwargs=True,
+    )
+    asked = [Sampling(prompt, width=64, height=64, steps=1) for prompt in prompts]
+    sample(model, asked, made)
+    bare = encode_prompts(model, ["", "", *prompts])
+    # Behind the token that begins a prompt.
+    expected = bare.clone()
+    for row, person, place in ((2, 0, 2), (2, 1, 5), (3, 0, 1), (3, 1, 4)):
+        expected[row, place] = layer(made.people[person].e_ref, bare[row, place])  # type: ignore[attr-defined]
+    torch.testing.assert_close(seen[-1], expected, atol=1e-5, rtol=1e-5)
+    with pytest.raises(PortraitError, match="no word for identity 2 of 2"):
+        sample(model, [*asked, Sampling("two women", width=64, height=64, steps=1)], made)
+    handle.remove()
+    save_file(adapter(25).state_dict(), tmp_path / "omniportrait_other.safetensors", {"vision": "eye.safetensors"})
+    with pytest.raises(PortraitError, match="wants image features of width 25, eye.safetensors gives 24"):
+        conditioner.prepare(replace(request, checkpoint="other"), (64, 64))
+    (tmp_path / "eye.safetensors").unlink()
+    with pytest.raises(PortraitError, match="missing: eye.safetensors"):
+        conditioner.prepare(request, (64, 64))
