@@ -460,7 +460,9 @@ class Store:
         aliases = [alias for weight in known for alias in (weight.filename, *weight.aliases)]
         spellings = {name for alias in aliases for name in _spellings(role, alias)}
         # Where the host keeps its face parser lie its restoration networks too.
-        return (dedicated and role != PARSER.role) or path.name in spellings.union(*(weight.generic for weight in known))
+        return (dedicated and role != PARSER.role) or path.name in spellings.union(
+            *(weight.generic for weight in known)
+        )
 
     def _search(self, role: str, names: Iterable[str]) -> Path | None:
         return _first(self.folders(role), names)

@@ -25,8 +25,8 @@ from tests.unit.test_uniportrait_training import tiny_model
 from trainer.draws import Draws
 from trainer.features import Features, FrozenNetworks, LatentEncoder, features_path, precompute, uncaptioned
 from trainer.loop import Settings, train
-from trainer.pivots import PicturesWithPivots
 from trainer.recipes import omniportrait
+from trainer.recipes.omniportrait_data import PicturesWithPivots
 from trainer.shards import FaceRecord, Record, Shards, encode_png, writing
 
 SIDE, E = 64, 6

@@ -58,7 +58,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
         help="also the latents of the square about each face, of so many pixels; default: none",
     )
     features.add_argument(
-        "--image", type=Path, metavar="FILE", help="whole image encoder, for what OmniPortrait reads of faces"
+        "--image", type=Path, metavar="FILE", help="image encoder whose embedding of each whole face is wanted"
     )
     features.add_argument(
         "--parser",

@@ -36,7 +36,7 @@ from trainer.drawing import STEPS, ddim_sample, guided
 from trainer.draws import Draws
 from trainer.features import uncaptioned
 from trainer.loop import Recipe, Settings
-from trainer.pivots import PicturesWithPivots
+from trainer.recipes.omniportrait_data import PicturesWithPivots
 from trainer.shards import Shards
 
 CAPTION_DROPPED = ID_DROPPED = 0.1
