@@ -266,7 +266,8 @@ class FeatureGuidance(ABC):
 
         def features(host: Callable[..., Tensor], *args: Any, **kwargs: Any) -> Tensor:
             activations = host(*args, **kwargs)
-            if not (under_way and under_way[0].running):
+            # Without a graph it is another pass, as ControlNet's "reference" has one of its own in front.
+            if not (under_way and under_way[0].running and activations.requires_grad):
                 return activations
             current = under_way[0]
             # Where nothing was kept for the gradient, it runs the blocks again.
@@ -277,13 +278,13 @@ class FeatureGuidance(ABC):
             return activations.detach()
 
         def attention(site: Site, host: Callable[..., Tensor], *args: Any, **kwargs: Any) -> Tensor:
-            if not (under_way and under_way[0].running):
+            if not (under_way and under_way[0].running and _given(args, kwargs).requires_grad):
                 return host(*args, **kwargs)
             if self.looks:
                 self.look(site, *site.arguments(args, kwargs), under_way[0])
             out = _plain_attention(site, args, kwargs) if self._plain else host(*args, **kwargs)
             ran.add(site.index)
-            if not out.requires_grad and _given(args, kwargs).requires_grad:
+            if not out.requires_grad:
                 raise _Undifferentiable(f"{site.path} has no derivative")
             return out
 
