@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import importlib
 
-BENCHES = ("step", "guidance", "start", "train")
+BENCHES = ("step", "guidance", "energy", "start", "train")
 
 
 def run(name: str, arguments: list[str]) -> int:

@@ -2,6 +2,7 @@
 
 portrait.py bench step     cost of a UNet step with 1, 2, 4 and 8 people beside a bare one
 portrait.py bench guidance cost of a UNet step with RB-Guidance beside a bare one
+portrait.py bench energy   in how many runs of the embedded world RB-Guidance lowers its energy
 portrait.py bench train    samples a second of the training loop beside its frozen UNet alone
 portrait.py bench start    what the extension adds to the start of a WebUI
 """

@@ -17,6 +17,7 @@ part of it. "peak" is of the process in MiB (of the accelerator, where there is 
 from __future__ import annotations
 
 import argparse
+import functools
 import json
 import multiprocessing
 import resource
@@ -63,12 +64,11 @@ class Bench:
 
     def __post_init__(self) -> None:
         torch.manual_seed(0)
-        made = {"device": self.device, "dtype": self.dtype}
         self.alphas_cumprod = torch.linspace(0.9991, 0.0047, T)
         self.prediction = "epsilon"
         self.state = 0
-        self.x = torch.randn(1, 4, self.size, self.size).to(**made).repeat(2, 1, 1, 1)
-        self.context = torch.randn(2, 77, WIDTH).to(**made)
+        self.x = torch.randn(1, 4, self.size, self.size).to(self.device, self.dtype).repeat(2, 1, 1, 1)
+        self.context = torch.randn(2, 77, WIDTH).to(self.device, self.dtype)
         self.marked = torch.cat([mark(self.context[:1], NEGATIVE), mark(self.context[1:], POSITIVE)])
 
     def latent(self, picture: np.ndarray) -> Tensor:
@@ -96,6 +96,8 @@ class Bench:
         mask = np.zeros((side, side), bool)
         mask[side // 4 : 3 * side // 4, side // 4 : 3 * side // 4] = True
         picture = np.zeros((side, side, 3), np.uint8)
+        # What is kept of references is another's.
+        self.state += 1
         options = {**defaults(OPTIONS), "checkpointing": checkpointing}
         made = ReferenceGuidance([GuidedPerson((picture,), (mask,), REGION)], options)
         made.begin()
@@ -130,7 +132,6 @@ class Bench:
     def _second_pass(self, truncated: bool) -> Callable[[float], None]:
         path = decoder_blocks(self.unet)[1]
         side = self.size // 2
-        reference = torch.randn(side * side // 4, 1280, device=self.device)
         inside = torch.zeros(side, side, dtype=torch.bool, device=self.device)
         inside[side // 5 : 3 * side // 5, 3 * side // 10 : 7 * side // 10] = True
         kept: list[Tensor] = []
@@ -152,6 +153,7 @@ class Bench:
                 finally:
                     hook.remove()
                 generated = kept.pop()[0].float()[:, inside].T
+                reference = torch.randn(side * side // 4, generated.shape[1], device=self.device)
                 matched, _ = match(reference, generated)
                 torch.autograd.grad(energy(similarity(reference, generated[matched]), 8.5), leaf)
             self.wait()
@@ -239,8 +241,8 @@ def _picture(bench: Bench, steps: int, begin: float) -> tuple[float, Any]:
     bare, own = 0.0, seconds(bench.guidance)
     with bench.stepping("guided") as step:
         for t in times:
-            bare += seconds(lambda t=t: bench.bare(t))
-            own += seconds(lambda t=t: step(t) if t <= begin * T else bench.bare(t))
+            bare += seconds(functools.partial(bench.bare, t))
+            own += seconds(functools.partial(step if t <= begin * T else bench.bare, t))
     return own / bare, {"steps": steps, "guided": sum(t <= begin * T for t in times), "bare": round(bare, 3)}
 
 

@@ -82,7 +82,7 @@ def seconds(run: Callable[[], object]) -> float:
 
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="portrait.py bench step", description=__doc__)
-    methods = [one.name for one in declarations()]
+    methods = [one.name for one in declarations() if one.has_adapter]
     parser.add_argument("--method", choices=methods, default=methods[0], help=f"default {methods[0]}")
     parser.add_argument("--pairs", type=int, default=7, help="pairs of runs for each number of people (at least 5)")
     parser.add_argument("--ids", type=int, nargs="+", default=[1, 2, 4, 8], help="numbers of people")

@@ -29,7 +29,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 from transformers import CLIPTextConfig, CLIPTextModel
 
-from lib_portrait.methods.declarations import NAMES
+from lib_portrait.methods.declarations import ADAPTED
 from lib_portrait.standalone import layout
 from lib_portrait.standalone.model import load_model, make_model, save_model
 from trainer.architectures import world_text_encoder, world_unet, world_vae
@@ -209,7 +209,7 @@ def alone(which: str, folder: Path, options: argparse.Namespace) -> int:
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="portrait.py bench train", description=__doc__)
     parser.add_argument("--model", choices=sorted(SHAPES), default="world", help="whose sizes; default world")
-    parser.add_argument("--method", choices=NAMES, default=NAMES[0], help=f"whose recipe; default {NAMES[0]}")
+    parser.add_argument("--method", choices=ADAPTED, default=ADAPTED[0], help=f"whose recipe; default {ADAPTED[0]}")
     parser.add_argument("--batch", type=int, default=16)
     parser.add_argument("--steps", type=int, default=5, help="steps of each of a pair")
     parser.add_argument("--pairs", type=int, default=7, help="pairs of runs (at least 5)")

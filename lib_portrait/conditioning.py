@@ -6,14 +6,14 @@ Both hosts come through here, so that a request means the same in the WebUI and 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, cast
 
 import torch
 
 from lib_portrait.attention import RoutingMaps, Site, regions
-from lib_portrait.checkpoints.store import Kit, Store
+from lib_portrait.checkpoints.store import AUTOMATIC, Kit, Store
 from lib_portrait.errors import Notice, PortraitError
 from lib_portrait.faces.features import Encoder, FaceEncoder, PictureEncoder
 from lib_portrait.faces.recognition import Backbone, backbone_from_state_dict
@@ -25,12 +25,18 @@ from lib_portrait.faces.vision import (
     image_tower_from_state_dict,
     vision_from_state_dict,
 )
+from lib_portrait.guidance.options import OPTIONS, STRENGTH
+from lib_portrait.guidance.reference import GuidedPerson, Locate, ReferenceGuidance
 from lib_portrait.methods.base import Method, Person, Placement, Rule, method
-from lib_portrait.request import Identity, Photo, PortraitRequest, Region
+from lib_portrait.options import defaults
+from lib_portrait.request import Guidance, Identity, Photo, PortraitRequest, Region
 
 # How far a mask's aspect ratio may be from the picture's: pictures are rounded to multiples of 8.
 ASPECT_TOLERANCE = 0.04
 
+
+# References are squares of multiples of so many pixels: all of a UNet's levels are whole then.
+GRID = 64
 
 # Which network gives which features of a face.
 NETWORK_OF = {"intrinsic": "backbone", "structure": "vision", "image": "vision"}
@@ -40,7 +46,9 @@ NETWORK_OF = {"intrinsic": "backbone", "structure": "vision", "image": "vision"}
 class Conditioning:
     """A request made ready: the method's adapter, and what its rule needs of each identity, in the request's order.
 
-    kit: the files it is made with. notices: what the user should know of it.
+    kit: the files it is made with. notices: what the user should know of it. guided: for reference guidance, where it
+    is switched on, what it needs of each identity. locate: finds faces in a picture that is drawn, see
+    `guidance.reference.Locate`.
     """
 
     request: PortraitRequest
@@ -49,6 +57,8 @@ class Conditioning:
     adapter: Any
     people: tuple[Person, ...]
     notices: tuple[Notice, ...] = ()
+    guided: tuple[GuidedPerson, ...] = ()
+    locate: Locate | None = None
 
     def check_fits(self, sites: Sequence[Site]) -> None:
         """Raises PortraitError unless the adapter was made for a UNet with these attention sites."""
@@ -63,6 +73,13 @@ class Conditioning:
         rule = self.method.rule(self.adapter, self.people, self.request.options)
         rule.routing = routing
         return rule
+
+    def guidance(self, rule: Rule[Any]) -> ReferenceGuidance | None:
+        """The request's reference guidance beside its rule for the same UNet; None where it has none."""
+        wanted = self.request.guidance
+        if not wanted.enabled:
+            return None
+        return ReferenceGuidance(self.guided, wanted.values({}), rule, self.locate)
 
 
 class Conditioner:
@@ -83,12 +100,32 @@ class Conditioner:
 
         Raises PortraitError, and loads nothing but the face detector.
         """
-        kit = self.store.kit(request.checkpoint, request.method)
+        kit = self.kit(request)
         kit.check_people(len(request.identities))
         for i, identity in enumerate(request.identities):
             for field, photo in _photos(identity, f"identities[{i}]"):
                 self.faces.crop(photo, field)
         return kit
+
+    def kit(self, request: PortraitRequest) -> Kit:
+        """The request's weight files: none, under the name "automatic", where its method has no adapter. Raises
+        PortraitError as `Store.kit` does."""
+        if not request.declaration.has_adapter:
+            return Kit(AUTOMATIC, request.method, {})
+        return self.store.kit(request.checkpoint, request.method)
+
+    def resolved(self, request: PortraitRequest, base: Path | None) -> PortraitRequest:
+        """The request with all that a kit says of reference guidance where the request leaves it open.
+
+        base: the checkpoint's file. Of its other options those are named that are not the defaults. Raises
+        PortraitError as `check` does for weight files.
+        """
+        if not request.guidance.enabled:
+            return request
+        kit = self.store.guidance(self.kit(request).manifest, base)
+        values, plain = request.guidance.values(kit), defaults(OPTIONS)
+        said = {name: value for name, value in values.items() if name in kit or value != plain[name]}
+        return replace(request, guidance=Guidance(True, said))
 
     # Networks are made with random weights before their own are read, and a host draws from the same random numbers.
     @torch.random.fork_rng(devices=())
@@ -100,9 +137,12 @@ class Conditioner:
         device: torch.device | str = "cpu",
         dtype: torch.dtype = torch.float32,
         report: Callable[[str], None] = lambda text: None,
+        sampled: tuple[int, int] | None = None,
+        base: Path | None = None,
     ) -> Conditioning:
         """The request's conditioning for finished pictures of `size` (width, height) pixels, or of that proportion.
 
+        sampled: width and height in pixels of what is sampled, None where it is the same. base: the checkpoint's file.
         device, dtype: where and in what the face networks run. report: told what is being done, before it takes long.
         Raises PortraitError naming the photo, mask or file at fault: no face, unknown hash, missing or foreign weights,
         weights that do not belong together.
@@ -110,6 +150,7 @@ class Conditioner:
         # The cheap checks of the whole request come before the networks are loaded.
         report("finding faces")
         kit = self.check(request)
+        request = self.resolved(request, base)
         places = [
             self._region(identity.region, f"identities[{i}].region", size)
             for i, identity in enumerate(request.identities)
@@ -120,6 +161,10 @@ class Conditioner:
         for i, identity in enumerate(request.identities):
             for field, photo in _photos(identity, f"identities[{i}]"):
                 notices += self.faces.notices(photo, field)
+        guided: tuple[GuidedPerson, ...] = ()
+        if request.guidance.enabled:
+            guided, told = self._guided(request, places, min(sampled or size))
+            notices += told
         adapter = self._load_adapter(used, kit, report)
         encoder = self._encoder(kit, device, dtype, report) if used.declaration.encoders else None
         try:
@@ -135,7 +180,26 @@ class Conditioner:
             if self._networks is not None:
                 for network in self._networks[1]:
                     network.to("cpu")
-        return Conditioning(request, kit, used, adapter, tuple(people), tuple(notices))
+        return Conditioning(request, kit, used, adapter, tuple(people), tuple(notices), guided, self.faces.ovals)
+
+    def _guided(
+        self, request: PortraitRequest, places: Sequence[regions.Region | None], side: int
+    ) -> tuple[tuple[GuidedPerson, ...], list[Notice]]:
+        """Everybody for reference guidance, with references about as large as what is sampled; and what the user should
+        know of it. side: its shorter one, in pixels."""
+        side = max(side // GRID, 1) * GRID
+        people, notices = [], []
+        for i, (identity, place) in enumerate(zip(request.identities, places, strict=True)):
+            found = [
+                self.faces.reference(photo, f"identities[{i}].photos[{j}]", side)
+                for j, photo in enumerate(identity.photos if identity.guided else ())
+            ]
+            notices += [Notice("guidance", one.how) for one in found if not one.parsed]
+            pictures, masks = tuple(one.picture for one in found), tuple(one.mask for one in found)
+            people.append(GuidedPerson(pictures, masks, place, identity.guided))
+        if request.guidance.values({})[STRENGTH.name] == 0:
+            notices.append(Notice(f"guidance.{STRENGTH.name}", "a strength of 0 leaves reference guidance out"))
+        return tuple(people), list(dict.fromkeys(notices))
 
     def _faces(self, identity: Identity, path: str, encoder: Encoder | None) -> IdentityFaces:
         def references(photos: Sequence[Photo], field: str) -> tuple[Reference, ...]:

@@ -10,6 +10,7 @@ from urllib.parse import quote, unquote
 
 from lib_portrait import options as declared
 from lib_portrait.errors import PortraitError
+from lib_portrait.guidance.options import GUIDED, OPTIONS
 from lib_portrait.methods.declarations import Declaration, declaration
 from lib_portrait.options import Option, Value, number_as_text, shown
 from lib_portrait.request import (
@@ -27,6 +28,7 @@ from lib_portrait.request import (
 )
 
 _CHOSEN = " (automatic)"
+_GUIDANCE = "guidance"
 _UNCHANGED = "Paste the generation parameters unchanged."
 
 
@@ -38,8 +40,10 @@ def to_infotext(request: PortraitRequest, adapter: str | None = None) -> str:
 
     Parts are divided by " | ": what concerns all people, then one part a person. Within a part "; " divides what
     differs from the defaults, under the request's names, boxes as fractions; photos are the first digits of their
-    hashes, with "#1" for the second face from the left and "#aligned" as on the command line. There is no comma, colon
-    or line break, so that the host adds no quotation marks and escapes (modules/infotext_utils.py: quote).
+    hashes, with "#1" for the second face from the left and "#aligned" as on the command line. Where reference guidance
+    is switched on there are the clause "guidance" and one for each of its options that was given,
+    "guidance.strength 9", also where that is the default, for a kit may say otherwise. There is no comma, colon or line
+    break, so that the host adds no quotation marks and escapes (modules/infotext_utils.py: quote).
     """
     name = adapter if adapter is not None and request.checkpoint == AUTOMATIC else request.checkpoint
     clauses = [request.method]
@@ -48,13 +52,18 @@ def to_infotext(request: PortraitRequest, adapter: str | None = None) -> str:
         clauses.append(f"adapter {escaped}{_CHOSEN if request.checkpoint == AUTOMATIC else ''}")
     one = request.declaration
     clauses += _options_as_text(one.options, request.options)
+    if request.guidance.enabled:
+        given = request.guidance.options
+        said = [option.to_text(given[option.name]) for option in OPTIONS if option.name in given]
+        clauses += [_GUIDANCE, *(f"{_GUIDANCE}.{clause}" for clause in said)]
     people = (_identity_as_text(identity, one) for identity in request.identities)
     return " | ".join(["; ".join(clauses), *people])
 
 
 def _identity_as_text(identity: Identity, one: Declaration) -> str:
     clauses = [_photos_as_text(identity.photos), *_options_as_text(one.identity_options, identity.options)]
-    clauses += _options_as_text((START, END), {"start": identity.start, "end": identity.end})
+    window = {"start": identity.start, "end": identity.end}
+    clauses += _options_as_text((START, END, GUIDED), {**window, "guided": identity.guided})
     if identity.region is not None and identity.region.box is not None:
         clauses.append(" ".join(["box", *map(number_as_text, identity.region.box)]))
     if identity.region is not None and identity.region.mask is not None:
@@ -97,14 +106,20 @@ def _request_from_text(text: str) -> dict[str, Any]:
     one = declaration(method)
     identities = [_identity_from_text(person, one) for person in people]
     request: dict[str, Any] = {"method": method, "identities": identities}
+    guidance: dict[str, Any] = {}
     for name, value in clauses:
-        if name in request:
+        part, _, inner = name.partition(".")
+        if name in request or (part == _GUIDANCE and (inner or "enabled") in guidance):
             raise _not_understood(f"{name} {value}")
-        if name == "adapter" and "checkpoint" not in request:
+        if name == _GUIDANCE and not value:
+            guidance["enabled"] = True
+        elif part == _GUIDANCE and inner:
+            guidance[inner] = _option_from_text(OPTIONS, inner, value)
+        elif name == "adapter" and "checkpoint" not in request:
             request["checkpoint"] = unquote(value.removesuffix(_CHOSEN))
         else:
             request[name] = _option_from_text(one.options, name, value)
-    return request
+    return {**request, _GUIDANCE: guidance} if guidance else request
 
 
 def _identity_from_text(text: str, one: Declaration) -> dict[str, Any]:
@@ -123,7 +138,7 @@ def _identity_from_text(text: str, one: Declaration) -> dict[str, Any]:
         elif name == "mask" and len(masks := _photos_from_text(value)) == 1:
             region["mask"] = masks[0]
         else:
-            identity[name] = _option_from_text((*one.identity_options, START, END), name, value)
+            identity[name] = _option_from_text((*one.identity_options, START, END, GUIDED), name, value)
     if mixes:
         identity["mix"] = mixes
     return {**identity, "region": region or None}

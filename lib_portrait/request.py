@@ -20,6 +20,7 @@ from typing import Any
 
 from lib_portrait import options as declared
 from lib_portrait.errors import PortraitError
+from lib_portrait.guidance.options import GUIDED, OPTIONS
 from lib_portrait.methods import declarations
 from lib_portrait.methods.declarations import Declaration, declaration
 from lib_portrait.options import Number, Option, Value, boolean, finite, shown
@@ -127,6 +128,7 @@ class Identity:
     """One person of the request.
 
     start, end: the window of the sampling in which it takes part, in shares of the steps, 0 to 1.
+    guided: whether reference guidance, where the request has any, acts on it.
     options: what its method lets people choose for each identity, by name.
     """
 
@@ -135,7 +137,32 @@ class Identity:
     end: float = END.default
     region: Region | None = None
     mix: tuple[Mix, ...] = ()
+    guided: bool = GUIDED.default
     options: Mapping[str, Value] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Guidance:
+    """Reference guidance, beside the method or alone. Raises PortraitError for options that it does not have.
+
+    options: those of `guidance.options` that were given, by name; the kit, or they themselves, say what the others are.
+    What is switched off has none.
+    """
+
+    enabled: bool = False
+    options: Mapping[str, Value] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        known = [option.name for option in OPTIONS]
+        for name in self.options:
+            if name not in known:
+                raise PortraitError(f"guidance.{name}", "there is no such option", f"There are: {', '.join(known)}.")
+        if not self.enabled:
+            object.__setattr__(self, "options", {})
+
+    def values(self, kit: Mapping[str, Value]) -> dict[str, Value]:
+        """Of all options, by name. kit: what the makers of a kit found to work, for those that were not given."""
+        return {**declared.defaults(OPTIONS), **kit, **self.options}
 
 
 @dataclass(frozen=True)
@@ -151,6 +178,7 @@ class PortraitRequest:
     enabled: bool = True
     method: str = declarations.NAMES[0]
     checkpoint: str = AUTOMATIC
+    guidance: Guidance = Guidance()
     options: Mapping[str, Value] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
@@ -193,7 +221,8 @@ def parse_request(value: Any, limits: Limits | None = None) -> PortraitRequest:
     """A checked request from its JSON form (a mapping, as `json.loads` gives it).
 
     Missing keys take their defaults; unknown keys, wrong types, non-finite or out-of-range numbers raise
-    PortraitError naming the key. An enabled request needs at least one identity, an identity at least one photo.
+    PortraitError naming the key. An enabled request needs at least one identity, an identity at least one photo, and
+    reference guidance somebody to act on; it must be switched on where the method draws nobody by itself.
     """
     limits = limits or Limits()
     # Which keys there are is known once the method is.
@@ -210,13 +239,48 @@ def parse_request(value: Any, limits: Limits | None = None) -> PortraitRequest:
         )
     if enabled and not listed:
         raise PortraitError("identities", "the list is empty", "Add at least one identity with a photo, or disable.")
-    return PortraitRequest(
+    request = PortraitRequest(
         identities=tuple(_identity(item, f"identities[{i}]", one, limits) for i, item in enumerate(listed)),
         enabled=enabled,
         method=method,
         checkpoint=_name(data.get("checkpoint", AUTOMATIC), "checkpoint", limits),
+        guidance=_guidance(data.get("guidance", {"enabled": False})),
         options=_options(one.options, data, ""),
     )
+    if enabled:
+        _check_somebody_is_drawn(request)
+    return request
+
+
+def _guidance(value: Any) -> Guidance:
+    data = _object(value, "guidance", ["enabled", *(option.name for option in OPTIONS)])
+    enabled = boolean(data.get("enabled", True), "guidance.enabled")
+    given = [option for option in OPTIONS if option.name in data]
+    return Guidance(enabled, {one.name: one.check(data[one.name], f"guidance.{one.name}") for one in given})
+
+
+def _check_somebody_is_drawn(request: PortraitRequest) -> None:
+    """Raises PortraitError for guidance of nobody, and where neither the method nor guidance draws somebody."""
+    one, guided = request.declaration, [identity.guided for identity in request.identities]
+    if not one.has_adapter:
+        if request.checkpoint != AUTOMATIC:
+            raise PortraitError("checkpoint", f"{one.title} has no adapters", f'Leave it out, or give "{AUTOMATIC}".')
+        if not request.guidance.enabled:
+            raise PortraitError(
+                "guidance",
+                f"it is switched off, and nothing else draws anybody with the method {one.title}",
+                "Switch reference guidance on, or choose another method.",
+            )
+        if not all(guided):
+            raise PortraitError(
+                f"identities[{guided.index(False)}].{GUIDED.name}",
+                f"nothing else draws this person with the method {one.title}",
+                "Let reference guidance act on this person, leave them out, or choose another method.",
+            )
+    if request.guidance.enabled and not any(guided):
+        raise PortraitError(
+            "guidance", "it acts on nobody", "Let it act on somebody who is to be drawn, or switch it off."
+        )
 
 
 def request_keys(one: Declaration) -> list[str]:
@@ -250,6 +314,7 @@ def _identity(value: Any, path: str, one: Declaration, limits: Limits) -> Identi
         end=end,
         region=_region(data.get("region"), f"{path}.region", limits),
         mix=tuple(_mix(item, f"{path}.mix[{i}]", limits) for i, item in enumerate(mixes)),
+        guided=GUIDED.check(data.get(GUIDED.name, GUIDED.default), f"{path}.{GUIDED.name}"),
         options=_options(one.identity_options, data, path),
     )
     if identity.start >= identity.end:
@@ -428,6 +493,8 @@ def to_json(request: PortraitRequest) -> dict[str, Any]:
             return photo
         if isinstance(value, tuple):
             return [plain(item) for item in value]
+        if isinstance(value, Guidance):
+            return {"enabled": value.enabled, **value.options}
         if dataclasses.is_dataclass(value):
             kept: dict[str, Any] = {}
             for item in dataclasses.fields(value):
@@ -486,15 +553,26 @@ def json_schema(limits: Limits | None = None) -> dict[str, Any]:
             "description": "a name that /portrait/models lists",
         },
     }
-    own = {"photos": photos, **_schemas((START, END)), "region": region}
+    guidance = {
+        **_strict({"enabled": {"type": "boolean", "default": True}, **_schemas(OPTIONS)}, []),
+        "default": {"enabled": False},
+        "description": "reference guidance (RB-Guidance of OmniPortrait); what is left out is as the kit says, else as "
+        "the defaults here",
+    }
+    own = {"photos": photos, **_schemas((START, END, GUIDED)), "region": region}
 
     def of(one: Declaration) -> dict[str, Any]:
         person = {**own, **({"mix": mix} if one.mixes else {}), **_schemas(one.identity_options)}
         people = {"type": "array", "items": _strict(person, ["photos"]), "maxItems": limits.identities, "default": []}
         method = {"const": one.name, "description": one.title}
         default = one.name == declarations.NAMES[0]
-        properties = {"method": {**method, "default": one.name} if default else method, **common, "identities": people}
-        schema = _strict({**properties, **_schemas(one.options)}, [] if default else ["method"])
+        properties = {"method": {**method, "default": one.name} if default else method, **common}
+        required = [] if default else ["method"]
+        if not one.has_adapter:
+            properties["checkpoint"] = {"const": AUTOMATIC, "default": AUTOMATIC}
+            required.append("guidance")
+        properties |= {"identities": people, "guidance": guidance}
+        schema = _strict({**properties, **_schemas(one.options)}, required)
         return {"title": one.title, **schema}
 
     return {

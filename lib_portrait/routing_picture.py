@@ -119,7 +119,7 @@ def _outlines(owners: np.ndarray, thickness: int) -> np.ndarray:
 
 def _number_areas(picture: Image.Image, owners: np.ndarray, legend: Legend) -> None:
     """Writes each person's number where their area is widest."""
-    height = _text_height(picture.width)
+    height = text_height(picture.width)
     font, draw = legend.font(height), ImageDraw.Draw(picture)
     for i, number in enumerate(legend.numbers):
         area = owners == i
@@ -136,7 +136,7 @@ def _number_areas(picture: Image.Image, owners: np.ndarray, legend: Legend) -> N
 
 def _with_legend(picture: Image.Image, parts: Sequence[float], legend: Legend) -> Image.Image:
     """The picture with everybody's colour, name and part of what was sampled below it."""
-    height = _text_height(picture.width)
+    height = text_height(picture.width)
     font, gap = legend.font(height), height // 2
     colours = [*(colour_of(number) for number in legend.numbers), GREY]
     entries = [
@@ -164,5 +164,6 @@ def _with_legend(picture: Image.Image, parts: Sequence[float], legend: Legend) -
     return paper
 
 
-def _text_height(width: int) -> int:
+def text_height(width: int) -> int:
+    """Of the text below pictures of this width, in pixels."""
     return min(max(round(width * TEXT_SHARE), SMALLEST_TEXT), LARGEST_TEXT)

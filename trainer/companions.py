@@ -115,7 +115,9 @@ def of_base(checkpoint: Path, model: Model, licence: str | None, folders: Sequen
     }
     kit = _store([checkpoint.parent, *folders]).trained_on(checkpoint)
     if kit is not None:
-        entries |= {name: getattr(kit, name) for name in ("detector", "measuring", "attributes", "sampling")}
+        entries |= {
+            name: getattr(kit, name) for name in ("detector", "measuring", "attributes", "sampling", "guidance")
+        }
         entries["licence"] = licence or kit.licence
     return entries
 

@@ -65,7 +65,7 @@ def rules(
                 adapter.properties = Properties(**case)
                 adapter.kept.clear()
                 rule = FusionRule(adapter, people)
-                rule.prepare(_Host(unet, sites))
+                rule.prepare(_Host(unet, sites))  # type: ignore[arg-type]
                 return rule
 
             yield {"ids": count, **case}, make

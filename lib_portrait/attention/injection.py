@@ -8,7 +8,7 @@ are never touched, so attention optimisations, LoRA, tiling and the like go on w
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Hashable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from types import TracebackType
 from typing import Any, Protocol, runtime_checkable
@@ -35,8 +35,8 @@ class Call:
     means.
     latent: (height, width) of the call's latent. progress: how far the sampling has come, 0 to 1.
     host_state: changes whenever the host may compute something else from the same weights.
-    visited: sites at which the rule did its work in this call. repeated: whether what runs has run before in this call,
-    as guidance has it; who counts or averages what is seen leaves it out.
+    visited: sites at which the rule did its work in this call. repeated: those that have run in this call before, or
+    will run again, as guidance has it; who counts or averages what is seen leaves them out.
     """
 
     numbers: list[int] | None = None
@@ -45,7 +45,7 @@ class Call:
     progress: float = 0.0
     host_state: Hashable = None
     visited: set[int] = field(default_factory=set)
-    repeated: bool = False
+    repeated: frozenset[int] = frozenset()
 
     @property
     def rows(self) -> list[Row]:
@@ -75,7 +75,7 @@ class Call:
         self.table, self.latent, self.progress = call.table, call.latent, call.progress
         self.host_state = call.host_state
         self.visited.clear()
-        self.repeated = False
+        self.repeated = frozenset()
 
 
 class Rule(Protocol):
@@ -295,17 +295,18 @@ class Injection:
             yield
 
     @contextlib.contextmanager
-    def repeated(self) -> Iterator[None]:
-        """While what has run in the call already runs again."""
+    def repeated(self, sites: Collection[int] | None = None) -> Iterator[None]:
+        """While sites run that have run in the call already, or will do so for certain: these ones, or all."""
         calls = [part.call for part in self._parts]
         before = [call.repeated for call in calls]
+        now = frozenset((site.index for site in self.sites) if sites is None else sites)
         for call in calls:
-            call.repeated = True
+            call.repeated |= now
         try:
             yield
         finally:
-            for call, value in zip(calls, before, strict=True):
-                call.repeated = value
+            for call, own in zip(calls, before, strict=True):
+                call.repeated = own
 
     @contextlib.contextmanager
     def _numbered(self, numbers: Callable[[Call], list[int] | None]) -> Iterator[None]:

@@ -31,7 +31,7 @@ class RoutingMaps:
 
     def add(self, site: Site, call: Call, pictures: Sequence[int], shares: Tensor) -> None:
         """shares (rows, n, N) of the positive rows of a call; pictures: the number of each row's picture."""
-        if call.repeated:
+        if site.index in call.repeated:
             return
         h, w = call.shape_at(site, shares.shape[1])
         maps = shares.detach().float().transpose(1, 2).unflatten(-1, (h, w))

@@ -90,13 +90,14 @@ class AdapterFiles:
     """The weights of a method.
 
     method, title: its name in manifests and requests, and for people. parts: the files of an adapter; where the first
-    is, an adapter is. encoders: roles of the networks of faces that it reads. published: files to be downloaded, parts
-    and encoders. kit: the manifest of the published adapter, None where none is published.
+    is, an adapter is; none for a method without weights, which is no matter of a store. encoders: roles of the networks
+    of faces that it reads. published: files to be downloaded, parts and encoders. kit: the manifest of the published
+    adapter, None where none is published.
     """
 
     method: str
     title: str
-    parts: tuple[AdapterFile, ...]
+    parts: tuple[AdapterFile, ...] = ()
     encoders: tuple[str, ...] = ()
     published: tuple[KnownWeight, ...] = ()
     kit: Manifest | None = None

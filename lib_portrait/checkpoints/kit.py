@@ -17,6 +17,8 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from lib_portrait.errors import PortraitError
+from lib_portrait.guidance.options import OPTIONS
+from lib_portrait.options import Value, by_name
 
 FORMAT = 1
 ALONE = "kit.json"
@@ -72,7 +74,8 @@ class Manifest:
     adapter: bare file names by role. encoders: by role, those that the adapter was trained with. detector: finds faces
     in pictures of this kind. measuring: a recognition network that took no part in the training. attributes: a network
     that tells what such pictures show. base: the checkpoint that was trained on. picture: width and height in pixels.
-    training: facts of the training, for people.
+    guidance: options of reference guidance by name, as they were found to work on the base. training: facts of the
+    training, for people.
     """
 
     name: str
@@ -86,6 +89,7 @@ class Manifest:
     text_encoder: TextEncoder | None = None
     picture: tuple[int, int] | None = None
     sampling: Sampling | None = None
+    guidance: Mapping[str, Value] = field(default_factory=dict)
     licence: str | None = None
     training: Mapping[str, str] = field(default_factory=dict)
 
@@ -163,6 +167,7 @@ def parse(data: bytes, at: str = ALONE) -> Manifest:
         text_encoder=entries.take("text_encoder", _text_encoder, None),
         picture=entries.take("picture", _picture, None),
         sampling=entries.take("sampling", _sampling, None),
+        guidance=entries.take("guidance", _guidance, {}),
         licence=entries.take("licence", _text, None),
         training=entries.take("training", _facts, {}),
     )
@@ -185,6 +190,7 @@ def dump(manifest: Manifest) -> bytes:
         stored[name] = _known(vars(part)) if part is not None else None
     if manifest.picture is not None:
         stored["picture"] = dict(zip(("width", "height"), manifest.picture))
+    stored["guidance"] = dict(sorted(manifest.guidance.items()))
     stored["licence"] = manifest.licence
     stored["training"] = dict(sorted(manifest.training.items()))
     # Whoever reads it should be able to: text that has no UTF-8 is refused by what follows.
@@ -314,6 +320,20 @@ def _sampling(value: Any, at: str) -> Sampling:
     sampling = Sampling(entries.take("sampler", _text), entries.take("steps", _whole), entries.take("cfg", _scale))
     entries.end()
     return sampling
+
+
+def _guidance(value: Any, at: str) -> dict[str, Value]:
+    _nested(value, at)
+    found: dict[str, Value] = {}
+    for name, given in value.items():
+        option = by_name(OPTIONS, name)
+        if option is None:
+            raise _bad(at, f"{_shown(name)} is no option of reference guidance")
+        try:
+            found[name] = option.check(given, f"{at}.{name}")
+        except PortraitError as error:
+            raise _bad(error.field, error.problem) from None
+    return found
 
 
 def _facts(value: Any, at: str) -> dict[str, str]:

@@ -34,6 +34,7 @@ from lib_portrait.checkpoints.kit import (
 )
 from lib_portrait.checkpoints.registry import PARSER, Registry
 from lib_portrait.errors import PortraitError
+from lib_portrait.options import Value
 
 AUTOMATIC = "automatic"
 IMAGE_ENCODER = "image_encoder"
@@ -146,6 +147,13 @@ class Store:
             if manifest.base is not None and self._is(checkpoint, manifest.base)
         ]
         return min(found, key=lambda manifest: manifest.sampling is None, default=None)
+
+    def guidance(self, manifest: Manifest | None, checkpoint: Path | None) -> Mapping[str, Value]:
+        """What of reference guidance was found to work: as an adapter's manifest says, else the one of the kit that was
+        made on the checkpoint's file; nothing where neither does."""
+        if manifest is None or not manifest.guidance:
+            manifest = self.trained_on(checkpoint) if checkpoint is not None else None
+        return manifest.guidance if manifest is not None else {}
 
     def automatic(
         self, base: Path | None = None, text_encoder: TextEncoder | None = None, method: str | None = None

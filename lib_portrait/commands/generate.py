@@ -25,6 +25,7 @@ from pathlib import Path
 from typing import Any
 
 from lib_portrait.errors import Notice, PortraitError
+from lib_portrait.guidance.options import GUIDED, OPTIONS
 from lib_portrait.methods import declarations
 from lib_portrait.options import Choice, Number, Option, Switch, Word
 from lib_portrait.picture_files import SUFFIXES, picture_files
@@ -48,7 +49,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
     people.add_argument("--mix", action=_OfFace, metavar="PHOTO[,PHOTO]=WEIGHT", help="blends a person in; repeatable")
     methods = declarations.declarations()
     for_all = _methods_options((one.title, one.options) for one in methods)
-    for_each = _methods_options([*((one.title, one.identity_options) for one in methods), ("", (START, END))])
+    for_each = _methods_options([*((one.title, one.identity_options) for one in methods), ("", (START, END, GUIDED))])
     for name, declared in for_each.items():
         # The picture as a whole has a scale, too.
         flag = f"--face-{name}" if name in for_all else f"--{name}"
@@ -65,6 +66,14 @@ def configure(parser: argparse.ArgumentParser) -> None:
     whole.add_argument(
         "--request", type=Path, metavar="FILE.json", help=f"all of it as the API takes it; {FILE}PATH is a photo"
     )
+
+    guidance = parser.add_argument_group("reference guidance, which brings more of the photos into the picture")
+    guidance.add_argument(
+        "--guidance", dest=f"{_GUIDANCE}enabled", action="store_const", const=True, help="switches it on, as these do"
+    )
+    for option in OPTIONS:
+        flag = f"--guidance-{option.name.replace('_', '-')}"
+        _add(guidance, flag, [("", option)], dest=f"{_GUIDANCE}{option.name}")
 
     picture = parser.add_argument_group("pictures")
     picture.add_argument("--prompt", dest="prompts", action="append", metavar="TEXT", help="repeatable")
@@ -158,7 +167,10 @@ def request_of(options: argparse.Namespace) -> PortraitRequest | None:
     if options.request is not None:
         if options.faces:
             raise PortraitError("--face", "the people come from the request file", "Give --request or --face.")
-        request = _request({**_read(options.request), **changes})
+        read = _read(options.request)
+        if "guidance" in changes and isinstance(read.get("guidance"), dict):
+            changes["guidance"] = {**read["guidance"], **changes["guidance"]}
+        request = _request({**read, **changes})
         return request if request.enabled else None
     if not options.faces:
         if changes:
@@ -231,6 +243,10 @@ def _changes(options: argparse.Namespace) -> dict[str, Any]:
     """What the options say about all people together, by the request's names."""
     named = {name.removeprefix(_ALL): value for name, value in vars(options).items() if name.startswith(_ALL)}
     named |= {"method": options.method, "checkpoint": options.adapter}
+    guidance = {
+        name.removeprefix(_GUIDANCE): value for name, value in vars(options).items() if name.startswith(_GUIDANCE)
+    }
+    named |= {"guidance": {name: value for name, value in guidance.items() if value is not None} or None}
     return {name: value for name, value in named.items() if value is not None}
 
 
@@ -303,6 +319,7 @@ def _request(value: dict[str, Any]) -> PortraitRequest:
 
 # What methods declare has its place in the namespace behind this: they may call an option like one of ours.
 _ALL = "all_"
+_GUIDANCE = "guidance."
 # For each option its method's title, "" where all methods have it.
 _Declared = Sequence[tuple[str, Option]]
 

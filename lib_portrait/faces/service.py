@@ -12,12 +12,13 @@ import numpy as np
 from lib_portrait.checkpoints.formats import read_tensors
 from lib_portrait.errors import NoSuchFace, Notice, PortraitError
 from lib_portrait.faces import order
-from lib_portrait.faces.alignment import align_face, fit_aligned, portrait, template
+from lib_portrait.faces.alignment import align_face, fit_aligned, oval_radius, portrait, template
 from lib_portrait.faces.cache import FeatureCache, PhotoCache, Recent
 from lib_portrait.faces.detection import (
     RULES,
     Detector,
     Face,
+    detect_faces,
     detect_in_photo,
     get_detector,
     turned,
@@ -140,6 +141,14 @@ class FaceService:
             else:
                 self._keep(photo)
             return found
+
+    def ovals(self, picture: np.ndarray) -> list[np.ndarray]:
+        """Where the faces of a drawn picture (H, W, 3) uint8 RGB are, from the left: of each the oval of its landmarks,
+        (H, W) bool. Raises PortraitError when there is no detector."""
+        height, width = picture.shape[:2]
+        with self._lock:
+            found = detect_faces(picture, self.detector)
+        return [oval_radius(face.landmarks, max(height, width))[:height, :width] <= 1 for face in found]
 
     def notices(self, photo: Photo, field: str) -> list[Notice]:
         """What a user should know of the face that the photo's `face` chooses. Raises PortraitError as `crop` does."""

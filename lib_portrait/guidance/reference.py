@@ -200,6 +200,11 @@ class ReferenceGuidance(FeatureGuidance):
 
     # ---- what is guided
 
+    @property
+    def reached(self) -> bool:
+        """Whether any step since `begin` fulfilled eq. 11's condition, whatever came of it."""
+        return bool(self._steps)
+
     def active(self, progress: float) -> bool:
         self._progress = progress
         return bool(self._guided) and float(self.options["strength"]) > 0
@@ -260,7 +265,8 @@ class ReferenceGuidance(FeatureGuidance):
             faces = sorted(faces, key=lambda face: -int(face.sum()))[: len(own)]
             if len(faces) == len(own):
                 faces.sort(key=lambda face: float(face.nonzero()[:, 1].float().mean()))
-                self._faces[(mark.picture, *latent)] = dict(zip(own, faces, strict=True))
+                found = (mark.picture, *latent)
+                self._faces[found] = dict(zip(own, faces, strict=True))
 
     def _look_at_step(self, unet: nn.Module, current: Pass) -> None:
         """The features of references that are as noisy as the pass's first row."""
@@ -316,9 +322,11 @@ class ReferenceGuidance(FeatureGuidance):
         strength = 1.0 if self.options["gradient"] == "share" else float(self.options["strength"])
         size = (current.z.shape[-2], current.z.shape[-1])
         masks = torch.zeros(len(features), len(self.people), *size, dtype=torch.bool)
-        energies, similarities = [], []
+        energies: list[Tensor] = []
+        similarities: list[tuple[float | None, ...]] = []
         for row, of_picture in enumerate(features):
-            total, own = of_picture.new_zeros(()), [None] * len(self.people)
+            total = of_picture.new_zeros(())
+            own: list[float | None] = [None] * len(self.people)
             for number in self._guided:
                 where = self._where(number, row, current)
                 if where is None:

@@ -790,7 +790,7 @@ class UniPortraitRule(DecoupledAttention, Rule[Person]):
             return
         if self.routing is not None:
             self.routing.add(site, call, [row.picture for row in rows], shares)
-        if self._routed is not None and not call.repeated:
+        if self._routed is not None and site.index not in call.repeated:
             maps = shares.detach().float().transpose(1, 2).unflatten(-1, call.shape_at(site, shares.shape[1]))
             for number, own in zip(numbers, maps, strict=True):
                 # Sites come in the order in which the UNet runs them: one that is there already begins a new call.

@@ -23,6 +23,9 @@ from lib_portrait.conditioning import Conditioner
 from lib_portrait.errors import Notice, PortraitError
 from lib_portrait.faces.heatmap_detector import open_detector
 from lib_portrait.faces.service import FaceService
+from lib_portrait.guidance.options import SHOW
+from lib_portrait.guidance.reference import GuidedStep
+from lib_portrait.guidance_picture import draw_guidance
 from lib_portrait.methods.declarations import adapter_files, declaration
 from lib_portrait.request import AUTOMATIC, Limits, PortraitRequest, to_json
 from lib_portrait.routing_picture import Legend, draw_routing
@@ -40,7 +43,8 @@ ACROSS = 4
 
 @dataclass(frozen=True)
 class GeneratedPicture:
-    """One finished picture. routing: the same in grey, coloured by whom its parts were given to.
+    """One finished picture. routing: the same in grey, coloured by whom its parts were given to. guided: coloured by
+    where reference guidance acted.
 
     owners: whose they are, see `owners_of`, where there are several people.
     """
@@ -48,6 +52,7 @@ class GeneratedPicture:
     sampling: Sampling
     picture: Image.Image
     routing: Image.Image | None = None
+    guided: Image.Image | None = None
     owners: torch.Tensor | None = None
 
 
@@ -101,7 +106,8 @@ class PortraitPipeline:
         first = samplings[0]
         conditioning = None
         if request is not None:
-            conditioning = self.conditioner.prepare(request, (first.width, first.height), self.device, self.dtype)
+            size = first.width, first.height
+            conditioning = self.conditioner.prepare(request, size, self.device, self.dtype, base=self.checkpoint)
             self._notice([*self._choices(request), *conditioning.notices])
         legend = Legend(names, range(1, len(names) + 1), ImageFont.load_default)
         at_once = max(1, PIXELS_AT_ONCE // (first.width * first.height))
@@ -111,16 +117,28 @@ class PortraitPipeline:
             # Of several people it is measured whether they are where they were routed.
             routing = RoutingMaps() if request is not None and _routed(request) else None
             title = f"Drawing {begin + 1} to {begin + len(batch)} of {len(samplings)}"
-            pixels = sample(self.model, batch, conditioning, routing, Progress(title))
+            steps: list[GuidedStep] = []
+
+            def told(done: Sequence[GuidedStep], notices: Sequence[Notice]) -> None:
+                steps.extend(done)  # noqa: B023
+                self._notice(notices)
+
+            pixels = sample(self.model, batch, conditioning, routing, Progress(title), told)
             pictures = [Image.fromarray(one) for one in pixels]
             mean = routing.mean() if routing is not None else None
             maps: Sequence[Image.Image | None] = [None] * len(pictures)
             owners: Sequence[torch.Tensor | None] = [None] * len(pictures)
+            guided: Sequence[Image.Image | None] = [None] * len(pictures)
+            if conditioning is not None and conditioning.request.guidance.values({})[SHOW.name]:
+                guided = [
+                    draw_guidance(picture, own, legend) if (own := [one for one in steps if one.picture == i]) else None
+                    for i, picture in enumerate(pictures)
+                ]
             if mean is not None and request is not None and request.shows_maps:
                 maps = draw_routing(pictures, list(mean), legend=legend)
             if mean is not None and mean.shape[1] > 1:
                 owners = [owners_of(own) for own in mean]
-            drawn += [GeneratedPicture(*one) for one in zip(batch, pictures, maps, owners, strict=True)]
+            drawn += [GeneratedPicture(*one) for one in zip(batch, pictures, maps, guided, owners, strict=True)]
         return drawn
 
     def _notice(self, notices: Sequence[Notice]) -> None:
@@ -145,11 +163,12 @@ class PortraitPipeline:
         return notices
 
     def resolved(self, request: PortraitRequest) -> PortraitRequest:
-        """The request with the adapter that *automatic* means for this checkpoint."""
-        if request.checkpoint == AUTOMATIC:
+        """The request with the adapter that *automatic* means for this checkpoint, and with what kits say of reference
+        guidance."""
+        if request.checkpoint == AUTOMATIC and request.declaration.has_adapter:
             name = self.store.automatic(self.checkpoint, text_encoder_of(self.model.text_encoder), request.method)
-            return replace(request, checkpoint=name)
-        return request
+            request = replace(request, checkpoint=name)
+        return self.conditioner.resolved(request, self.checkpoint)
 
     def crops(self, request: PortraitRequest) -> list[list[np.ndarray]]:
         """The aligned faces of every identity's photos. Raises PortraitError where one has none."""
@@ -164,10 +183,11 @@ class PortraitPipeline:
         That is the network that the adapter's kit names for it. Where it names none there is none: the one that
         conditions would find its own mark in every picture.
         """
-        kit = self.store.kit(request.checkpoint, request.method)
-        manifest = kit.manifest
+        kit = self.conditioner.kit(request)
+        manifest = kit.manifest if request.declaration.has_adapter else self.store.trained_on(self.checkpoint)
         if manifest is None or manifest.measuring is None or manifest.detector is None:
-            return Comparison(f"similarity not measured: {kit.name} comes without a network for it")
+            whose = kit.name if request.declaration.has_adapter else self.checkpoint.name
+            return Comparison(f"similarity not measured: {whose} comes without a network for it")
         measuring, detector = (self.store.locate(file, kit.home) for file in (manifest.measuring, manifest.detector))
         if measuring is None or detector is None:
             missing = manifest.measuring if measuring is None else manifest.detector
@@ -268,6 +288,9 @@ class Results:
         if drawn.routing is not None:
             entry["routing"] = f"{name}-routing.png"
             drawn.routing.save(self.folder / entry["routing"])
+        if drawn.guided is not None:
+            entry["guided"] = f"{name}-guided.png"
+            drawn.guided.save(self.folder / entry["guided"])
         if measured:
             entry["similarity"] = [asdict(one) for one in measured]
         if len(measured) > 1:
@@ -318,8 +341,14 @@ def _facts(
 ) -> dict[str, Any]:
     facts: dict[str, Any] = {"checkpoint": pipeline.checkpoint.name, "device": pipeline.device}
     if request is not None:
-        facts |= {"adapter": pipeline.store.kit(request.checkpoint, request.method).name, "request": to_json(request)}
-        facts |= {"method": request.method, **request.options, "filter_crops": pipeline.faces.filter_crops}
+        if request.declaration.has_adapter:
+            facts["adapter"] = pipeline.conditioner.kit(request).name
+        facts |= {
+            "request": to_json(request),
+            "method": request.method,
+            **request.options,
+            "filter_crops": pipeline.faces.filter_crops,
+        }
     if comparison is not None:
         facts["measuring"] = comparison.note
     if pipeline.notices:
@@ -369,8 +398,7 @@ def generate_prompts(
         results.add(one, people, measured)
         row = cells[number // count]
         row.append(Cell(one.picture, [f"seed {one.sampling.seed}", *_told(people, measured)]))
-        if one.routing is not None:
-            row.append(Cell(one.routing))
+        row += [Cell(shown) for shown in (one.routing, one.guided) if shown is not None]
     sections += [Section(prompt, _rows(row)) for prompt, row in zip(prompts, cells, strict=True)]
     results.finish("Portraits", sections, _facts(pipeline, request, comparison))
 

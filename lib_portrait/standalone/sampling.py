@@ -15,7 +15,9 @@ from torch import Tensor
 from lib_portrait.attention import NEGATIVE, POSITIVE, Injection, RoutingMaps, Row, find_sites, mark
 from lib_portrait.attention.windows import check_window
 from lib_portrait.conditioning import Conditioning
-from lib_portrait.errors import PortraitError
+from lib_portrait.errors import Notice, PortraitError
+from lib_portrait.guidance.outcome import check_acted
+from lib_portrait.guidance.reference import GuidedStep, ReferenceGuidance
 from lib_portrait.methods.base import Rule, with_words
 from lib_portrait.standalone.host import DiffusersHost, as_pixels, encode_prompts
 from lib_portrait.standalone.model import Model
@@ -50,13 +52,15 @@ def sample(
     conditioning: Conditioning | None = None,
     routing: RoutingMaps | None = None,
     on_step: Callable[[int, int], None] = lambda done, of: None,
+    guided: Callable[[Sequence[GuidedStep], Sequence[Notice]], None] = lambda steps, notices: None,
 ) -> list[np.ndarray]:
     """The pictures, (height, width, 3) uint8 RGB, made as one batch with the same people in each.
 
     Size, steps and sampler must be the same for all; a row's noise depends on its seed alone. routing collects where
-    the people went in each picture. on_step: told after every step how many of how many are done.
-    Raises PortraitError for samplings that cannot be made, when the people do not fit the model, and when it answers
-    with infinities or NaN.
+    the people went in each picture. on_step: told after every step how many of how many are done. guided: told what
+    reference guidance did, and what the user should know of that.
+    Raises PortraitError for samplings that cannot be made, when the people do not fit the model, when it answers with
+    infinities or NaN, and where reference guidance was asked for and did not act on somebody in any of the pictures.
     """
     check(samplings)
     first = samplings[0]
@@ -65,9 +69,9 @@ def sample(
             steps = [step / first.steps for step in range(first.steps)]
             check_window(f"identities[{i}]", person.start, person.end, steps)
     # Guidance of 1 is the prediction with the prompt; the other half of the batch would not be looked at.
-    guided = any(one.guidance != 1 for one in samplings)
+    two_halves = any(one.guidance != 1 for one in samplings)
     kinds = {POSITIVE: [one.prompt for one in samplings]}
-    if guided:
+    if two_halves:
         kinds = {NEGATIVE: [one.negative_prompt for one in samplings], **kinds}
     contexts = {kind: encode_prompts(model, prompts) for kind, prompts in kinds.items()}
     for context in contexts.values():
@@ -79,24 +83,26 @@ def sample(
     context = torch.cat(list(contexts.values()))
     if conditioning is not None:
         context = mark(context, range(len(rows)))
-    guidance = torch.tensor([one.guidance for one in samplings], device=model.device)[:, None, None, None]
+    cfg = torch.tensor([one.guidance for one in samplings], device=model.device)[:, None, None, None]
 
     scheduler_class, options = SAMPLERS[first.sampler]
     scheduler = scheduler_class(**model.schedule, steps_offset=1, **options)
     scheduler.set_timesteps(first.steps, device=model.device)
     latents = _noise(model, samplings) * scheduler.init_noise_sigma
-    with _injected(model, conditioning, rule, rows) as injection:
+    with _injected(model, conditioning, rule, rows) as (injection, guidance):
         for step, t in enumerate(scheduler.timesteps):
             if injection is not None:
                 injection.progress = step / first.steps
             x = scheduler.scale_model_input(latents, t).repeat(len(kinds), 1, 1, 1)
             predicted = model.unet(x.to(model.unet.dtype), t, context).sample.float()
-            if guided:
+            if two_halves:
                 eps_uncond, eps_cond = predicted.chunk(2)
-                predicted = eps_uncond + guidance * (eps_cond - eps_uncond)
+                predicted = eps_uncond + cfg * (eps_cond - eps_uncond)
             latents = scheduler.step(predicted, t, latents).prev_sample
             _check_finite(latents, "the UNet", f"at step {step + 1} of {first.steps}")
             on_step(step + 1, first.steps)
+    if guidance is not None:
+        guided(guidance.record, check_acted(guidance, len(samplings)))
     return _decode(model, latents)
 
 
@@ -137,15 +143,21 @@ def _noise(model: Model, samplings: Sequence[Sampling]) -> Tensor:
 @contextlib.contextmanager
 def _injected(
     model: Model, conditioning: Conditioning | None, rule: Rule[Any] | None, rows: Sequence[Row]
-) -> Iterator[Injection | None]:
-    """The people in the UNet while this lasts; None where there are none."""
+) -> Iterator[tuple[Injection | None, ReferenceGuidance | None]]:
+    """The people in the UNet while this lasts, and what guides it; None where there are none, or nothing does."""
     if conditioning is None or rule is None:
-        yield None
+        yield None, None
         return
     conditioning.check_fits(find_sites(model.unet))
-    rule.prepare(DiffusersHost(model))
-    with Injection(model.unet, rule, rows=dict(enumerate(rows))) as injection:
-        yield injection
+    guidance = conditioning.guidance(rule)
+    host = DiffusersHost(model)
+    if guidance is not None:
+        guidance.begin()
+    rule.prepare(host)
+    if guidance is not None:
+        guidance.prepare(host)
+    with Injection(model.unet, rule, rows=dict(enumerate(rows)), guidance=guidance) as injection:
+        yield injection, guidance
 
 
 def _rows_with_words(rule: Rule[Any], host: DiffusersHost, prompts: Sequence[str]) -> list[Row]:

@@ -9,13 +9,15 @@ from __future__ import annotations
 import base64
 import io
 import json
-from collections.abc import Awaitable, Callable, Mapping
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from secrets import compare_digest
 from typing import Any
 
 from lib_portrait.checkpoints.registry import USES
 from lib_portrait.errors import PortraitError
+from lib_portrait.guidance.options import OPTIONS
 from lib_portrait.methods.declarations import declarations
+from lib_portrait.options import Option
 from lib_portrait.request import Limits, Photo, json_schema, parse_request
 
 # Beside the picture, a request has room for this many bytes.
@@ -128,20 +130,24 @@ def error_json(error: PortraitError) -> dict[str, Any]:
 
 
 def list_methods() -> dict[str, Any]:
-    """The methods, and by name the JSON Schema of what each lets one choose beside what all have in common."""
+    """The methods, and by name the JSON Schema of what each lets one choose beside what all have in common, and of what
+    reference guidance does."""
+
+    def told(options: Sequence[Option]) -> dict[str, Any]:
+        return {option.name: {"title": option.title, **option.schema()} for option in options}
+
     methods = [
         {
             "name": one.name,
             "title": one.title,
-            "options": {option.name: {"title": option.title, **option.schema()} for option in one.options},
-            "identity_options": {
-                option.name: {"title": option.title, **option.schema()} for option in one.identity_options
-            },
+            "adapter": one.has_adapter,
+            "options": told(one.options),
+            "identity_options": told(one.identity_options),
             "mixes": one.mixes,
         }
         for one in declarations()
     ]
-    return {"methods": methods, "default": methods[0]["name"]}
+    return {"methods": methods, "default": methods[0]["name"], "guidance": told(OPTIONS)}
 
 
 def list_models(store: Any) -> dict[str, Any]:

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from lib_portrait.errors import PortraitError
+from lib_portrait.guidance.options import OPTIONS
 from lib_portrait.methods.declarations import Declaration, declarations
 from lib_portrait.options import Choice, Option, Switch, Word
 
@@ -17,7 +18,8 @@ PREFIX = "[Portrait]"
 # The values of an axis of a switch.
 SWITCHED = {"on": True, "off": False}
 
-_KEY = re.compile(r"(?:identities\[(\d+|\*)\]\.)?(\w+)")
+_KEY = re.compile(r"(?:identities\[(\d+|\*)\]\.|(guidance)\.)?(\w+)")
+_SWITCH = "guidance.enabled"
 
 
 def apply_overrides(
@@ -25,17 +27,26 @@ def apply_overrides(
 ) -> dict[str, Any]:
     """A request's JSON form with values put in its place; the request given is not changed.
 
-    overrides: value by key: ``name``, ``identities[0].name`` or ``identities[*].name`` (all of them). Values are
-    checked by `parse_request` afterwards. tabs: where the request comes from the panel, the tab (from 1) of each
-    identity; identities are then counted as the panel does, empty tabs included. Raises PortraitError for an identity
-    that the request does not have.
+    overrides: value by key: ``name``, ``identities[0].name``, ``identities[*].name`` (all of them) or
+    ``guidance.name``. Values are checked by `parse_request` afterwards. tabs: where the request comes from the panel,
+    the tab (from 1) of each identity; identities are then counted as the panel does, empty tabs included. Raises
+    PortraitError for an identity that the request does not have, and for options of reference guidance where that is
+    switched off: all cells would be the same.
     """
     changed = dict(request)
     for key, value in overrides.items():
         match = _KEY.fullmatch(key)
         if match is None:
             raise PortraitError(str(key)[:200], "this is no key of a request", "Use a name, or identities[0].name.")
-        which, name = match.groups()
+        which, part, name = match.groups()
+        if part is not None:
+            inner = changed.get(part, {"enabled": False})
+            if isinstance(inner, Mapping):
+                if inner.get("enabled", True) is False and _SWITCH not in overrides:
+                    remedy = "Switch reference guidance on; an axis of its own may switch it off in some cells."
+                    raise PortraitError(key, "reference guidance is switched off", remedy)
+                changed[part] = {**inner, name: value}
+            continue
         if which is None:
             changed[name] = value
             continue
@@ -80,7 +91,9 @@ def _options(xyz: Any, identities: int) -> list[Any]:
 
     def of(one: Declaration, option: Option, key: str, label: str) -> Any:
         # Those of the default method have had their labels since it was the only one.
-        label = label if one is default else f"{one.title}: {label}"
+        return plain(option, key, label if one is default else f"{one.title}: {label}")
+
+    def plain(option: Option, key: str, label: str) -> Any:
         if isinstance(option, Switch):
             return axis(label, str, key, choices=lambda: list(SWITCHED))
         if isinstance(option, Choice):
@@ -92,6 +105,10 @@ def _options(xyz: Any, identities: int) -> list[Any]:
 
         return list(instances.store().names())
 
+    def of_guidance() -> list[Any]:
+        switch = axis("Reference guidance", str, _SWITCH, choices=lambda: list(SWITCHED))
+        return [switch, *(plain(option, f"guidance.{option.name}", option.axis) for option in OPTIONS if option.axis)]
+
     default, *_ = methods = declarations()
     # The cost makes the host vary it in the outermost loop: weights are read from disk when it changes.
     found = [axis("Checkpoint", str, "checkpoint", cost=0.5, choices=checkpoints)]
@@ -102,7 +119,7 @@ def _options(xyz: Any, identities: int) -> list[Any]:
             for number in numbers:
                 label = option.axis if number == "*" else option.axis.format(number=int(number) + 1)
                 found.append(of(one, option, f"identities[{number}].{option.name}", label))
-    return found
+    return found + of_guidance()
 
 
 def _setter(key: str) -> Callable[[Any, Any, Sequence[Any]], None]:

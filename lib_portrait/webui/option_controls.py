@@ -7,6 +7,7 @@ import operator
 from collections.abc import Callable, Sequence
 from typing import Any
 
+from lib_portrait.guidance.options import BEGIN, GUIDED, OPTIONS, SHOW, STRENGTH
 from lib_portrait.methods.declarations import Declaration, declarations
 from lib_portrait.options import Choice, Number, Option, Word, by_name
 from lib_portrait.webui import panel_values
@@ -14,11 +15,20 @@ from lib_portrait.webui.paste import UNCHANGED
 
 # The control of a block that is seen where people can be mixed in.
 MIXED = "mixed"
+# And the one that is seen where the method has adapters to choose among.
+ADAPTERS = "checkpoint"
+# What the controls of reference guidance are called by, before their own names.
+GUIDANCE = "guidance"
+
+GUIDANCE_HELP = "Brings more of the photos into the faces while the picture is drawn (RB-Guidance). Takes longer."
+GUIDANCE_FRONT = (STRENGTH, BEGIN, SHOW)
+OPTIONS_A_ROW = 2
 
 
 def key(control: panel_values.Control) -> str:
     """What a control is called among those of its tab, and its element in the page."""
-    return control.name if control.method is None else f"{control.method}_{control.name}"
+    owner = GUIDANCE if control.guidance else control.method
+    return control.name if owner is None else f"{owner}_{control.name}"
 
 
 class Label(str):
@@ -99,6 +109,45 @@ def build_maps(gr: Any, block: dict[str, Any], name: Callable[[str], str]) -> No
             )
 
 
+def build_guidance(gr: Any, top: dict[str, Any], blocks: Sequence[dict[str, Any]], name: Callable[[str], str]) -> None:
+    """The section of reference guidance: the settings that matter in front, the others folded away."""
+    from modules.ui_components import InputAccordion
+
+    def build(options: Sequence[Option]) -> None:
+        with gr.Row():
+            for option in options:
+                made = key(panel_values.Control(option.name, guidance=True))
+                top[made] = _build_option(gr, option, "reference guidance", name(made))
+
+    # Open is on, as with the host's own hires fix.
+    with InputAccordion(False, label="Reference guidance", elem_id=name(GUIDANCE)) as top[f"{GUIDANCE}_enabled"]:
+        gr.HTML(f'<p class="portrait-help">{GUIDANCE_HELP}</p>')
+        build(GUIDANCE_FRONT)
+        with gr.Row(elem_classes=["portrait-guided"]):
+            for number, block in enumerate(blocks, 1):
+                made = key(panel_values.Control(GUIDED.name, number, guidance=True))
+                block[made] = gr.Checkbox(
+                    GUIDED.default,
+                    label=Label(f"Identity {number}", "those that are guided"),
+                    tooltip=_tooltip(GUIDED),
+                    elem_id=name(f"{number - 1}_{made}"),
+                )
+        top["guidance_references"] = gr.HTML(elem_id=name("guidance_references"))
+        with gr.Row(elem_classes=["portrait-weights"]):
+            top["guidance_kit"] = gr.HTML(elem_id=name("guidance_kit"))
+            top["guidance_settings"] = gr.Button(
+                "Use the kit's values",
+                size="sm",
+                visible=False,
+                elem_id=name("guidance_settings"),
+                tooltip="Sets what the makers of the kit found to work, here and below.",
+            )
+        with gr.Accordion("Details of reference guidance", open=False, elem_id=name("guidance_details")):
+            rest = [option for option in OPTIONS if option not in GUIDANCE_FRONT]
+            for first in range(0, len(rest), OPTIONS_A_ROW):
+                build(rest[first : first + OPTIONS_A_ROW])
+
+
 def connect_method(top: dict[str, Any], blocks: Sequence[dict[str, Any]]) -> None:
     """Shows what concerns the chosen method, and nothing of the others."""
     shown: list[tuple[Any, Callable[[Declaration], bool]]] = []
@@ -106,8 +155,9 @@ def connect_method(top: dict[str, Any], blocks: Sequence[dict[str, Any]]) -> Non
         for method in declarations():
             parts = (block.get(f"{method.name} {part}") for part in ("options", "maps"))
             shown += [(part, functools.partial(operator.is_, method)) for part in parts if part is not None]
-        if MIXED in block:
-            shown.append((block[MIXED], operator.attrgetter("mixes")))
+        for part, tells in ((MIXED, "mixes"), (ADAPTERS, "has_adapter")):
+            if part in block:
+                shown.append((block[part], operator.attrgetter(tells)))
 
     def show(title: str) -> list[Any]:
         chosen = panel_values.method_of([True, title])

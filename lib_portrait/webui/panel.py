@@ -20,10 +20,14 @@ from html import escape
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from lib_portrait.checkpoints import KitStatus, KnownWeight, Missing
 from lib_portrait.checkpoints.store import AUTOMATIC
 from lib_portrait.errors import NoSuchFace, PortraitError
+from lib_portrait.guidance.options import GUIDED, OPTIONS
 from lib_portrait.methods.declarations import declaration, declarations
+from lib_portrait.options import Value, defaults
 from lib_portrait.request import END, HASH_PREFIX, START, WEIGHT, Limits, Photo, parse_request
 from lib_portrait.webui import adetailer, checkpoint, inputs, instances, option_controls, panel_values, paste, settings
 from lib_portrait.webui.option_controls import Label, slider
@@ -34,6 +38,8 @@ CANVAS_SIDE = 512
 CROP_SIDE = 112
 IMAGE_TYPES = [".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".avif", ".heic", ".heif"]
 DOWNLOAD_PERIOD = 0.5
+# Of the squares that show what of a photo guides: their side, and how bright what does not is at least.
+REFERENCE_SIDE, GREYED = 224, 144
 FACE_SIDE = 40
 # Which of the panel's controls the host keeps as defaults (Settings > Defaults), beside those of options: no photo is
 # one, nor whether it is used.
@@ -63,7 +69,9 @@ def build(script: Any, is_img2img: bool) -> list[Any]:
             for index in range(identities):
                 with gr.Tab(f"Identity {index + 1}", id=f"{tab}_portrait_{index}"):
                     blocks.append(_build_identity(gr, tab, index))
+        option_controls.build_guidance(gr, top, blocks, lambda part: f"{tab}_portrait_{part}")
     _connect_spread(blocks)
+    _connect_guidance(top, blocks)
     script.portrait_settings_button = top["kit_settings"]
     _connect_settings(script)
     for block in blocks:
@@ -78,6 +86,7 @@ def build(script: Any, is_img2img: bool) -> list[Any]:
     placed = panel_values.controls(identities)
     controls = [(top if one.tab is None else blocks[one.tab - 1])[option_controls.key(one)] for one in placed]
     kept = {*DEFAULTS, *(option.name for one in declarations() for option in (*one.options, *one.identity_options))}
+    kept |= {option.name for option in OPTIONS}
     for one, control in zip(placed, controls, strict=True):
         control.do_not_save_to_config = one.name not in kept
     readers = [paste.reader(position, identities, instances.named) for position in range(len(controls))]
@@ -159,7 +168,7 @@ def _build_top(gr: Any, tab: str) -> dict[str, Any]:
             elem_id=name("checkpoint"),
             tooltip="The adapter's weights. Automatic: sd15 where it is there, else the first.",
         )
-        refresh = ToolButton(REFRESH, elem_id=name("refresh"), tooltip="Look for weights again")
+        top["refresh"] = refresh = ToolButton(REFRESH, elem_id=name("refresh"), tooltip="Look for weights again")
     with gr.Row(elem_classes=["portrait-weights"]):
         # What is missing depends on the loaded checkpoint, so the page asks when it is there (portrait.js).
         weights = gr.HTML(elem_id=name("weights"))
@@ -332,6 +341,93 @@ def _connect_spread(blocks: list[dict[str, Any]]) -> None:
     first["spread"].click(lambda *kept: spread_faces(kept), lists, outputs, show_progress=False)
     undo = [first["spread_kept"], *lists]
     first["undo"].click(lambda spread, *kept: undo_spread(spread, kept), undo, outputs, show_progress=False)
+
+
+def _connect_guidance(top: dict[str, Any], blocks: Sequence[dict[str, Any]]) -> None:
+    """Shows which part of the photos guides, and what a kit's makers found to work."""
+    part = option_controls.GUIDANCE
+    enabled, references = top[f"{part}_enabled"], top[f"{part}_references"]
+    guided = [block[f"{part}_{GUIDED.name}"] for block in blocks]
+    lists = [block["photos"] for block in blocks]
+    for control in (enabled, *guided, *lists):
+        _draw_on_change(control, references_html, [enabled, *guided, *lists], [references])
+
+    options = [top[f"{part}_{option.name}"] for option in OPTIONS]
+    chosen = [top["checkpoint"], top["method"]]
+    told = [top[f"{part}_kit"], top[f"{part}_settings"]]
+
+    def tell(adapter: str, title: str) -> list[Any]:
+        values = kit_guidance(adapter, title)
+        return [guidance_html(values), {**paste.UNCHANGED, "visible": bool(values)}]
+
+    def use(adapter: str, title: str) -> list[Any]:
+        values = {**defaults(OPTIONS), **kit_guidance(adapter, title)}
+        return [values[option.name] for option in OPTIONS]
+
+    for event in (top["refresh"].click, top["method"].change, top["checkpoint"].change):
+        event(tell, chosen, told, show_progress=False)
+    top[f"{part}_settings"].click(use, chosen, options, show_progress=False)
+
+    # Who chooses to have nothing else wants it on.
+    def switch(title: str, on: bool) -> Any:
+        return on or not panel_values.method_of([True, title]).has_adapter
+
+    top["method"].input(switch, [top["method"], enabled], [enabled], show_progress=False)
+
+
+def kit_guidance(chosen: str, title: str) -> Mapping[str, Value]:
+    """What of reference guidance was found to work with a choice of the checkpoint control, or on what is loaded.
+
+    title: of the method.
+    """
+    method, loaded = panel_values.method_of([True, title]), checkpoint.loaded()
+    manifest = None
+    if method.has_adapter:
+        try:
+            name, _ = _wanted(chosen, loaded, method.name)
+            manifest = instances.store().manifest(name, method.name)
+        except PortraitError:
+            pass  # `weights_html` says what is wrong with it.
+    return instances.store().guidance(manifest, loaded.file)
+
+
+def guidance_html(values: Mapping[str, Value]) -> str:
+    """What a kit's makers found to work (HTML), or ""."""
+    said = [option.said(values[option.name]) for option in OPTIONS if option.name in values]
+    return message_html(f"For this checkpoint these were found to work: {', '.join(said)}.", "info") if said else ""
+
+
+def references_html(enabled: bool, *values: Any) -> str:
+    """The photos that guide, as squares about the face with all greyed out that does not guide (HTML); "" where
+    reference guidance is switched off.
+
+    values: for each identity whether it is guided, then the stored photos of each.
+    """
+    if not enabled:
+        return ""
+    guided, lists = values[: len(values) // 2], values[len(values) // 2 :]
+    limits, cards, notes = settings.limits(), [], []
+    for tab, (on, kept) in enumerate(zip(guided, lists, strict=True), 1):
+        try:
+            listed = inputs.stored_photos(kept, "photos")[: limits.photos] if on else []
+        except PortraitError:
+            continue  # `found_html` says what is wrong with it.
+        for number, entry in enumerate(listed, 1):
+            title = f"Identity {tab}, photo {number}"
+            try:
+                found = instances.faces().reference(_kept_photo(entry, limits), title, REFERENCE_SIDE)
+            except Exception as error:
+                said = panel_values.said_in_panel(_said(error), [1])
+                notes.append(f"{title}: {said.problem}")
+                continue
+            shown = np.where(found.mask[..., None], found.picture, found.picture // 4 + GREYED).astype("uint8")
+            notes += [] if found.parsed else [found.how]
+            cards.append(
+                f'<figure class="portrait-card"><img src="{_jpeg_url(shown)}" alt="What guides of {escape(title)}">'
+                f"<figcaption>Identity {tab}</figcaption></figure>"
+            )
+    told = "".join(message_html(f"{text[0].upper()}{text[1:]}.", "info") for text in dict.fromkeys(notes))
+    return (f'<div class="portrait-cards">{"".join(cards)}</div>' if cards else "") + told
 
 
 def _connect_region(gr: Any, block: dict[str, Any], tab: str) -> None:
@@ -683,6 +779,8 @@ def weights_html(chosen: str, loaded: checkpoint.Loaded, method: str = panel_val
 
     chosen: of the checkpoint control.
     """
+    if not declaration(method).has_adapter:
+        return _kit_html(loaded), False
     if loaded.family not in (checkpoint.SD15, None):
         text = (
             f"{declaration(method).title} needs a checkpoint of the SD1.5 family, and the loaded one is "
@@ -710,16 +808,21 @@ def weights_html(chosen: str, loaded: checkpoint.Loaded, method: str = panel_val
     if kit.missing:
         text = f"For several people in one picture a file is missing (adapter {escape(kit.name)}): {how}."
         return _missing_html(text, kit.missing, "info"), loadable
+    return _kit_html(loaded), False
+
+
+def _kit_html(loaded: checkpoint.Loaded) -> str:
+    """What the kit of the loaded checkpoint was made for (HTML, or "")."""
     manifest = loaded.manifest()
-    if manifest is not None:
-        values = checkpoint.controls(manifest)
-        text = (
-            f"The checkpoint of the kit {escape(manifest.name)} is loaded. It was made for {values['width']} × "
-            f"{values['height']} px with {escape(values['sampling'])}, {values['steps']} steps and CFG "
-            f"{values['cfg_scale']}; larger pictures may show a person several times."
-        )
-        return message_html(text, "info"), False
-    return "", False
+    if manifest is None:
+        return ""
+    values = checkpoint.controls(manifest)
+    text = (
+        f"The checkpoint of the kit {escape(manifest.name)} is loaded. It was made for {values['width']} × "
+        f"{values['height']} px with {escape(values['sampling'])}, {values['steps']} steps and CFG "
+        f"{values['cfg_scale']}; larger pictures may show a person several times."
+    )
+    return message_html(text, "info")
 
 
 def neighbours_html() -> str:

@@ -2,9 +2,9 @@
 
 The order of the values is also that of ``alwayson_scripts.Portrait.args`` where it is given as a list: GLOBAL_FIELDS,
 then IDENTITY_FIELDS once for each identity. So it was when there was one method, and its options stand among them. One
-control more follows, that a list may not reach (`divided`), and behind it those of the options of all other methods
-(`further_controls`), which lists do not have: requests of these are sent as objects. It needs neither gradio nor the
-host, so that both are tested without them.
+control more follows, that a list may not reach (`divided`), and behind it those of the options of all other methods and
+of reference guidance (`further_controls`), which lists do not have: requests with these are sent as objects. It needs
+neither gradio nor the host, so that both are tested without them.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ from typing import Any
 
 from lib_portrait.checkpoints.store import MissingWeights
 from lib_portrait.errors import NoSuchFace, PortraitError
+from lib_portrait.guidance.options import GUIDED, OPTIONS
 from lib_portrait.methods import declarations
 from lib_portrait.methods.declarations import Declaration, declaration
 from lib_portrait.options import by_name, defaults
@@ -65,6 +66,7 @@ CONTROL_NAMES = {
     "method": "Method",
     "checkpoint": "Checkpoint",
     "identities": "Identities",
+    "guidance": "Reference guidance",
 }
 IDENTITY_CONTROL_NAMES = {"mix": "mixed-in people", "weight": "share"}
 
@@ -74,17 +76,22 @@ class Control:
     """One control of the panel by the field that it is for.
 
     tab: of its identity, from 1; None where it is for all. method: which one's option it is, None where it has a place
-    among GLOBAL_FIELDS or IDENTITY_FIELDS.
+    among GLOBAL_FIELDS or IDENTITY_FIELDS. guidance: whether it is one of reference guidance.
     """
 
     name: str
     tab: int | None = None
     method: str | None = None
+    guidance: bool = False
 
     def concerns(self, method: Declaration) -> bool:
         """Whether it says something in a request of this method."""
+        if self.guidance:
+            return True
         if self.method is not None:
             return self.method == method.name
+        if self.tab is None and self.name == "checkpoint":
+            return method.has_adapter
         own = DEFAULT.options if self.tab is None else DEFAULT.identity_options
         return method.name == DEFAULT.name or by_name(own, self.name) is None
 
@@ -100,13 +107,15 @@ def controls(identities: int) -> list[Control]:
 
 
 def further_controls(identities: int) -> list[Control]:
-    """Those of the options of all methods but the default one: for each method first the ones for all."""
+    """Those of the options of all methods but the default one, for each method first the ones for all, and those of
+    reference guidance."""
     found = []
     for one in declarations.declarations()[1:]:
         found += [Control(option.name, None, one.name) for option in one.options]
         for tab in range(1, identities + 1):
             found += [Control(option.name, tab, one.name) for option in one.identity_options]
-    return found
+    found += [Control(name, guidance=True) for name in ("enabled", *(option.name for option in OPTIONS))]
+    return found + [Control(GUIDED.name, tab, guidance=True) for tab in range(1, identities + 1)]
 
 
 # ------------------------------------------------------------------------------------------------- values to request
@@ -135,6 +144,11 @@ def request_from_values(
     request: dict[str, Any] = {name: value for name, value in options.items() if value is not None}
     if isinstance(request.get("checkpoint"), str):
         request["checkpoint"] = request["checkpoint"].removesuffix(INCOMPLETE)
+    guidance = {one.name: value for one, value in (further or {}).items() if one.guidance and one.tab is None}
+    if any(value is not None for value in guidance.values()):
+        # Also where it is switched off: an axis of a plot may switch it on.
+        given = {name: value for name, value in guidance.items() if value is not None}
+        request["guidance"] = {"enabled": False, **given}
     used = list(_blocks(values, method, further or {}))
     if not used:
         raise PortraitError("Identities", "there is no person", "Add a photo to Identity 1, or untick Enable.")
@@ -169,7 +183,12 @@ def _options_for_all(values: Sequence[Any], method: Declaration, further: Mappin
 
 
 def _further(method: Declaration, tab: int | None, further: Mapping[Control, Any]) -> dict[str, Any]:
-    return {one.name: value for one, value in further.items() if one.tab == tab and one.concerns(method)}
+    # Reference guidance has a part of the request of its own; only who is guided stands among what identities have.
+    return {
+        one.name: value
+        for one, value in further.items()
+        if one.tab == tab and one.concerns(method) and not (one.guidance and tab is None)
+    }
 
 
 def divided(values: Sequence[Any]) -> tuple[Sequence[Any], dict[Control, Any]]:
@@ -253,6 +272,10 @@ def said_of_tab(field: str, tabs: Sequence[int], method: Declaration = DEFAULT) 
         return field
     match = re.fullmatch(r"identities\[(\d+)\](.*)", field)
     if match is None:
+        part, _, inner = field.partition(".")
+        if part == "guidance":
+            option = by_name(OPTIONS, inner)
+            return CONTROL_NAMES[part] + (f", {option.title[:1].lower()}{option.title[1:]}" if option else "")
         option = by_name(method.options, field)
         return CONTROL_NAMES.get(field, field) if option is None else option.title
     if int(match.group(1)) >= len(tabs):
@@ -262,7 +285,7 @@ def said_of_tab(field: str, tabs: Sequence[int], method: Declaration = DEFAULT) 
         if index:
             said.append(f"{_COUNTED.get(name, name)} {int(index) + 1}")
         elif name != "image":
-            option = by_name(method.identity_options, name)
+            option = by_name((*method.identity_options, GUIDED), name)
             title = IDENTITY_CONTROL_NAMES.get(name, name) if option is None else option.title
             said.append(title[:1].lower() + title[1:])
     return ", ".join(said)
@@ -311,8 +334,8 @@ def _identity(block: Mapping[str, Any], method: Declaration, path: str, limits: 
                 mix["weight"] = block[f"{slot}_weight"]
             mixes.append(mix)
     identity: dict[str, Any] = {"photos": photos}
-    for name in (*(option.name for option in method.identity_options), "start", "end"):
-        if block[name] is not None:
+    for name in (*(option.name for option in method.identity_options), "start", "end", GUIDED.name):
+        if block.get(name) is not None:
             identity[name] = block[name]
     region = inputs.region(block, f"{path}.region", limits)
     if region is not None:
@@ -355,6 +378,9 @@ def values_from_request(request: PortraitRequest, identities: int) -> tuple[list
     for control in controls(identities):
         owner = declaration(control.method) if control.method is not None else DEFAULT
         person = people[control.tab - 1] if control.tab is not None else None
+        if control.guidance and control.tab is None:
+            values.append({"enabled": request.guidance.enabled, **request.guidance.values({})}[control.name])
+            continue
         if control.tab is None:
             given = {**for_all, **defaults(owner.options)}
             chosen = request.options
@@ -379,6 +405,7 @@ def identity_values(identity: Identity | None) -> dict[str, Any]:
         **identity.options,
         "start": identity.start,
         "end": identity.end,
+        GUIDED.name: identity.guided,
         "region": inputs.BOX if region.box else inputs.MASK if region.mask else inputs.ROUTED,
         "box": inputs.box_to_text(region.box) if region.box else "",
         "drawing": None,

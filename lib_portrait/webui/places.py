@@ -16,6 +16,7 @@ from PIL import Image, ImageOps
 
 from lib_portrait.attention.regions import WHOLE, Box
 from lib_portrait.errors import Notice, PortraitError
+from lib_portrait.guidance.options import SHOW
 from lib_portrait.request import PortraitRequest
 from lib_portrait.webui import jobs
 
@@ -121,10 +122,8 @@ def pictures(p: Any, processed: Any) -> list[Image.Image]:
 
 
 def notices(p: Any, request: PortraitRequest) -> list[Notice]:
-    if not request.shows_maps or shows_maps(p):
+    if shows_maps(p):
         return []
-    return [
-        Notice(
-            request.declaration.maps, f"the script {script_title(p)} has no place for routing maps, so none is shown"
-        )
-    ]
+    wanted = {request.declaration.maps: request.shows_maps, "guidance.show": request.guidance.options.get(SHOW.name)}
+    text = f"the script {script_title(p)} has no place for such pictures, so none is shown"
+    return [Notice(field, text) for field, asked in wanted.items() if asked]

@@ -45,12 +45,14 @@ from lib_portrait.webui.refusal import refusal
 
 if TYPE_CHECKING:
     from lib_portrait.conditioning import Conditioning
+    from lib_portrait.guidance.reference import GuidedStep, ReferenceGuidance
     from lib_portrait.methods.base import Rule
 
 INFOTEXT_KEY = "Portrait"
 NOTICES_KEY = "Portrait notices"
 NO_STEPS_REMEDY = "Raise the sampling steps or the denoising strength; DDIM and PLMS may draw one step less than that."
 MAP_SUFFIX = "-portrait-map"
+GUIDANCE_SUFFIX = "-portrait-guidance"
 _ATTRIBUTE = "portrait_session"
 _numbers = itertools.count()
 
@@ -61,7 +63,7 @@ class Session:
     number: its own. request: what was asked for, or None if it could not even be read. method: which one it is for.
     tabs: the panel's tabs that its identities come from. failure: the first fault, to be raised where the host lets it
     through. maps: of every sampling done so far the mean routing map of each picture, (pictures, N, h, w), or None
-    where it drew nothing.
+    where it drew nothing. guided: and what reference guidance did in each picture, where that is to be shown.
     """
 
     def __init__(
@@ -73,10 +75,12 @@ class Session:
         self.tabs = tabs
         self.failure = failure
         self.maps: list[torch.Tensor | None] = []
+        self.guided: list[list[list[GuidedStep]]] = []
         self.place: Box = WHOLE
         self._notices: list[Notice] = []
         self._conditioning: Conditioning | None = None
         self._rule: Rule[Any] | None = None
+        self._guidance: ReferenceGuidance | None = None
         self._injection: Injection | None = None
         self._pre_hook: Any = None
         self._sampling = False
@@ -105,7 +109,13 @@ class Session:
         request = resolved(self.request)
         try:
             conditioning = instances.conditioner().prepare(
-                request, places.picture_size(p), devices.device, dtype, report=_show_progress
+                request,
+                places.picture_size(p),
+                devices.device,
+                dtype,
+                report=_show_progress,
+                sampled=(p.width, p.height),
+                base=checkpoint.Loaded.of(shared.sd_model).file,
             )
         finally:
             shared.state.textinfo = None
@@ -114,11 +124,13 @@ class Session:
             upcoming.check_checkpoint(conditioning.text_attentions(), role, name)
         self._conditioning = conditioning
         self._rule = conditioning.rule()
+        self._guidance = conditioning.guidance(self._rule)
 
     def infotext(self) -> str:
-        """The request as the pictures' parameters hold it, with the adapter that was used."""
+        """The request as the pictures' parameters hold it, with the adapter that was used, and a kit's values."""
         assert self.request is not None and self._conditioning is not None
-        return to_infotext(self.request, self._conditioning.kit.name)
+        used = dataclasses.replace(self.request, guidance=self._conditioning.request.guidance)
+        return to_infotext(used, self._conditioning.kit.name)
 
     def notices(self) -> list[Notice]:
         """What the user should know of the request, fields as the panel names them where it comes from there."""
@@ -147,7 +159,10 @@ class Session:
         self._check_places(p)
         self._check_words(p)
         self._rule.routing = RoutingMaps() if self.request.shows_maps else None
-        self._rule.begin()
+        # Guidance asks the rule what it is going to be told by it.
+        for part in (self._guidance, self._rule):
+            if part is not None:
+                part.begin()
         self._sampling = True
         self._expected = self._seen = 0
         self._steps.clear()
@@ -156,22 +171,29 @@ class Session:
             result = run(*args, **kwargs)
             self.check()
             self._check_seen(p)
+            self._check_guided(p)
             return result
         finally:
             self._leave()
             self._sampling = False
             if self._rule.routing is not None:
                 self.maps.append(self._rule.routing.mean())
-                self.place = self._rule.place
                 self._rule.routing = None
+            if self._guidance is not None and self._guidance.options["show"]:
+                record = self._guidance.record
+                self.guided.append([[one for one in record if one.picture == i] for i in range(p.batch_size)])
+            self.place = self._rule.place
 
     def _enter(self, p: Any, unet: torch.nn.Module) -> None:
         self._pre_hook = unet.register_forward_pre_hook(self._check_call)
         assert self._conditioning is not None and self._rule is not None
         if self._injection is None or self._injection.unet is not unet:
             self._conditioning.check_fits(find_sites(unet))
-            self._injection = Injection(unet, self._rule, host_state=lora_state)
-        self._rule.prepare(WebuiHost(shared.sd_model, (p.width, p.height)))
+            self._injection = Injection(unet, self._rule, host_state=lora_state, guidance=self._guidance)
+        host = WebuiHost(shared.sd_model, (p.width, p.height))
+        self._rule.prepare(host)
+        if self._guidance is not None:
+            self._guidance.prepare(host)
         self._injection.calls.clear()
         self._injection.inject()
 
@@ -190,6 +212,12 @@ class Session:
             return
         call = self._injection.call
         if call.numbers is not None and call.latent != self._latent:
+            if self._guidance is not None:
+                raise PortraitError(
+                    self.said("guidance"),
+                    "an extension sends the picture through the UNet in pieces, in which nobody's face is found",
+                    "Switch reference guidance off, or tiled diffusion.",
+                )
             # People without regions are routed in each piece; a region would have to know which one this is.
             first = next((i for i, person in enumerate(self._rule.people) if person.region is not None), None)
             if first is not None:
@@ -252,6 +280,19 @@ class Session:
                     "Let their window begin earlier and end later, or leave this person out.",
                 )
 
+    def _check_guided(self, p: Any) -> None:
+        """Raises PortraitError where reference guidance never acted, or not on somebody it should have acted on; of
+        single pictures in which it did not the comments tell."""
+        state, guidance = shared.state, self._guidance
+        stopped = state.interrupted or state.skipped or state.stopping_generation
+        # Passes of ADetailer show one face each.
+        if guidance is None or stopped or places.is_detail(p):
+            return
+        from lib_portrait.guidance.outcome import check_acted
+
+        for notice in check_acted(guidance, p.batch_size):
+            p.comment(f"Portrait: {Notice(self.said(notice.field), notice.text)}")
+
     def _calls(self) -> int:
         return self._injection.calls.get(POSITIVE, 0) if self._injection is not None else 0
 
@@ -269,6 +310,8 @@ class Session:
                 self._enter(denoiser.p, unet)
             assert self._injection is not None and self._rule is not None
             self._rule.place = places.sampled(denoiser.p)
+            if self._guidance is not None:
+                self._guidance.place = self._rule.place
             self._latent = (params.x.shape[-2], params.x.shape[-1])
             self._injection.progress = min(denoiser.step / max(denoiser.total_steps or 1, 1), 1.0)
             self._steps.add(self._injection.progress)
@@ -299,8 +342,8 @@ class Session:
 
 
 def resolved(request: PortraitRequest) -> PortraitRequest:
-    """The request, with the adapter that *automatic* means for the loaded checkpoint."""
-    if request.checkpoint == AUTOMATIC:
+    """The request, with the adapter that *automatic* means for the loaded checkpoint, where its method has any."""
+    if request.checkpoint == AUTOMATIC and request.declaration.has_adapter:
         return dataclasses.replace(request, checkpoint=checkpoint.Loaded.of(shared.sd_model).automatic(request.method))
     return request
 
@@ -434,17 +477,19 @@ def denoise(params: Any) -> None:
 
 
 def finish(p: Any, processed: Any) -> None:
-    """`postprocess`: appends the routing maps to the pictures, if asked for, and takes the guards off."""
+    """`postprocess`: appends to the pictures what is shown of them, if asked for, and takes the guards off."""
     session = session_of(p)
     if session is None:
         return
     forget(p, keep_infotext=True)
-    if session.maps and session.request is not None:
-        _add_maps(p, processed, session)
+    if (session.maps or session.guided) and session.request is not None:
+        _add_pictures(p, processed, session)
 
 
-def _add_maps(p: Any, processed: Any, session: Session) -> None:
-    """Draws the routing maps, saves them beside the saved pictures if the settings say so, and appends them."""
+def _add_pictures(p: Any, processed: Any, session: Session) -> None:
+    """Draws the routing maps and where reference guidance acted, saves them beside the saved pictures if the settings
+    say so, and appends them."""
+    from lib_portrait.guidance_picture import draw_guidance
     from lib_portrait.routing_picture import Legend, draw_routing
 
     assert session.request is not None
@@ -454,9 +499,16 @@ def _add_maps(p: Any, processed: Any, session: Session) -> None:
     shown = list(zip(places.pictures(p, processed), infotexts))
     # The host gives none to inpaint masks, which stand between the pictures; those of the maps must come after them.
     processed.infotexts += processed.infotexts[-1:] * (len(processed.images) - len(processed.infotexts))
-    found = _with_maps(shown, session.maps, p.batch_size)
-    pictures, maps = [picture for (picture, _), _ in found], [own for _, own in found]
-    for ((picture, infotext), _), drawn in zip(found, draw_routing(pictures, maps, session.place, legend)):
+    added = [
+        (picture, infotext, draw_routing([picture], [own], session.place, legend)[0], MAP_SUFFIX)
+        for (picture, infotext), own in _each_with_its(session.maps, shown, p.batch_size)
+    ]
+    added += [
+        (picture, infotext, draw_guidance(picture, steps, legend, session.place), GUIDANCE_SUFFIX)
+        for (picture, infotext), steps in _each_with_its(session.guided, shown, p.batch_size)
+        if steps
+    ]
+    for picture, infotext, drawn, suffix in added:
         saved = getattr(picture, "already_saved_as", None)
         if saved and settings.saves_maps():
             file = Path(saved)
@@ -466,7 +518,7 @@ def _add_maps(p: Any, processed: Any, session: Session) -> None:
                 "",
                 info=infotext,
                 p=p,
-                forced_filename=file.stem + MAP_SUFFIX,
+                forced_filename=file.stem + suffix,
                 save_to_dirs=False,
             )
         if places.shows_maps(p):
@@ -474,14 +526,13 @@ def _add_maps(p: Any, processed: Any, session: Session) -> None:
             processed.infotexts.append(infotext)
 
 
-def _with_maps(
-    shown: Sequence[Any], maps: Sequence[torch.Tensor | None], batch_size: int
-) -> list[tuple[Any, torch.Tensor]]:
-    """What is shown of all samplings in order, each with its own routing map (N, h, w), where it has one."""
+def _each_with_its(records: Sequence[Any], shown: Sequence[Any], batch_size: int) -> list[tuple[Any, Any]]:
+    """What is shown of all samplings in order, each with its own of what was kept of every picture of each sampling,
+    where there is something."""
     found = []
     for number, one in enumerate(shown):
         sampling, place = divmod(number, batch_size)
-        own = maps[sampling] if sampling < len(maps) else None
+        own = records[sampling] if sampling < len(records) else None
         if own is not None and place < len(own):
             found.append((one, own[place]))
     return found

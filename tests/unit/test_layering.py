@@ -18,7 +18,7 @@ from pathlib import Path
 import pytest
 
 import portrait
-from lib_portrait.methods.declarations import declarations
+from lib_portrait.methods.declarations import Declaration, declarations
 
 ROOT = Path(__file__).resolve().parents[2]
 OWN = ("lib_portrait", "benchmarks", "scripts", "trainer", "tests")
@@ -44,7 +44,8 @@ WEBUI = Room(
     "modules gradio ldm sgm k_diffusion networks fastapi starlette pydantic torch numpy PIL",
     "lib_portrait.errors lib_portrait.options lib_portrait.request lib_portrait.infotext lib_portrait.attention "
     "lib_portrait.faces lib_portrait.checkpoints lib_portrait.methods lib_portrait.methods.declarations "
-    "lib_portrait.conditioning lib_portrait.routing_picture",
+    "lib_portrait.guidance lib_portrait.guidance.options lib_portrait.conditioning lib_portrait.routing_picture "
+    "lib_portrait.guidance_picture",
 )
 ROOMS = {
     "portrait": Room(
@@ -54,8 +55,9 @@ ROOMS = {
     "scripts": Room("modules gradio", "lib_portrait.webui lib_portrait.webui.panel"),
     "benchmarks": Room(
         "torch numpy einops ldm omegaconf diffusers transformers safetensors",
-        "lib_portrait.options lib_portrait.attention lib_portrait.methods lib_portrait.methods.declarations "
-        "lib_portrait.guidance lib_portrait.guidance.options lib_portrait.standalone trainer",
+        "lib_portrait.errors lib_portrait.options lib_portrait.request lib_portrait.attention lib_portrait.methods "
+        "lib_portrait.methods.declarations lib_portrait.guidance lib_portrait.guidance.options lib_portrait.standalone "
+        "trainer",
     ),
     "tests.command": Room(),
     "trainer": Room(
@@ -76,9 +78,12 @@ ROOMS = {
     "lib_portrait": Room(),
     "lib_portrait.errors": Room(),
     "lib_portrait.options": Room(own="lib_portrait.errors"),
-    "lib_portrait.request": Room(own="lib_portrait.errors lib_portrait.options lib_portrait.methods.declarations"),
+    "lib_portrait.request": Room(
+        own="lib_portrait.errors lib_portrait.options lib_portrait.guidance.options lib_portrait.methods.declarations"
+    ),
     "lib_portrait.infotext": Room(
-        own="lib_portrait.errors lib_portrait.options lib_portrait.request lib_portrait.methods.declarations"
+        own="lib_portrait.errors lib_portrait.options lib_portrait.request lib_portrait.guidance.options "
+        "lib_portrait.methods.declarations"
     ),
     "lib_portrait.attention": Room("torch einops", "lib_portrait.errors"),
     "lib_portrait.guidance": Room(
@@ -90,7 +95,7 @@ ROOMS = {
     "lib_portrait.guidance.options": Room(own="lib_portrait.options"),
     "lib_portrait.checkpoints": Room(
         SERIALISED,
-        "lib_portrait.errors",
+        "lib_portrait.errors lib_portrait.options lib_portrait.guidance.options",
         # The .yaml of a checkpoint is read by the WebUI, which makes the text encoder that it names.
         named="lib_portrait.webui.text_encoder.text_encoder lib_portrait.webui.world.text_encoder",
     ),
@@ -109,19 +114,25 @@ ROOMS = {
     ),
     "lib_portrait.conditioning": Room(
         "torch numpy einops",
-        "lib_portrait.errors lib_portrait.request lib_portrait.attention lib_portrait.faces lib_portrait.checkpoints "
-        "lib_portrait.methods lib_portrait.methods.declarations",
+        "lib_portrait.errors lib_portrait.options lib_portrait.request lib_portrait.attention lib_portrait.faces "
+        "lib_portrait.checkpoints lib_portrait.guidance lib_portrait.guidance.options lib_portrait.methods "
+        "lib_portrait.methods.declarations",
     ),
     "lib_portrait.picture_files": Room(),
     "lib_portrait.routing_picture": Room("torch numpy PIL", "lib_portrait.attention"),
+    "lib_portrait.guidance_picture": Room(
+        "torch numpy PIL", "lib_portrait.attention lib_portrait.guidance lib_portrait.routing_picture"
+    ),
     "lib_portrait.standalone": Room(
         f"{SERIALISED} {PICTURES} diffusers transformers yaml",
         "lib_portrait.errors lib_portrait.request lib_portrait.attention lib_portrait.faces lib_portrait.checkpoints "
-        "lib_portrait.methods lib_portrait.methods.declarations lib_portrait.conditioning lib_portrait.routing_picture",
+        "lib_portrait.methods lib_portrait.methods.declarations lib_portrait.guidance lib_portrait.guidance.options "
+        "lib_portrait.conditioning lib_portrait.routing_picture lib_portrait.guidance_picture",
     ),
     "lib_portrait.commands": Room(
         own="lib_portrait.errors lib_portrait.options lib_portrait.request lib_portrait.picture_files "
-        "lib_portrait.checkpoints lib_portrait.methods.declarations lib_portrait.standalone"
+        "lib_portrait.checkpoints lib_portrait.guidance.options lib_portrait.methods.declarations "
+        "lib_portrait.standalone"
     ),
     "lib_portrait.webui": WEBUI,
     # A door: only what builds the host's interface goes through it.
@@ -375,17 +386,22 @@ def test_importing_the_doors_of_the_packages_imports_nothing_heavy():
 
 
 def names_of_methods() -> re.Pattern[str]:
-    """Finds the methods' names and titles as words, also inside of identifiers: not "fusion" in "diffusion"."""
-    words = [
+    """Finds the methods' names and titles as words, also inside of identifiers: not "fusion" in "diffusion".
+
+    The name of the one without weights is a word of English, of which its title alone is told.
+    """
+    titles = [rf"(?<![A-Z]){one.title}(?![a-z])" for one in declarations()]
+    names = [
         part
-        for one in declarations()
-        for part in (
-            rf"(?<![A-Za-z]){one.name}(?![a-z])",
-            rf"(?<![A-Z]){one.title}(?![a-z])",
-            rf"(?<![A-Z]){one.name.upper()}(?![A-Z])",
-        )
+        for one in adapted()
+        for part in (rf"(?<![A-Za-z]){one.name}(?![a-z])", rf"(?<![A-Z]){one.name.upper()}(?![A-Z])")
     ]
-    return re.compile("|".join(words))
+    return re.compile("|".join([*titles, *names]))
+
+
+def adapted() -> list[Declaration]:
+    """The methods with weights of their own."""
+    return [one for one in declarations() if one.has_adapter]
 
 
 def words(source: str) -> Iterator[str]:
@@ -419,7 +435,7 @@ def test_the_page_names_no_method(file):
 
 
 def test_the_check_finds_methods_in_all_that_can_name_one():
-    for one in declarations():
+    for one in adapted():
         for source in (
             f"import lib_portrait.methods.{one.name}",
             f"from lib_portrait.methods import {one.name} as used",

@@ -56,6 +56,19 @@ def ask(*identities: Any, **changes: Any) -> dict[str, Any]:
     return {"checkpoint": KIT, "identities": list(identities), **changes}
 
 
+def alone(*identities: Any, **changes: Any) -> dict[str, Any]:
+    """With reference guidance and nothing else."""
+    return {"method": "none", "identities": list(identities), **changes}
+
+
+def right_half() -> bytes:
+    mask = Image.new("L", (128, 128))
+    mask.paste(255, (64, 0, 128, 128))
+    stream = io.BytesIO()
+    mask.save(stream, "PNG")
+    return stream.getvalue()
+
+
 FIGURES = (ROOT / "docs" / "figures.md").read_text(encoding="utf-8")
 HEIC_START = b"\0\0\0\x18ftypheic\0\0\0\0mif1heic"
 TALL = text(image("L", (64, 128), colour=255))
@@ -120,6 +133,42 @@ CASES: list[Case] = [
     ("empty mask", lambda ada: ask({"photos": [ada], "region": {"mask": text(image("L", (64, 64)))}}),
      "identities[0].region.mask", "empty"),
     ("mask is no image", lambda ada: ask({"photos": [ada], "region": {"mask": text(b"zzz")}}), "region.mask", "image"),
+    ("guidance is a word", lambda ada: ask({"photos": [ada]}, guidance="on"), "guidance", "no object"),
+    ("an unknown option of guidance", lambda ada: ask({"photos": [ada]}, guidance={"p": 3}), "guidance.p", "not known"),
+    ("guidance enabled by a word", lambda ada: ask({"photos": [ada]}, guidance={"enabled": "yes"}),
+     "guidance.enabled", "true or false"),
+    ("guidance is NaN", lambda ada: ask({"photos": [ada]}, guidance={"strength": float("nan")}),
+     "guidance.strength", "out of range"),
+    ("guidance is too strong", lambda ada: ask({"photos": [ada]}, guidance={"strength": 1e6}),
+     "guidance.strength", "0 to 1000"),
+    ("guidance begins beyond the end", lambda ada: ask({"photos": [ada]}, guidance={"begin": 2}),
+     "guidance.begin", "0 to 1"),
+    ("guidance begins with a text", lambda ada: ask({"photos": [ada]}, guidance={"begin": "0.5"}),
+     "guidance.begin", "no number"),
+    ("guidance in half a round", lambda ada: ask({"photos": [ada]}, guidance={"rounds": 0.5}),
+     "guidance.rounds", "whole number"),
+    ("a reference noisier than the model knows", lambda ada: ask({"photos": [ada]}, guidance={"reference_t": 1000}),
+     "guidance.reference_t", "0 to 999"),
+    ("guidance in a block that is not there", lambda ada: ask({"photos": [ada]}, guidance={"block": 4}),
+     "guidance.block", "0 to 3"),
+    ("guidance every 0th step", lambda ada: ask({"photos": [ada]}, guidance={"every": 0}), "guidance.every", "1 to 20"),
+    ("guidance everywhere", lambda ada: ask({"photos": [ada]}, guidance={"where": "everywhere"}),
+     "guidance.where", "automatic, region"),
+    ("guidance that is off, with a bad value", lambda ada: ask({"photos": [ada]}, guidance={"enabled": False,
+     "power": -1}), "guidance.power", "0 to 10"),
+    ("guided is a number", lambda ada: ask({"photos": [ada], "guided": 1}, guidance={}),
+     "identities[0].guided", "true or false"),
+    ("guidance of nobody", lambda ada: ask({"photos": [ada], "guided": False}, guidance={}), "guidance", "on nobody"),
+    ("guidance alone, switched off", lambda ada: alone({"photos": [ada]}, guidance={"enabled": False}),
+     "guidance", "Switch reference guidance on"),
+    ("guidance alone, not mentioned", lambda ada: alone({"photos": [ada]}), "guidance", "Switch reference guidance on"),
+    ("guidance alone, and not of somebody", lambda ada: alone({"photos": [ada]}, {"photos": [ada], "guided": False},
+     guidance={}), "identities[1].guided", "leave them out"),
+    ("guidance alone with an adapter", lambda ada: ask({"photos": [ada]}, method="none", guidance={}),
+     "checkpoint", "has no adapters"),
+    ("guidance alone with a scale", lambda ada: alone({"photos": [ada]}, guidance={}, scale=1), "scale", "not known"),
+    ("guidance by a photo without a face", lambda ada: alone({"photos": [text(image())]}, guidance={}),
+     "identities[0].photos[0]", "no face"),
     ("a list instead of an object", lambda ada: [ask({"photos": [ada]})], "", ""),
     # Photos that a detector or a decoder must not be believed about.
     ("no face whichever way it is turned", lambda ada: ask({"photos": [text(image())]}), "photos[0]", "all four ways"),
@@ -177,6 +226,22 @@ ASKED: list[Asked] = [
     ("a hires checkpoint of another family", lambda ada: ask({"photos": [ada]}),
      {"enable_hr": True, "hr_checkpoint_name": "sdxl", "hr_upscaler": "Latent", "denoising_strength": 0.7},
      "hires checkpoint", "sdxl.safetensors"),
+    ("guidance that begins after the last step", lambda ada: ask({"photos": [ada]}, guidance={"begin": 0.001}),
+     {"steps": 3}, "guidance.begin", "no step"),
+    ("guidance alone of a face that is nowhere", lambda ada: alone({"photos": [ada]}, guidance={}), {"steps": 3},
+     "identities[0]", "at no step"),
+    ("guidance in a region that nobody gave", lambda ada: alone({"photos": [ada]}, guidance={"where": "region"}), {},
+     "identities[0].region", "nothing tells"),
+    ("guidance by a routing map that is not made", lambda ada: alone({"photos": [ada]}, guidance={"where": "routing"}),
+     {}, "identities[0].region", "no routing map"),
+    ("guidance by a word that is not there", lambda ada: alone({"photos": [ada]}, guidance={"where": "attention"}), {},
+     "identities[0].region", "no word"),
+    ("guidance outside of what is painted", lambda ada: alone({"photos": [ada], "region": {"box": [0, 0, 0.2, 0.2]}},
+     guidance={}), {**IMAGE, "mask": text(right_half()), "denoising_strength": 0.9}, "identities[0].region", ""),
+    ("a plot over guidance that is switched off", lambda ada: ask({"photos": [ada]}),
+     plot("[Portrait] Guidance strength", "1,2"), "guidance.strength", "switched off"),
+    ("a plot with a value of guidance out of range", lambda ada: ask({"photos": [ada]}, guidance={}),
+     plot("[Portrait] Guidance begin", "0.2,3"), "guidance.begin", "0 to 1"),
     ("a plot over a person who is not there", lambda ada: ask({"photos": [ada]}, {"photos": [ada]}),
      plot("[Portrait] Scale of identity 4", "0.5,1"), "identities[3].scale", "2 identities"),
     ("a plot over a checkpoint that is not there", lambda ada: ask({"photos": [ada]}),

@@ -248,6 +248,32 @@ def test_the_options_of_the_chosen_method_are_shown_and_no_others(
         page.save(f"18-{chosen.name}")
 
 
+def test_reference_guidance_is_a_section_of_its_own(driver: Any, server: Client, screenshots: Path) -> None:
+    page = Page(driver, server.base, screenshots)
+    section = f"{page.panel}_guidance"
+    strength = f"{section}_strength input[type=number]"
+    assert not page.one(strength).is_displayed(), "it is off and folded at first"
+    page.upload(1, portrait())
+    page.wait(lambda: page.crops(1), "the crop")
+    assert page.text(f"{section}_references").strip() == ""
+
+    page.click(f"{section} > .label-wrap")
+    page.wait(lambda: page.one(strength).is_displayed(), "the settings in front")
+    assert page.one(f"{section}-checkbox input").is_selected()
+    assert not page.one(f"{section}_reference_t").is_displayed(), "the others are folded away"
+    page.wait(lambda: len(page.all(f"{section}_references img")) == 1, "what of the photo guides")
+    page.show(section)
+    page.save("19-guidance")
+    page.click(f"{section}_details > .label-wrap")
+    page.wait(lambda: page.one(f"{section}_reference_t").is_displayed(), "the other settings")
+    page.show(section)
+    page.save("20-guidance-details")
+    page.click(f"{page.panel}_0_guidance_guided input")
+    page.wait(lambda: page.text(f"{section}_references").strip() == "", "nobody guides")
+    assert "guidance: it acts on nobody" in page.generate().lower() or "acts on nobody" in page.generate()
+    assert page.problems() == []
+
+
 def test_settings_defaults_keeps_the_sliders_and_no_photo(driver: Any, server: Client, screenshots: Path) -> None:
     file = server.scratch / "data" / "ui-config.json"
     first = file.read_text()

@@ -13,14 +13,14 @@ import argparse
 import dataclasses
 from pathlib import Path
 
-from lib_portrait.methods.declarations import NAMES
+from lib_portrait.methods.declarations import ADAPTED
 
 REQUIREMENTS = "train"
 
 
 def configure(parser: argparse.ArgumentParser) -> None:
     worlds = "vae, recognition, vision, base, attributes, detector"
-    parser.add_argument("recipe", metavar="RECIPE", help=f"{', '.join(NAMES)}; of the world: {worlds}")
+    parser.add_argument("recipe", metavar="RECIPE", help=f"{', '.join(ADAPTED)}; of the world: {worlds}")
     parser.add_argument("arguments", nargs=argparse.REMAINDER, help="options of the recipe; --help after its name")
 
 

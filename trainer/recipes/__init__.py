@@ -5,10 +5,10 @@ from __future__ import annotations
 import importlib
 from types import ModuleType
 
-from lib_portrait.methods.declarations import NAMES
+from lib_portrait.methods.declarations import ADAPTED
 
 # Those of the world's own networks, and one for each method, of its name.
-RECIPES = ("vae", "recognition", "vision", "base", *NAMES, "attributes", "detector")
+RECIPES = ("vae", "recognition", "vision", "base", *ADAPTED, "attributes", "detector")
 
 
 def recipe_module(name: str) -> ModuleType:

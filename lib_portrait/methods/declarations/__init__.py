@@ -4,7 +4,7 @@ A method has two files: its declaration here, standard library only, so that req
 lines answered where there is no torch, or before it is imported; and `lib_portrait.methods.NAME`, the paper's maths,
 which ends in a `METHOD` (`methods.base`) and is imported when the method is first used.
 
-A new method is registered by its name in NAMES.
+A new method is registered by its name in ADAPTED.
 """
 
 from __future__ import annotations
@@ -16,8 +16,10 @@ from lib_portrait.checkpoints.files import AdapterFiles
 from lib_portrait.errors import PortraitError
 from lib_portrait.options import Option, shown
 
-# The first is the one that requests mean where they name none.
-NAMES = ("uniportrait", "fusion", "omniportrait")
+# Those with weights of their own. The first is the one that requests mean where they name none.
+ADAPTED = ("uniportrait", "fusion", "omniportrait")
+# And the one without: people are in the picture by reference guidance alone, or by what is no part of this project.
+NAMES = (*ADAPTED, "none")
 
 
 @dataclass(frozen=True)
@@ -47,6 +49,11 @@ class Declaration:
         return self.files.title
 
     @property
+    def has_adapter(self) -> bool:
+        """Whether it has weights of its own; without them it draws nobody by itself."""
+        return bool(self.files.parts)
+
+    @property
     def encoders(self) -> tuple[str, ...]:
         """Which networks of faces it reads, by their roles in a kit."""
         return self.files.encoders
@@ -65,5 +72,5 @@ def declarations() -> tuple[Declaration, ...]:
 
 
 def adapter_files() -> tuple[AdapterFiles, ...]:
-    """What the weights of all methods are called, for a `checkpoints.Store`."""
-    return tuple(one.files for one in declarations())
+    """What the weights of all methods that have some are called, for a `checkpoints.Store`."""
+    return tuple(one.files for one in declarations() if one.has_adapter)
