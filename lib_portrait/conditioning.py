@@ -8,18 +8,23 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 
 from lib_portrait.attention import RoutingMaps, Site, regions
 from lib_portrait.checkpoints.store import AUTOMATIC, Kit, Store
 from lib_portrait.errors import Notice, PortraitError
-from lib_portrait.faces.features import FaceEncoder
+from lib_portrait.faces.features import Encoder, FaceEncoder, PictureEncoder
 from lib_portrait.faces.recognition import Backbone, backbone_from_state_dict
 from lib_portrait.faces.references import IdentityFaces, Mixed, Reference
 from lib_portrait.faces.service import FaceService
-from lib_portrait.faces.vision import VisionTower, vision_from_state_dict
+from lib_portrait.faces.vision import (
+    ImageTower,
+    VisionTower,
+    image_tower_from_state_dict,
+    vision_from_state_dict,
+)
 from lib_portrait.guidance.options import OPTIONS, STRENGTH
 from lib_portrait.guidance.reference import GuidedPerson, Locate, ReferenceGuidance
 from lib_portrait.methods.base import Method, Person, Placement, Rule, method
@@ -34,7 +39,7 @@ ASPECT_TOLERANCE = 0.04
 GRID = 64
 
 # Which network gives which features of a face.
-NETWORK_OF = {"intrinsic": "backbone", "structure": "vision"}
+NETWORK_OF = {"intrinsic": "backbone", "structure": "vision", "image": "vision"}
 
 
 @dataclass(frozen=True)
@@ -84,7 +89,7 @@ class Conditioner:
         self.faces = faces
         self.store = store
         self._adapter: tuple[object, Any] | None = None
-        self._networks: tuple[object, tuple[Backbone, VisionTower]] | None = None
+        self._networks: tuple[object, tuple[torch.nn.Module, ...]] | None = None
 
     def drop(self) -> None:
         """Forgets loaded weights."""
@@ -196,7 +201,7 @@ class Conditioner:
             notices.append(Notice(f"guidance.{STRENGTH.name}", "a strength of 0 leaves reference guidance out"))
         return tuple(people), list(dict.fromkeys(notices))
 
-    def _faces(self, identity: Identity, path: str, encoder: FaceEncoder | None) -> IdentityFaces:
+    def _faces(self, identity: Identity, path: str, encoder: Encoder | None) -> IdentityFaces:
         def references(photos: Sequence[Photo], field: str) -> tuple[Reference, ...]:
             return tuple(Reference(self.faces, one, f"{field}[{j}]", encoder) for j, one in enumerate(photos))
 
@@ -238,7 +243,9 @@ class Conditioner:
 
     def _encoder(
         self, kit: Kit, device: torch.device | str, dtype: torch.dtype, report: Callable[[str], None]
-    ) -> FaceEncoder:
+    ) -> Encoder:
+        if "backbone" not in kit.files:
+            return self._picture_encoder(kit.files["vision"], device, dtype, report)
         files = kit.files["backbone"], kit.files["vision"]
 
         def networks() -> tuple[Backbone, VisionTower]:
@@ -250,10 +257,26 @@ class Conditioner:
                 checkpoint = self.store.read(clip, "vision")
                 vision = vision_from_state_dict(checkpoint.tensors, checkpoint.metadata, clip.name)
                 self._networks = (key, (backbone, vision))
-            return self._networks[1]
+            return cast("tuple[Backbone, VisionTower]", self._networks[1])
 
         weights_hash = "-".join(self.store.sha256(path) for path in files)
         return FaceEncoder(networks, weights_hash, device, dtype)
+
+    def _picture_encoder(
+        self, path: Path, device: torch.device | str, dtype: torch.dtype, report: Callable[[str], None]
+    ) -> PictureEncoder:
+        """That of a method that reads no more than what a CLIP image encoder makes of a face."""
+
+        def network() -> ImageTower:
+            key = ("image", *_stamp(path))
+            if self._networks is None or self._networks[0] != key:
+                report(_loading("the image encoder", path))
+                checkpoint = self.store.read(path, "vision")
+                tower = image_tower_from_state_dict(checkpoint.tensors, checkpoint.metadata, path.name)
+                self._networks = (key, (tower,))
+            return cast(ImageTower, self._networks[1][0])
+
+        return PictureEncoder(network, self.store.sha256(path), device, dtype)
 
 
 def _check_widths(kit: Kit, faces: IdentityFaces, wanted: Mapping[str, int]) -> None:

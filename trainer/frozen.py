@@ -9,9 +9,10 @@ import torch
 from lib_portrait.checkpoints.formats import read_tensors
 from lib_portrait.checkpoints.hashes import file_sha256
 from lib_portrait.errors import PortraitError
-from lib_portrait.faces.features import FaceEncoder
+from lib_portrait.faces.features import FaceEncoder, PictureEncoder
+from lib_portrait.faces.parsing import parser_from_state_dict
 from lib_portrait.faces.recognition import Backbone, backbone_from_state_dict
-from lib_portrait.faces.vision import VisionTower, vision_from_state_dict
+from lib_portrait.faces.vision import VisionTower, image_tower_from_state_dict, vision_from_state_dict
 from lib_portrait.faces.weights import check_finite
 from lib_portrait.standalone.model import load_model, load_tokenizer
 from trainer.architectures import world_vae
@@ -29,8 +30,11 @@ def frozen_networks(
     vision: Path | None,
     device: str,
     references: int = 0,
+    image: Path | None = None,
+    parser: Path | None = None,
 ) -> FrozenNetworks:
-    """The VAE of a single-file model, or the recipe vae's own export; and, given both, the two networks of faces.
+    """The VAE of a single-file model, or the recipe vae's own export; and, given both, the two networks of faces; and
+    the whole image encoder, and the parser for the masks that its faces get.
 
     Raises PortraitError unless exactly one of checkpoint and vae, and both or none of backbone and vision are given.
     """
@@ -58,7 +62,20 @@ def frozen_networks(
         networks = _backbone(backbone), _vision(vision)
         hashes |= {"backbone": file_sha256(backbone), "vision": file_sha256(vision)}
         faces = FaceEncoder(lambda: networks, f"{hashes['backbone']}-{hashes['vision']}", torch.device(device))
-    return FrozenNetworks(LatentEncoder(network, device), load_tokenizer(), faces, hashes, references)
+    images = None
+    if image is not None:
+        file = read_tensors(image, "vision")
+        tower = image_tower_from_state_dict(file.tensors, file.metadata, image.name)
+        hashes["image"] = file_sha256(image)
+        images = PictureEncoder(lambda: tower, hashes["image"], torch.device(device))
+    parsed = None
+    if parser is not None:
+        if image is None:
+            raise PortraitError("parser", "nothing here reads it", "Leave it away, or give --image.")
+        hashes["parser"] = file_sha256(parser)
+        parsed = parser_from_state_dict(read_tensors(parser, "parser").tensors, parser.name)
+    encode = LatentEncoder(network, device)
+    return FrozenNetworks(encode, load_tokenizer(), faces, hashes, references, images, parsed)
 
 
 def _backbone(path: Path) -> Backbone:

@@ -32,7 +32,7 @@ from lib_portrait.checkpoints.kit import (
     label,
     read_manifest,
 )
-from lib_portrait.checkpoints.registry import Registry
+from lib_portrait.checkpoints.registry import PARSER, Registry
 from lib_portrait.errors import PortraitError
 from lib_portrait.options import Value
 
@@ -467,7 +467,10 @@ class Store:
         known = [weight for weight in self.registry.known if weight.role == role]
         aliases = [alias for weight in known for alias in (weight.filename, *weight.aliases)]
         spellings = {name for alias in aliases for name in _spellings(role, alias)}
-        return dedicated or path.name in spellings.union(*(weight.generic for weight in known))
+        # Where the host keeps its face parser lie its restoration networks too.
+        return (dedicated and role != PARSER.role) or path.name in spellings.union(
+            *(weight.generic for weight in known)
+        )
 
     def _search(self, role: str, names: Iterable[str]) -> Path | None:
         return _first(self.folders(role), names)

@@ -27,7 +27,7 @@ from typing import Any
 from lib_portrait.errors import Notice, PortraitError
 from lib_portrait.guidance.options import GUIDED, OPTIONS
 from lib_portrait.methods import declarations
-from lib_portrait.options import Choice, Number, Option, Switch
+from lib_portrait.options import Choice, Number, Option, Switch, Word
 from lib_portrait.picture_files import SUFFIXES, picture_files
 from lib_portrait.request import END, START, Limits, PortraitRequest, parse_request
 
@@ -343,6 +343,8 @@ def _add(group: Any, flag: str, declared: _Declared, **how: Any) -> None:
         how |= {"const": not first.default, "default": None, **of_face}
     elif isinstance(first, Number):
         how |= {"type": float, "metavar": "X"}
+    elif isinstance(first, Word):
+        how |= {"metavar": "WORD"}
     else:
         words = [word for _, option in declared if isinstance(option, Choice) for word in option.choices]
         how |= {"choices": list(dict.fromkeys(words))}
@@ -352,7 +354,7 @@ def _add(group: Any, flag: str, declared: _Declared, **how: Any) -> None:
 def _told(option: Option) -> str:
     if isinstance(option, Number):
         return f"{option.help}; {option.low:g} to {option.high:g}, default: {option.default:g}"
-    return option.help if isinstance(option, Switch) else f"{option.help}; default: {option.default}"
+    return option.help if isinstance(option, (Switch, Word)) else f"{option.help}; default: {option.default}"
 
 
 def _size(text: str) -> tuple[int, int]:

@@ -24,7 +24,7 @@ from lib_portrait.faces.detection import (
     turned,
     turned_back,
 )
-from lib_portrait.faces.features import FaceEncoder, FaceFeatures
+from lib_portrait.faces.features import Encoder, FaceFeatures
 from lib_portrait.faces.images import decode_mask, decode_photo
 from lib_portrait.faces.parsing import MaskedPortrait, ParseNet, masked_portrait, parser_from_state_dict
 from lib_portrait.request import Limits, Photo
@@ -163,7 +163,7 @@ class FaceService:
             raise NoSuchFace(f"{field}.face", photo.face, len(found))
         return found[photo.face]
 
-    def features(self, photo: Photo, field: str, encoder: FaceEncoder) -> FaceFeatures:
+    def features(self, photo: Photo, field: str, encoder: Encoder) -> FaceFeatures:
         """The features of the face that the photo's `face` chooses, cached. Raises as `crop` and `encode` do."""
         photo = self.named(photo, field)
         with self._lock:
@@ -176,7 +176,7 @@ class FaceService:
                 self._keep(photo)
             return features
 
-    def zero(self, encoder: FaceEncoder) -> FaceFeatures:
+    def zero(self, encoder: Encoder) -> FaceFeatures:
         """The encoder's features of no face, cached like those of a face."""
         with self._lock:
             key = FeatureCache.key("zero", encoder.key)

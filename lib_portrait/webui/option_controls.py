@@ -9,7 +9,7 @@ from typing import Any
 
 from lib_portrait.guidance.options import BEGIN, GUIDED, OPTIONS, SHOW, STRENGTH
 from lib_portrait.methods.declarations import Declaration, declarations
-from lib_portrait.options import Choice, Number, Option, by_name
+from lib_portrait.options import Choice, Number, Option, Word, by_name
 from lib_portrait.webui import panel_values
 from lib_portrait.webui.paste import UNCHANGED
 
@@ -72,6 +72,8 @@ def _build_option(gr: Any, option: Option, whose: str, elem_id: str, visible: bo
     if isinstance(option, Choice):
         choices = [(title, value) for value, title in option.choices.items()]
         return gr.Radio(choices, value=option.default, label=label, elem_id=elem_id, tooltip=_tooltip(option))
+    if isinstance(option, Word):
+        return gr.Textbox(option.default, label=label, max_lines=1, elem_id=elem_id, tooltip=_tooltip(option))
     return gr.Checkbox(option.default, label=label, elem_id=elem_id, tooltip=_tooltip(option), visible=visible)
 
 

@@ -57,6 +57,15 @@ def configure(parser: argparse.ArgumentParser) -> None:
         metavar="SIZE",
         help="also the latents of the square about each face, of so many pixels; default: none",
     )
+    features.add_argument(
+        "--image", type=Path, metavar="FILE", help="image encoder whose embedding of each whole face is wanted"
+    )
+    features.add_argument(
+        "--parser",
+        type=Path,
+        metavar="FILE",
+        help="face parser that says where --image's faces are in pictures without masks; default: their landmarks",
+    )
     features.add_argument("--batch", type=int, default=16, help="pictures at once, default 16")
     features.add_argument("--device", help="default: cuda where there is one")
     check = _kind(kinds, "check", _check, "what shards hold")
@@ -116,9 +125,8 @@ def _features(options: argparse.Namespace) -> int:
     from trainer.shards import Shards
 
     device = options.device or default_device()
-    frozen = frozen_networks(
-        options.checkpoint, options.vae, options.backbone, options.vision, device, options.references
-    )
+    networks = (options.checkpoint, options.vae, options.backbone, options.vision)
+    frozen = frozen_networks(*networks, device, options.references, options.image, options.parser)
     counts = precompute(Shards.under(options.data).paths, frozen, options.batch)
     print(f"{counts['shards']} shards: {counts['pictures']} pictures, {counts['faces']} faces")
     if counts["unusable"]:

@@ -48,7 +48,7 @@ def run(options: argparse.Namespace) -> int:
             kind = {"int": int, "float": float, "str": str, "Path": Path}[str(field.type)]
             required = field.default is dataclasses.MISSING
             default = None if required else field.default
-            parser.add_argument(name, type=kind, required=required, default=default, help=f"default: {default}")
+            parser.add_argument(name, type=kind, required=required, default=default, help="default: %(default)s")
     module.configure(parser)
     chosen = parser.parse_args(options.arguments)
     settings = Settings(**{field.name: getattr(chosen, field.name) for field in dataclasses.fields(Settings)})

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from lib_portrait import __version__
 from lib_portrait.attention import RoutingMaps
 from lib_portrait.conditioning import Conditioner
-from lib_portrait.faces.features import FaceEncoder, FaceFeatures
+from lib_portrait.faces.features import Encoder, FaceFeatures
 from lib_portrait.faces.recognition import Backbone
 from lib_portrait.faces.service import FaceService
 from lib_portrait.methods.declarations import declaration
@@ -62,11 +62,11 @@ class GlobalFeatureService(FaceService):
 
     backbone: Backbone
 
-    def features(self, photo: Photo, field: str, encoder: FaceEncoder) -> FaceFeatures:
+    def features(self, photo: Photo, field: str, encoder: Encoder) -> FaceFeatures:
         local = super().features(photo, field, encoder)
         return dataclasses.replace(local, intrinsic=global_feature(self.backbone, local.intrinsic[None]))
 
-    def zero(self, encoder: FaceEncoder) -> FaceFeatures:
+    def zero(self, encoder: Encoder) -> FaceFeatures:
         unconditional = super().zero(encoder)
         last = cast(nn.Linear, self.backbone.output_layer[3])
         return dataclasses.replace(unconditional, intrinsic=torch.zeros(1, last.out_features))

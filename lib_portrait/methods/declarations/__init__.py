@@ -17,7 +17,7 @@ from lib_portrait.errors import PortraitError
 from lib_portrait.options import Option, shown
 
 # Those with weights of their own. The first is the one that requests mean where they name none.
-ADAPTED = ("uniportrait", "fusion")
+ADAPTED = ("uniportrait", "fusion", "omniportrait")
 # And the one without: people are in the picture by reference guidance alone, or by what is no part of this project.
 NAMES = (*ADAPTED, "none")
 
