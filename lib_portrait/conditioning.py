@@ -28,7 +28,7 @@ ASPECT_TOLERANCE = 0.04
 
 
 # Which network gives which features of a face.
-NETWORK_OF = {"intrinsic": "backbone", "structure": "vision"}
+NETWORK_OF = {"intrinsic": "backbone", "embedding": "backbone", "structure": "vision"}
 
 
 @dataclass(frozen=True)
@@ -67,7 +67,7 @@ class Conditioner:
         self.faces = faces
         self.store = store
         self._adapter: tuple[object, Any] | None = None
-        self._networks: tuple[object, tuple[Backbone, VisionTower]] | None = None
+        self._networks: tuple[object, tuple[Backbone, VisionTower | None]] | None = None
 
     def drop(self) -> None:
         """Forgets loaded weights."""
@@ -129,7 +129,8 @@ class Conditioner:
             # Between requests the accelerator's memory belongs to the host, also after one that failed.
             if self._networks is not None:
                 for network in self._networks[1]:
-                    network.to("cpu")
+                    if network is not None:
+                        network.to("cpu")
         return Conditioning(request, kit, used, adapter, tuple(people), tuple(notices))
 
     def _faces(self, identity: Identity, path: str, encoder: FaceEncoder | None) -> IdentityFaces:
@@ -175,16 +176,18 @@ class Conditioner:
     def _encoder(
         self, kit: Kit, device: torch.device | str, dtype: torch.dtype, report: Callable[[str], None]
     ) -> FaceEncoder:
-        files = kit.files["backbone"], kit.files["vision"]
+        files = [kit.files[role] for role in ("backbone", "vision") if role in kit.files]
 
-        def networks() -> tuple[Backbone, VisionTower]:
+        def networks() -> tuple[Backbone, VisionTower | None]:
             key = _stamp(*files)
             if self._networks is None or self._networks[0] != key:
                 report(_loading("the face networks", *files))
-                recognition, clip = files
+                recognition, *clip = files
                 backbone = backbone_from_state_dict(self.store.read(recognition, "backbone").tensors, recognition.name)
-                checkpoint = self.store.read(clip, "vision")
-                vision = vision_from_state_dict(checkpoint.tensors, checkpoint.metadata, clip.name)
+                vision = None
+                for path in clip:
+                    checkpoint = self.store.read(path, "vision")
+                    vision = vision_from_state_dict(checkpoint.tensors, checkpoint.metadata, path.name)
                 self._networks = (key, (backbone, vision))
             return self._networks[1]
 
