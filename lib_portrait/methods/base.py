@@ -100,7 +100,10 @@ class Rule(ABC, Generic[P]):
     people: in the request's order. drawn: who was added to positive rows with a strength above 0, by number.
     place: the part of the finished picture that the UNet samples at the moment; regions lie on all of it.
     routing: collects where people are put, where that is asked for and the method's declaration has `maps`.
+    in_control: whether it stands in the ControlNet too that was trained with the adapter.
     """
+
+    in_control = False
 
     def __init__(self, people: Sequence[P], routing: RoutingMaps | None = None):
         self.people = list(people)

@@ -17,7 +17,7 @@ from lib_portrait.errors import PortraitError
 from lib_portrait.options import Option, shown
 
 # The first is the one that requests mean where they name none.
-NAMES = ("uniportrait", "fusion")
+NAMES = ("uniportrait", "fusion", "instantfamily")
 
 
 @dataclass(frozen=True)
