@@ -58,6 +58,18 @@ def grown(box: Box, by: float) -> Box:
     return left - across, top - down, right + across, bottom + down
 
 
+def bounds(mask: Tensor) -> Box:
+    """The box about what of a mask (h, w) is white by half, or about all of it that is not black."""
+    height, width = mask.shape
+    rows, columns = (mask >= min(INSIDE, float(mask.max()))).nonzero(as_tuple=True)
+    return (
+        columns.min().item() / width,
+        rows.min().item() / height,
+        (columns.max().item() + 1) / width,
+        (rows.max().item() + 1) / height,
+    )
+
+
 def inside(shares: Tensor) -> Tensor:
     """Which positions lie inside of each region, bool, of their shares (..., h, w) in [0, 1] as `coverage` gives them.
 

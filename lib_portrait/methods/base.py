@@ -20,6 +20,7 @@ from lib_portrait.attention.maps import RoutingMaps
 from lib_portrait.attention.regions import WHOLE, Box, Region
 from lib_portrait.attention.sites import Site
 from lib_portrait.checkpoints.formats import Checkpoint
+from lib_portrait.control_picture import Circle
 from lib_portrait.errors import Notice
 from lib_portrait.faces.references import IdentityFaces
 from lib_portrait.methods.declarations import Declaration, declaration
@@ -110,6 +111,11 @@ class Rule(ABC, Generic[P]):
         self.routing = routing
         self.drawn: set[int] = set()
         self.place: Box = WHOLE
+
+    @property
+    def circles(self) -> list[Circle]:
+        """What is drawn on the picture that this ControlNet sees."""
+        return []
 
     def begin(self) -> None:
         """Before each sampling: forgets what belongs to the one before."""

@@ -23,7 +23,7 @@ import functools
 import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
-from typing import Any
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
@@ -32,11 +32,12 @@ from torch import Tensor, nn
 from lib_portrait.attention.injection import Call, Wrapper
 from lib_portrait.attention.lora import Unchanged
 from lib_portrait.attention.maps import RoutingMaps
-from lib_portrait.attention.regions import Box, Region, coverage, grown, inside
+from lib_portrait.attention.regions import Box, Region, bounds, coverage, grown, inside
 from lib_portrait.attention.rows import POSITIVE
 from lib_portrait.attention.sites import Site
 from lib_portrait.attention.windows import takes_part
 from lib_portrait.checkpoints.formats import Checkpoint
+from lib_portrait.control_picture import Circle
 from lib_portrait.errors import PortraitError
 from lib_portrait.faces.references import IdentityFaces
 from lib_portrait.faces.weights import checked, fill
@@ -104,8 +105,10 @@ class FaceProjections(nn.Module):
     """The projections of global and local features to the width of the context (sec. 3.3)."""
 
     def __init__(self, global_width: int, local_width: int, context: int, properties: Properties):
+        """context: D. The widths d_gf and d_lf are kept by the names that `FaceFeatures` has for the features."""
         super().__init__()
-        self.properties = properties
+        self.context, self.properties = context, properties
+        self.widths = {"embedding": global_width, "intrinsic": local_width}
         self.global_proj, self.local_proj = (
             nn.Sequential(nn.Linear(width, context, bias=False), nn.LayerNorm(context))
             for width in (global_width, local_width)
@@ -133,16 +136,6 @@ class FaceProjections(nn.Module):
             raise PortraitError(field, f"{odd[0]!r} is no key of InstantFamily's projections", _REMEDY)
         fill(made, tensors, field)
         return made.float()
-
-    @property
-    def context(self) -> int:
-        """D."""
-        return self.global_proj[0].weight.shape[0]
-
-    @property
-    def widths(self) -> dict[str, int]:
-        """d_gf and d_lf, by the names that `FaceFeatures` has for the features."""
-        return {"embedding": self.global_proj[0].weight.shape[1], "intrinsic": self.local_proj[0].weight.shape[1]}
 
     def forward(self, embedding: Tensor, local: Tensor) -> Tensor:
         """K_fn of faces (sec. 3.3): embedding (..., d_gf) and local (..., L^2, d_lf) -> (..., T, D), the global token
@@ -241,7 +234,8 @@ def _row_by_row(q: Tensor, k: Tensor, v: Tensor, key: Tensor, value: Tensor, mas
 class FamilyMember:
     """One person: K_fn (T, D), and where and when the person belongs.
 
-    region: of the face, grown; None for everywhere. start, end: share of the sampling, 0 to 1.
+    region: of the face, grown; None for everywhere. face: the box of the face itself, where there is a region. start,
+    end: share of the sampling, 0 to 1.
     """
 
     tokens: Tensor
@@ -249,6 +243,7 @@ class FamilyMember:
     start: float = 0.0
     end: float = 1.0
     strength: float = 1.0
+    face: Box | None = None
 
     def active(self, progress: float) -> bool:
         return takes_part(self.start, self.end, progress)
@@ -295,6 +290,17 @@ class FamilyRule(Rule[FamilyMember]):
         super().__init__(people, routing)
         self.adapter, self.mask = adapter, mask
         self.families: Families | None = None
+
+    @property
+    def circles(self) -> list[Circle]:
+        """One for each person with a region, in the colour of the person's number, about the middle of the face."""
+        properties = self.adapter.properties
+        colours = [tuple(bytes.fromhex(colour)) for colour in properties.colours]
+        return [
+            circle_on(person.face, properties.circle, cast("tuple[int, int, int]", colours[number % len(colours)]))
+            for number, person in enumerate(self.people)
+            if person.face is not None
+        ]
 
     def active(self, progress: float) -> bool:
         return self.families is not None or super().active(progress)
@@ -361,6 +367,12 @@ def _keys_values(site: Site, tokens: Tensor) -> tuple[Tensor, Tensor]:
     return key, value
 
 
+def circle_on(face: Box, radius: float, colour: tuple[int, int, int]) -> Circle:
+    """The circle of a face (sec. 4.2). radius: in widths of the face."""
+    left, top, right, bottom = face
+    return Circle((left + right) / 2, (top + bottom) / 2, radius * (right - left), colour)
+
+
 def masks_at(
     regions: Sequence[Region | None], shape: tuple[int, int], place: Box, device: torch.device | str = "cpu"
 ) -> FaceMasks | None:
@@ -413,10 +425,12 @@ class InstantFamily(Method):
         # Of recognition networks the direction alone tells who it is.
         embedding = F.normalize(torch.stack([one.embedding.float() for one in found]), dim=-1)
         tokens = adapter(embedding.mean(dim=0), local.mean(dim=0))
-        region = placement.region
-        if region is not None and not isinstance(region, Tensor):
-            region = grown(region, adapter.properties.margin)
-        return FamilyMember(tokens, region, placement.start, placement.end)
+        region, face = placement.region, None
+        if isinstance(region, Tensor):
+            face = bounds(region)
+        elif region is not None:
+            face, region = region, grown(region, adapter.properties.margin)
+        return FamilyMember(tokens, region, placement.start, placement.end, face=face)
 
     def rule(self, adapter: FaceProjections, people: Sequence[FamilyMember], options: Options) -> FamilyRule:
         mask = str(options["mask"])

@@ -44,7 +44,7 @@ WEBUI = Room(
     "modules gradio ldm sgm k_diffusion networks fastapi starlette pydantic torch numpy PIL",
     "lib_portrait.errors lib_portrait.options lib_portrait.request lib_portrait.infotext lib_portrait.attention "
     "lib_portrait.faces lib_portrait.checkpoints lib_portrait.methods lib_portrait.methods.declarations "
-    "lib_portrait.conditioning lib_portrait.routing_picture",
+    "lib_portrait.conditioning lib_portrait.routing_picture lib_portrait.control_picture",
 )
 ROOMS = {
     "portrait": Room(
@@ -61,7 +61,7 @@ ROOMS = {
         f"{SERIALISED} {PICTURES} accelerate diffusers transformers tqdm",
         "lib_portrait.errors lib_portrait.options lib_portrait.request lib_portrait.attention lib_portrait.faces "
         "lib_portrait.checkpoints lib_portrait.methods lib_portrait.methods.declarations lib_portrait.picture_files "
-        "lib_portrait.routing_picture lib_portrait.standalone trainer.world",
+        "lib_portrait.routing_picture lib_portrait.control_picture lib_portrait.standalone trainer.world",
     ),
     "trainer.commands": Room(own="lib_portrait.methods.declarations trainer trainer.evaluation"),
     "trainer.evaluation": Room(
@@ -94,7 +94,7 @@ ROOMS = {
     "lib_portrait.methods": Room(
         "torch numpy einops",
         "lib_portrait.errors lib_portrait.options lib_portrait.attention lib_portrait.faces lib_portrait.checkpoints "
-        "lib_portrait.methods.declarations",
+        "lib_portrait.control_picture lib_portrait.methods.declarations",
     ),
     # What is to be known of a method where there is no torch.
     "lib_portrait.methods.declarations": Room(
@@ -107,10 +107,12 @@ ROOMS = {
     ),
     "lib_portrait.picture_files": Room(),
     "lib_portrait.routing_picture": Room("torch numpy PIL", "lib_portrait.attention"),
+    "lib_portrait.control_picture": Room("torch numpy cv2", "lib_portrait.attention"),
     "lib_portrait.standalone": Room(
         f"{SERIALISED} {PICTURES} diffusers transformers yaml",
         "lib_portrait.errors lib_portrait.request lib_portrait.attention lib_portrait.faces lib_portrait.checkpoints "
-        "lib_portrait.methods lib_portrait.methods.declarations lib_portrait.conditioning lib_portrait.routing_picture",
+        "lib_portrait.methods lib_portrait.methods.declarations lib_portrait.conditioning lib_portrait.routing_picture "
+        "lib_portrait.control_picture",
     ),
     "lib_portrait.commands": Room(
         own="lib_portrait.errors lib_portrait.options lib_portrait.request lib_portrait.picture_files "
