@@ -68,7 +68,7 @@ class Properties:
     margin: float = 0.25
     inner: tuple[int, ...] = ()
     colours: tuple[str, ...] = COLOURS
-    circle: float = 0.25
+    circle: float = 0.125
 
     def __post_init__(self) -> None:
         """Raises ValueError."""
