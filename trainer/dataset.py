@@ -160,9 +160,7 @@ def make_world(output: Path, settings: WorldSettings, name: str = "world", proce
             _same_world(path, seeds, settings)
         else:
             missing.append((path, seeds))
-    sample = functools.partial(
-        world_sample, identities=settings.identities, size=settings.size, poses=settings.poses
-    )
+    sample = functools.partial(world_sample, identities=settings.identities, size=settings.size, poses=settings.poses)
     samples = ordered_map(sample, (seed for _, seeds in missing for seed in seeds), processes)
     with tqdm(total=sum(len(seeds) for _, seeds in missing), unit="picture", mininterval=1) as bar:
         for path, seeds in missing:

@@ -23,7 +23,7 @@ import functools
 import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
-from typing import Any, cast
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -76,6 +76,12 @@ class Properties:
             raise ValueError(f"local_side {self.local_side}, margin {self.margin}, circle {self.circle}")
         if not self.colours or not all(re.fullmatch("[0-9a-f]{6}", colour) for colour in self.colours):
             raise ValueError(f"colours {' '.join(self.colours)}")
+
+    def circle_on(self, face: Box, number: int) -> Circle:
+        """The circle of a face (sec. 4.2), about its middle and in the colour of the identity's number."""
+        left, top, right, bottom = face
+        red, green, blue = bytes.fromhex(self.colours[number % len(self.colours)])
+        return Circle((left + right) / 2, (top + bottom) / 2, self.circle * (right - left), (red, green, blue))
 
     def to_metadata(self) -> dict[str, str]:
         return {
@@ -293,14 +299,9 @@ class FamilyRule(Rule[FamilyMember]):
 
     @property
     def circles(self) -> list[Circle]:
-        """One for each person with a region, in the colour of the person's number, about the middle of the face."""
+        """One for each person with a region."""
         properties = self.adapter.properties
-        colours = [tuple(bytes.fromhex(colour)) for colour in properties.colours]
-        return [
-            circle_on(person.face, properties.circle, cast("tuple[int, int, int]", colours[number % len(colours)]))
-            for number, person in enumerate(self.people)
-            if person.face is not None
-        ]
+        return [properties.circle_on(one.face, i) for i, one in enumerate(self.people) if one.face is not None]
 
     def active(self, progress: float) -> bool:
         return self.families is not None or super().active(progress)
@@ -365,12 +366,6 @@ def _keys_values(site: Site, tokens: Tensor) -> tuple[Tensor, Tensor]:
         for project in (layer.to_k, layer.to_v)
     )
     return key, value
-
-
-def circle_on(face: Box, radius: float, colour: tuple[int, int, int]) -> Circle:
-    """The circle of a face (sec. 4.2). radius: in widths of the face."""
-    left, top, right, bottom = face
-    return Circle((left + right) / 2, (top + bottom) / 2, radius * (right - left), colour)
 
 
 def masks_at(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -12,10 +12,12 @@ import torch
 from diffusers import DDIMScheduler, DPMSolverMultistepScheduler, EulerDiscreteScheduler
 from torch import Tensor
 
-from lib_portrait.attention import NEGATIVE, POSITIVE, Injection, RoutingMaps, Row, find_sites, mark
+from lib_portrait.attention import NEGATIVE, POSITIVE, Injection, RoutingMaps, Row, control_sites, find_sites, mark
 from lib_portrait.attention.windows import check_window
 from lib_portrait.conditioning import Conditioning
+from lib_portrait.control_picture import with_circles
 from lib_portrait.errors import PortraitError
+from lib_portrait.standalone.control import Control
 from lib_portrait.standalone.host import DiffusersHost, encode_prompts
 from lib_portrait.standalone.model import Model
 
@@ -49,11 +51,13 @@ def sample(
     conditioning: Conditioning | None = None,
     routing: RoutingMaps | None = None,
     on_step: Callable[[int, int], None] = lambda done, of: None,
+    control: Control | None = None,
 ) -> list[np.ndarray]:
     """The pictures, (height, width, 3) uint8 RGB, made as one batch with the same people in each.
 
     Size, steps and sampler must be the same for all; a row's noise depends on its seed alone. routing collects where
-    the people went in each picture. on_step: told after every step how many of how many are done.
+    the people went in each picture. on_step: told after every step how many of how many are done. control: a
+    ControlNet, whose picture gets the circles of the people where it was trained with their adapter.
     Raises PortraitError for samplings that cannot be made, when the people do not fit the model, and when it answers
     with infinities or NaN.
     """
@@ -81,12 +85,13 @@ def sample(
     scheduler = scheduler_class(**model.schedule, steps_offset=1, **options)
     scheduler.set_timesteps(first.steps, device=model.device)
     latents = _noise(model, samplings) * scheduler.init_noise_sigma
-    with _injected(model, conditioning, routing, rows) as injection:
+    with _injected(model, conditioning, routing, rows, control) as (injections, control):
         for step, t in enumerate(scheduler.timesteps):
-            if injection is not None:
+            for injection in injections:
                 injection.progress = step / first.steps
-            x = scheduler.scale_model_input(latents, t).repeat(len(kinds), 1, 1, 1)
-            predicted = model.unet(x.to(model.unet.dtype), t, context).sample.float()
+            x = scheduler.scale_model_input(latents, t).repeat(len(kinds), 1, 1, 1).to(model.unet.dtype)
+            added = control(x, t, context) if control is not None else {}
+            predicted = model.unet(x, t, context, **added).sample.float()
             if guided:
                 eps_uncond, eps_cond = predicted.chunk(2)
                 predicted = eps_uncond + guidance * (eps_cond - eps_uncond)
@@ -132,17 +137,32 @@ def _noise(model: Model, samplings: Sequence[Sampling]) -> Tensor:
 
 @contextlib.contextmanager
 def _injected(
-    model: Model, conditioning: Conditioning | None, routing: RoutingMaps | None, rows: Sequence[Row]
-) -> Iterator[Injection | None]:
-    """The people in the UNet while this lasts; None where there are none."""
+    model: Model,
+    conditioning: Conditioning | None,
+    routing: RoutingMaps | None,
+    rows: Sequence[Row],
+    control: Control | None,
+) -> Iterator[tuple[list[Injection], Control | None]]:
+    """The people in the UNet while this lasts, and in a ControlNet that knows them; nothing where there are none."""
     if conditioning is None:
-        yield None
+        yield [], control
         return
     conditioning.check_fits(find_sites(model.unet))
     rule = conditioning.rule(routing)
     rule.prepare(DiffusersHost(model))
-    with Injection(model.unet, rule, rows=dict(enumerate(rows))) as injection:
-        yield injection
+    table = dict(enumerate(rows))
+    injections = [Injection(model.unet, rule, rows=table)]
+    if control is not None:
+        # A ControlNet that was not trained with the adapter sees the text alone; the marks are taken off all the same.
+        knows = rule.in_control and control.trained
+        sites = control_sites(control.network, model.unet)
+        injections.append(Injection(control.network, *([rule] if knows else []), rows=table, sites=sites))
+        if knows:
+            control = replace(control, picture=with_circles(control.picture, rule.circles))
+    with contextlib.ExitStack() as stack:
+        for injection in injections:
+            stack.enter_context(injection)
+        yield injections, control
 
 
 def _check_finite(values: Tensor, network: str, where: str) -> None:

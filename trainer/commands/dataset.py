@@ -105,9 +105,7 @@ def _photos(options: argparse.Namespace) -> int:
 def _world(options: argparse.Namespace) -> int:
     from trainer.dataset import WorldSettings, make_world
 
-    world = WorldSettings(
-        options.first, options.number, options.identities, options.size, options.shard, options.poses
-    )
+    world = WorldSettings(options.first, options.number, options.identities, options.size, options.shard, options.poses)
     made = make_world(options.output, world, options.name, options.processes)
     print(f"{made} shards were made, {-(-options.number // options.shard) - made} were there already")
     return 0

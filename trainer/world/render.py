@@ -27,8 +27,9 @@ class FaceTruth:
     """The ground truth of one face of a picture of H × W pixels.
 
     id: the identity's number. box: (4,) float32 x0, y0, x1, y1 of the whole face, forehead to chin, cut at the
-    picture's edge. pose: (18, 2) float32, see `PersonRenderer.pose`. landmarks: (5, 2) float32 irises, nose tip, mouth corners, each left before right as seen in the
-    picture. mask: (H, W) bool, the face's visible pixels: not those under hair, hat or another person.
+    picture's edge. landmarks: (5, 2) float32 irises, nose tip, mouth corners, each left before right as seen in the
+    picture. mask: (H, W) bool, the face's visible pixels: not those under hair, hat or another person. pose: (18, 2)
+    float32, see `PersonRenderer.pose`.
     Coordinates are continuous: pixel i covers [i, i + 1].
     """
 
