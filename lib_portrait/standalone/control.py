@@ -19,7 +19,7 @@ CONFIG, WEIGHTS = "config.json", "diffusion_pytorch_model.safetensors"
 
 @dataclass(frozen=True)
 class Control:
-    """A ControlNet, where the model is, and the picture that it sees, (3, H, W) in [0, 1], of the size of what is drawn.
+    """A ControlNet where the model is, and the picture that it sees, (3, H, W) in [0, 1], of the size of what is drawn.
 
     weight: of what it adds. trained: whether it was trained with the adapter, and so is told of the people too.
     """
