@@ -6,7 +6,7 @@ Both hosts come through here, so that a request means the same in the WebUI and 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -105,12 +105,13 @@ class Conditioner:
         # The cheap checks of the whole request come before the networks are loaded.
         report("finding faces")
         kit = self.check(request)
+        request, told = self.placed(request, size)
         places = [
             self._region(identity.region, f"identities[{i}].region", size)
             for i, identity in enumerate(request.identities)
         ]
         used = method(request.method)
-        notices = used.notices(request.options, [identity.options for identity in request.identities])
+        notices = [*told, *used.notices(request.options, [identity.options for identity in request.identities])]
         notices += regions.overlaps(places)
         for i, identity in enumerate(request.identities):
             for field, photo in _photos(identity, f"identities[{i}]"):
@@ -132,6 +133,40 @@ class Conditioner:
                     if network is not None:
                         network.to("cpu")
         return Conditioning(request, kit, used, adapter, tuple(people), tuple(notices))
+
+    def placed(self, request: PortraitRequest, size: tuple[int, int]) -> tuple[PortraitRequest, list[Notice]]:
+        """The request with boxes in place of its layout, and what the user should know of it.
+
+        size: width and height of the finished picture. Raises PortraitError where the layout has another shape, no
+        faces, or fewer than there are people without a region.
+        """
+        if request.layout is None:
+            return request, []
+        faces, (width, height) = self.faces.places(request.layout, "layout")
+        if abs((width / height) / (size[0] / size[1]) - 1) > ASPECT_TOLERANCE:
+            raise PortraitError(
+                "layout",
+                f"it is {width}x{height}, the picture {size[0]}x{size[1]}: their shapes differ",
+                "Cut it to the picture's shape, or draw a picture of its shape.",
+            )
+        homeless = [i for i, identity in enumerate(request.identities) if identity.region is None]
+        if len(homeless) > len(faces):
+            people = ", ".join(f"identities[{i}]" for i in homeless)
+            raise PortraitError(
+                "layout",
+                f"it shows {len(faces)} faces, and {len(homeless)} people have no region of their own: {people}",
+                "Use a picture with as many faces, give regions to the others, or leave them out.",
+            )
+        notices = []
+        if len(faces) > len(homeless):
+            text = f"it shows {len(faces)} faces, of which the first {len(homeless)} from the left are taken"
+            notices.append(Notice("layout", text))
+        boxes = dict(zip(homeless, faces))
+        identities = tuple(
+            replace(identity, region=Region(box=_inside(boxes[i]))) if i in boxes else identity
+            for i, identity in enumerate(request.identities)
+        )
+        return replace(request, identities=identities, layout=None), notices
 
     def _faces(self, identity: Identity, path: str, encoder: FaceEncoder | None) -> IdentityFaces:
         def references(photos: Sequence[Photo], field: str) -> tuple[Reference, ...]:
@@ -193,6 +228,12 @@ class Conditioner:
 
         weights_hash = "-".join(self.store.sha256(path) for path in files)
         return FaceEncoder(networks, weights_hash, device, dtype)
+
+
+def _inside(box: regions.Box) -> regions.Box:
+    """The box as far as it lies in the picture, in whole thousandths, as infotexts have it."""
+    left, top, right, bottom = (round(min(max(edge, 0.0), 1.0), 3) for edge in box)
+    return left, top, right, bottom
 
 
 def _check_widths(kit: Kit, faces: IdentityFaces, wanted: Mapping[str, int]) -> None:

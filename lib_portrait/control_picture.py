@@ -16,10 +16,8 @@ from torch import Tensor
 
 from lib_portrait.attention.regions import WHOLE, Box
 
-# COCO's points, in OpenPose's order; the names of what a head has.
-POINTS = 18
-NOSE, NECK, RIGHT_EYE, LEFT_EYE, RIGHT_EAR, LEFT_EAR = 0, 1, 14, 15, 16, 17
-RIGHT_SHOULDER, LEFT_SHOULDER = 2, 5
+# COCO's points, in OpenPose's order.
+POINTS, NOSE = 18, 0
 LIMBS = (
     *((1, 2), (1, 5), (2, 3), (3, 4), (5, 6), (6, 7), (1, 8), (8, 9), (9, 10), (1, 11), (11, 12), (12, 13)),
     *((1, 0), (0, 14), (14, 16), (0, 15), (15, 17)),
@@ -32,6 +30,9 @@ COLOURS = (
 )
 # Of a limb's colour: points stay visible on it.
 LIMB_SHADE = 0.6
+EYES, EARS = (14, 15), (16, 17)
+# What is black in a skeleton's picture, how much of it is, and how far a point's colour may be off.
+DARK, MOSTLY, NEAR = 16, 0.6, 40
 # Half the width of a limb, and the radius of a point, in 512ths of the picture's shorter side.
 STICK = 4
 
@@ -67,10 +68,57 @@ def with_circles(picture: Tensor, circles: Sequence[Circle], place: Box = WHOLE)
     return picture
 
 
+def heads(picture: np.ndarray) -> list[tuple[float, float, float, float]]:
+    """Boxes x0, y0, x1, y1 in pixels about the faces of a picture (H, W, 3) uint8 of skeletons, from the left.
+
+    Of a picture that is none, which is not mostly black, there are none. A face is as wide as its ears are apart; where
+    one of them is not seen, and where there are no ears, that is estimated from the eyes and the nose.
+    """
+    if (picture.max(axis=2) < DARK).mean() < MOSTLY:
+        return []
+    noses, others = _dots(picture, NOSE), [_dots(picture, part) for part in (*EYES, *EARS)]
+    found = []
+    for nose in noses:
+        # Everybody's points are nearer to their own nose than to others'.
+        own = [
+            next(
+                (
+                    point
+                    for point in sorted(dots, key=lambda point: float(np.hypot(*(point - nose))))
+                    if min(noses, key=lambda other: float(np.hypot(*(point - other)))) is nose
+                ),
+                None,
+            )
+            for dots in others
+        ]
+        eyes, ears = [one for one in own[:2] if one is not None], [one for one in own[2:] if one is not None]
+        if len(ears) == 2:
+            width = abs(ears[0][0] - ears[1][0])
+        elif ears:
+            width = 1.4 * abs(ears[0][0] - nose[0])
+        elif len(eyes) == 2:
+            width = 2.4 * abs(eyes[0][0] - eyes[1][0])
+        else:
+            continue
+        middle = np.mean([one[0] for one in (ears or eyes)] + [nose[0]])
+        half, tall = width / 2, 0.65 * width
+        found.append((float(middle - half), float(nose[1] - tall), float(middle + half), float(nose[1] + tall)))
+    return sorted(found)
+
+
+def _dots(picture: np.ndarray, point: int) -> list[np.ndarray]:
+    """The middles (2) of all that has a point's colour in a picture of skeletons, in pixels."""
+    import cv2
+
+    near = np.abs(picture.astype(np.int16) - np.array(COLOURS[point])).max(axis=2) < NEAR
+    count, _, _, middles = cv2.connectedComponentsWithStats(near.astype(np.uint8), connectivity=8)
+    return list(middles[1:count])
+
+
 def skeletons(people: Sequence[np.ndarray], size: tuple[int, int]) -> np.ndarray:
     """The poses of people on black, (height, width, 3) uint8 RGB, the first below.
 
-    people: of each the points (18, 2) in pixels, NaN for those that are not seen. size: (width, height).
+    people: of each the POINTS (18, 2) in pixels, NaN for those that are not seen. size: (width, height).
     """
     import cv2
 

@@ -142,6 +142,8 @@ class Identity:
 class PortraitRequest:
     """Everything a user can ask of one generation.
 
+    layout: a picture, a photo or a skeleton of a pose, whose faces say from the left to the right where the identities
+    belong that have no region.
     options: what the method lets people choose for all identities together, by name. Those that are left out, here and
     in the identities, get the method's defaults. Raises PortraitError for a method that there is none, and for options
     that it does not have.
@@ -151,6 +153,7 @@ class PortraitRequest:
     enabled: bool = True
     method: str = declarations.NAMES[0]
     checkpoint: str = AUTOMATIC
+    layout: Photo | None = None
     options: Mapping[str, Value] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
@@ -215,6 +218,7 @@ def parse_request(value: Any, limits: Limits | None = None) -> PortraitRequest:
         enabled=enabled,
         method=method,
         checkpoint=_name(data.get("checkpoint", AUTOMATIC), "checkpoint", limits),
+        layout=_photo(data["layout"], "layout", limits) if data.get("layout") is not None else None,
         options=_options(one.options, data, ""),
     )
 
@@ -484,6 +488,11 @@ def json_schema(limits: Limits | None = None) -> dict[str, Any]:
             "maxLength": limits.name_length,
             "default": AUTOMATIC,
             "description": "a name that /portrait/models lists",
+        },
+        "layout": {
+            "oneOf": [{"type": "null"}, {"$ref": "#/$defs/photo"}],
+            "default": None,
+            "description": "a picture whose faces, from the left, say where identities without a region belong",
         },
     }
     own = {"photos": photos, **_schemas((START, END)), "region": region}

@@ -57,6 +57,9 @@ def configure(parser: argparse.ArgumentParser) -> None:
     whole = parser.add_argument_group("all people together")
     for name, declared in for_all.items():
         _add(whole, f"--{name.replace('_', '-')}", declared, dest=f"{_ALL}{name}")
+    whole.add_argument(
+        "--layout", metavar="PICTURE", help="its faces, from the left, say where people without a --region belong"
+    )
     whole.add_argument("--method", choices=declarations.NAMES, help=f"default: {declarations.NAMES[0]}")
     whole.add_argument("--adapter", metavar="NAME", help="of the adapter's files; default: the one there is")
     whole.add_argument(
@@ -231,6 +234,7 @@ def _changes(options: argparse.Namespace) -> dict[str, Any]:
     """What the options say about all people together, by the request's names."""
     named = {name.removeprefix(_ALL): value for name, value in vars(options).items() if name.startswith(_ALL)}
     named |= {"method": options.method, "checkpoint": options.adapter}
+    named["layout"] = _base64(Path(options.layout), "--layout") if options.layout is not None else None
     return {name: value for name, value in named.items() if value is not None}
 
 

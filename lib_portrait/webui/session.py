@@ -128,7 +128,9 @@ class Session:
     def infotext(self) -> str:
         """The request as the pictures' parameters hold it, with the adapter that was used."""
         assert self.request is not None and self._conditioning is not None
-        return to_infotext(self.request, self._conditioning.kit.name)
+        # Where people are, in place of a picture that says it.
+        placed = dataclasses.replace(self.request, identities=self._conditioning.request.identities, layout=None)
+        return to_infotext(placed, self._conditioning.kit.name)
 
     def notices(self) -> list[Notice]:
         """What the user should know of the request, fields as the panel names them where it comes from there."""

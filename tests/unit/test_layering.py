@@ -89,7 +89,8 @@ ROOMS = {
     ),
     "lib_portrait.faces": Room(
         f"{SERIALISED} {PICTURES} transformers facenet_pytorch insightface onnxruntime",
-        "lib_portrait.errors lib_portrait.request lib_portrait.checkpoints",
+        "lib_portrait.errors lib_portrait.request lib_portrait.checkpoints lib_portrait.attention "
+        "lib_portrait.control_picture",
     ),
     "lib_portrait.methods": Room(
         "torch numpy einops",
