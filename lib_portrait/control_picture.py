@@ -68,6 +68,12 @@ def with_circles(picture: Tensor, circles: Sequence[Circle], place: Box = WHOLE)
     return picture
 
 
+def to_image(picture: Tensor) -> np.ndarray:
+    """A picture (3, H, W) in [0, 1] as (H, W, 3) uint8."""
+    pixels: np.ndarray = (picture.float().cpu() * 255).round().byte().permute(1, 2, 0).numpy()
+    return pixels
+
+
 def heads(picture: np.ndarray) -> list[tuple[float, float, float, float]]:
     """Boxes x0, y0, x1, y1 in pixels about the faces of a picture (H, W, 3) uint8 of skeletons, from the left.
 

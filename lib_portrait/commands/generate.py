@@ -60,6 +60,12 @@ def configure(parser: argparse.ArgumentParser) -> None:
     whole.add_argument(
         "--layout", metavar="PICTURE", help="its faces, from the left, say where people without a --region belong"
     )
+    whole.add_argument(
+        "--pose",
+        type=Path,
+        metavar="PICTURE",
+        help="a skeleton of the picture's size for the ControlNet of the adapter's kit; circles are added",
+    )
     whole.add_argument("--method", choices=declarations.NAMES, help=f"default: {declarations.NAMES[0]}")
     whole.add_argument("--adapter", metavar="NAME", help="of the adapter's files; default: the one there is")
     whole.add_argument(
@@ -119,6 +125,8 @@ def run(options: argparse.Namespace) -> int:
     with generation.Results.begin(options.output) as results, _photos_by_name(options.faces or []):
         checkpoint = options.checkpoint or generation.bundled_checkpoint(folders)
         pipeline = generation.PortraitPipeline(checkpoint, folders, options.device, tell, options.filter_crops)
+        if options.pose is not None:
+            pipeline.show_pose(options.pose)
         if demonstration:
             changes = _changes(options)
             generation.generate_samples(

@@ -15,17 +15,21 @@ from typing import Any
 
 import numpy as np
 import torch
+from diffusers import ControlNetModel
 from PIL import Image, ImageFont
 
 from lib_portrait.attention import RoutingMaps
 from lib_portrait.checkpoints.store import Folders, Store
-from lib_portrait.conditioning import Conditioner
+from lib_portrait.conditioning import Conditioner, Conditioning
+from lib_portrait.control_picture import to_image, with_circles
 from lib_portrait.errors import Notice, PortraitError
 from lib_portrait.faces.heatmap_detector import open_detector
+from lib_portrait.faces.images import decode_photo
 from lib_portrait.faces.service import FaceService
 from lib_portrait.methods.declarations import adapter_files, declaration
 from lib_portrait.request import AUTOMATIC, Limits, PortraitRequest, to_json
 from lib_portrait.routing_picture import Legend, draw_routing
+from lib_portrait.standalone.control import Control, load_control
 from lib_portrait.standalone.measuring import FaceSimilarity, Measurer, owners_of, shows_everybody
 from lib_portrait.standalone.model import load_model, text_encoder_of
 from lib_portrait.standalone.samples import both_words, read_samples
@@ -42,13 +46,14 @@ ACROSS = 4
 class GeneratedPicture:
     """One finished picture. routing: the same in grey, coloured by whom its parts were given to.
 
-    owners: whose they are, see `owners_of`, where there are several people.
+    owners: whose they are, see `owners_of`, where there are several people. control: what a ControlNet saw.
     """
 
     sampling: Sampling
     picture: Image.Image
     routing: Image.Image | None = None
     owners: torch.Tensor | None = None
+    control: Image.Image | None = None
 
 
 class PortraitPipeline:
@@ -79,6 +84,9 @@ class PortraitPipeline:
         self.store = Store(Folders(own=folders), adapter_files(), CACHE)
         self.faces = FaceService(self.store.folders("detector"), CACHE, Limits(), filter_crops=filter_crops)
         self.conditioner = Conditioner(self.faces, self.store)
+        self.pose: np.ndarray | None = None
+        """What the kit's ControlNet is shown, (H, W, 3) uint8, without circles: a picture of `control_picture`."""
+        self._control: tuple[Path, ControlNetModel] | None = None
 
     def sampling(self, prompt: str, settings: Mapping[str, Any]) -> Sampling:
         """A picture of the model's own size, but for what the settings say."""
@@ -97,6 +105,10 @@ class PortraitPipeline:
         if request is not None:
             conditioning = self.conditioner.prepare(request, (first.width, first.height), self.device, self.dtype)
             self._notice([*self._choices(request), *conditioning.notices])
+        control = None
+        if conditioning is not None:
+            control = self._controlled(conditioning, (first.width, first.height))
+        seen = None if control is None else Image.fromarray(to_image(control.picture))
         legend = Legend(names, range(1, len(names) + 1), ImageFont.load_default)
         at_once = max(1, PIXELS_AT_ONCE // (first.width * first.height))
         drawn: list[GeneratedPicture] = []
@@ -105,7 +117,7 @@ class PortraitPipeline:
             # Of several people it is measured whether they are where they were routed.
             routing = RoutingMaps() if request is not None and _routed(request) else None
             title = f"Drawing {begin + 1} to {begin + len(batch)} of {len(samplings)}"
-            pixels = sample(self.model, batch, conditioning, routing, Progress(title))
+            pixels = sample(self.model, batch, conditioning, routing, Progress(title), control)
             pictures = [Image.fromarray(one) for one in pixels]
             mean = routing.mean() if routing is not None else None
             maps: Sequence[Image.Image | None] = [None] * len(pictures)
@@ -114,8 +126,45 @@ class PortraitPipeline:
                 maps = draw_routing(pictures, list(mean), legend=legend)
             if mean is not None and mean.shape[1] > 1:
                 owners = [owners_of(own) for own in mean]
-            drawn += [GeneratedPicture(*one) for one in zip(batch, pictures, maps, owners, strict=True)]
+            drawn += [GeneratedPicture(*one, seen) for one in zip(batch, pictures, maps, owners, strict=True)]
         return drawn
+
+    def show_pose(self, path: Path) -> None:
+        """Has the kit's ControlNet see this picture. Raises PortraitError for one that cannot be read."""
+        try:
+            data = path.read_bytes()
+        except OSError as error:
+            raise PortraitError(
+                "--pose", f"{path} cannot be read ({error.strerror})", "Give the path of a picture.", 404
+            ) from None
+        self.pose = decode_photo(data, "--pose", self.faces.limits)[0]
+
+    def _controlled(self, conditioning: Conditioning, size: tuple[int, int]) -> Control | None:
+        """The ControlNet that the kit names, and the pose with everybody's circles; None where there is neither.
+
+        Raises PortraitError for a pose of another shape than (width, height), one that nothing reads, and a ControlNet
+        that is not there.
+        """
+        rule, kit = conditioning.rule(), conditioning.kit
+        file = kit.manifest.control if kit.manifest is not None else None
+        if self.pose is None:
+            if file is not None:
+                self._notice([Notice("--pose", "there is none, so people are carried by the UNet's attention alone")])
+            return None
+        if file is None:
+            raise PortraitError("--pose", f"{kit.name} names no ControlNet that it is for", "Leave it out.")
+        height, width = self.pose.shape[:2]
+        if (width, height) != size:
+            raise PortraitError(
+                "--pose", f"it is {width}x{height}, the picture {size[0]}x{size[1]}", "Give one of the picture's size."
+            )
+        path = self.store.locate(file, kit.home)
+        if path is None:
+            raise PortraitError("--pose", f"{file.name} is not there", f"Put it beside the kit {kit.name}.", 404)
+        if self._control is None or self._control[0] != path:
+            self._control = path, load_control(path, self.model.unet).to(self.device, self.dtype)
+        picture = torch.from_numpy(self.pose).permute(2, 0, 1).float().to(self.device) / 255
+        return Control(self._control[1], with_circles(picture, rule.circles))
 
     def _notice(self, notices: Sequence[Notice]) -> None:
         for notice in notices:
@@ -262,6 +311,9 @@ class Results:
         if drawn.routing is not None:
             entry["routing"] = f"{name}-routing.png"
             drawn.routing.save(self.folder / entry["routing"])
+        if drawn.control is not None:
+            entry["control"] = f"{name}-control.png"
+            drawn.control.save(self.folder / entry["control"])
         if measured:
             entry["similarity"] = [asdict(one) for one in measured]
         if len(measured) > 1:

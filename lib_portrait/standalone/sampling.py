@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -15,7 +15,6 @@ from torch import Tensor
 from lib_portrait.attention import NEGATIVE, POSITIVE, Injection, RoutingMaps, Row, control_sites, find_sites, mark
 from lib_portrait.attention.windows import check_window
 from lib_portrait.conditioning import Conditioning
-from lib_portrait.control_picture import with_circles
 from lib_portrait.errors import PortraitError
 from lib_portrait.standalone.control import Control
 from lib_portrait.standalone.host import DiffusersHost, encode_prompts
@@ -57,7 +56,7 @@ def sample(
 
     Size, steps and sampler must be the same for all; a row's noise depends on its seed alone. routing collects where
     the people went in each picture. on_step: told after every step how many of how many are done. control: a
-    ControlNet, whose picture gets the circles of the people where it was trained with their adapter.
+    ControlNet, whose picture has the people's circles where it was trained with their adapter.
     Raises PortraitError for samplings that cannot be made, when the people do not fit the model, and when it answers
     with infinities or NaN.
     """
@@ -85,7 +84,7 @@ def sample(
     scheduler = scheduler_class(**model.schedule, steps_offset=1, **options)
     scheduler.set_timesteps(first.steps, device=model.device)
     latents = _noise(model, samplings) * scheduler.init_noise_sigma
-    with _injected(model, conditioning, routing, rows, control) as (injections, control):
+    with _injected(model, conditioning, routing, rows, control) as injections:
         for step, t in enumerate(scheduler.timesteps):
             for injection in injections:
                 injection.progress = step / first.steps
@@ -142,10 +141,10 @@ def _injected(
     routing: RoutingMaps | None,
     rows: Sequence[Row],
     control: Control | None,
-) -> Iterator[tuple[list[Injection], Control | None]]:
+) -> Iterator[list[Injection]]:
     """The people in the UNet while this lasts, and in a ControlNet that knows them; nothing where there are none."""
     if conditioning is None:
-        yield [], control
+        yield []
         return
     conditioning.check_fits(find_sites(model.unet))
     rule = conditioning.rule(routing)
@@ -157,12 +156,10 @@ def _injected(
         knows = rule.in_control and control.trained
         sites = control_sites(control.network, model.unet)
         injections.append(Injection(control.network, *([rule] if knows else []), rows=table, sites=sites))
-        if knows:
-            control = replace(control, picture=with_circles(control.picture, rule.circles))
     with contextlib.ExitStack() as stack:
         for injection in injections:
             stack.enter_context(injection)
-        yield injections, control
+        yield injections
 
 
 def _check_finite(values: Tensor, network: str, where: str) -> None:

@@ -477,3 +477,51 @@ def test_rows_that_were_split_are_refused(unet: nn.Module) -> None:
         finally:
             site.module.forward = ours
     assert site.module.forward == inside
+
+
+# ------------------------------------------------------------------------------------------------- without the WebUI
+
+
+@torch.no_grad()
+def test_a_control_net_is_told_of_people_in_standalone_sampling_where_it_was_trained_with_them() -> None:
+    from types import SimpleNamespace
+
+    from diffusers import ControlNetModel
+
+    from lib_portrait.standalone.control import Control
+    from lib_portrait.standalone.sampling import Sampling, sample
+    from tests.small_networks import small_model
+
+    model = small_model()
+    network = ControlNetModel.from_unet(model.unet).eval()
+    for convolution in (*network.controlnet_down_blocks, network.controlnet_mid_block):
+        convolution.weight.normal_(generator=torch.Generator().manual_seed(6))
+    before = attributes(network), attributes(model.unet)
+    people = members(model.unet, [(0.0, 0.0, 0.5, 1.0), (0.5, 0.0, 1.0, 1.0)])
+    conditioning: Any = SimpleNamespace(
+        people=people,
+        check_fits=lambda sites: None,
+        rule=lambda routing: FamilyRule(adapter(model.unet), people),
+    )
+    asked = [Sampling("a woman and a man", "blurry", 64, 64, steps=2, seed=seed) for seed in (1, 2)]
+    contexts: list[Tensor] = []
+    site = next(site for site in control_sites(network, model.unet) if site.cross)
+    site.module.to_k.register_forward_hook(lambda module, args, out: contexts.append(args[0]))
+    picture = torch.rand(3, 64, 64, generator=torch.Generator().manual_seed(1))
+    drawn = {}
+    for name, control in (
+        ("none", None),
+        ("trained", Control(network, picture)),
+        ("another", Control(network, picture, trained=False)),
+        ("bare", Control(network, picture, weight=0.0)),
+    ):
+        contexts.clear()
+        drawn[name] = np.stack(sample(model, asked, conditioning, control=control)).astype(int)
+        seen = {one.shape[1] for one in contexts}
+        assert seen == {"none": set(), "trained": {77, 2 * TOKENS}, "bare": {77, 2 * TOKENS}}.get(name, {77})
+    assert np.array_equal(drawn["none"], drawn["bare"])
+    assert (
+        np.abs(drawn["trained"] - drawn["none"]).mean() > 1 and np.abs(drawn["trained"] - drawn["another"]).mean() > 0.1
+    )
+    site.module.to_k._forward_hooks.clear()
+    assert (attributes(network), attributes(model.unet)) == before
