@@ -175,6 +175,11 @@ class PortraitRequest:
         """Whether maps of where people were put are to be shown."""
         return bool(self.options.get(self.declaration.maps, False))
 
+    @property
+    def shows_control(self) -> bool:
+        """Whether the picture that the ControlNet saw is to be shown."""
+        return bool(self.options.get(self.declaration.control, False))
+
     def with_maps(self) -> PortraitRequest:
         """The request with these maps shown, where its method makes any."""
         maps = self.declaration.maps

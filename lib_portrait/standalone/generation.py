@@ -108,7 +108,8 @@ class PortraitPipeline:
         control = None
         if conditioning is not None:
             control = self._controlled(conditioning, (first.width, first.height))
-        seen = None if control is None else Image.fromarray(to_image(control.picture))
+        shows = request is not None and request.shows_control
+        seen = Image.fromarray(to_image(control.picture)) if control is not None and shows else None
         legend = Legend(names, range(1, len(names) + 1), ImageFont.load_default)
         at_once = max(1, PIXELS_AT_ONCE // (first.width * first.height))
         drawn: list[GeneratedPicture] = []

@@ -21,6 +21,8 @@ if TYPE_CHECKING:
     from lib_portrait.control_picture import Circle
 
 TITLE = "controlnet"
+# The folder that the extension saves them in.
+SHOWN_AS = "portrait"
 _HINTS = ("hint_cond", "hr_hint_cond")
 
 
@@ -38,10 +40,24 @@ class Unit:
         return self.parameters.control_model.control_model
 
 
+def show(p: Any, unit: Unit) -> None:
+    """Puts the picture that a unit's network sees among those that the extension shows, and saves where its settings
+    say so, as those of its preprocessors."""
+    from lib_portrait.control_picture import to_image
+
+    hint = unit.parameters.hint_cond
+    if isinstance(hint, torch.Tensor) and hint.ndim == 4 and hint.shape[1] == 3:
+        _script(p).detected_map.append((to_image(hint[0]), SHOWN_AS))
+
+
+def _script(p: Any) -> Any:
+    scripts = getattr(p.scripts, "alwayson_scripts", ())
+    return next((one for one in scripts if one.title().lower() == TITLE), None)
+
+
 def units(p: Any) -> list[Unit]:
     """The enabled units whose model is a ControlNet, for the sampling that is about to begin."""
-    scripts = getattr(p.scripts, "alwayson_scripts", ())
-    script = next((one for one in scripts if one.title().lower() == TITLE), None)
+    script = _script(p)
     hook = getattr(script, "latest_network", None)
     if script is None or hook is None:
         return []

@@ -89,6 +89,7 @@ class Session:
         self._injection: Injection | None = None
         self._controls: list[Injection] = []
         self._hints: control.Hints | None = None
+        self._shown = False
         self._pre_hook: Any = None
         self._sampling = False
         self._latent = (0, 0)
@@ -199,6 +200,10 @@ class Session:
             one = Injection(unit.network, self._rule, host_state=lora_state, sites=sites, within=self._injection)
             self._controls.append(one.inject())
         self._hints = control.Hints(units, self._rule.circles, places.sampled(p))
+        if self.request is not None and self.request.shows_control and not self._shown:
+            for unit in units:
+                control.show(p, unit)
+                self._shown = True
         if not units:
             name = f"{wanted.name}, which it was trained with" if wanted is not None else "one that its kit names"
             text = f"no enabled unit runs {name}: people are carried by the UNet's attention alone"

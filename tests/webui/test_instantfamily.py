@@ -9,6 +9,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
@@ -16,12 +17,12 @@ from torch import Tensor
 
 from lib_portrait.checkpoints.hashes import file_sha256
 from lib_portrait.checkpoints.kit import Manifest, StoredFile, write_manifest
-from lib_portrait.methods.instantfamily import EXCLUDE, MULTIPLY, FaceProjections, Properties
+from lib_portrait.methods.instantfamily import COLOURS, EXCLUDE, MULTIPLY, FaceProjections, Properties
 from lib_portrait.request import Photo
 from tests.webui.oracle import Oracle, assert_nobody_is_seen, recorded_sites
 from tests.webui.server import Client, Recording, changes
 from tests.webui.test_controlnet import REFERENCE, beside, control  # noqa: F401
-from tests.webui.test_matrix import LONG, difference, one
+from tests.webui.test_matrix import LONG, difference, one, pixels_of
 from tests.webui.world import BACKBONE_WIDTHS, BLOCKS, LDM_PATHS, World
 
 pytestmark = pytest.mark.webui
@@ -215,6 +216,24 @@ def test_circles_have_the_colours_of_the_kit(
     assert torch.equal(*plain)
 
 
+def test_the_control_picture_is_shown_on_request(
+    server_with_controlnet: Client,
+    people: dict[str, str],
+    control: dict[str, Any],  # noqa: F811
+) -> None:
+    client = server_with_controlnet
+    plain = client.generate(family(people, "ada", "ben"), **beside(control)).images
+    shown = client.generate(family(people, "ada", "ben", show_control=True), n_iter=2, **beside(control)).images
+    # The extension shows what its unit was given, and behind it, once, what the network saw.
+    assert len(plain) == 2 and len(shown) == 4, (len(plain), len(shown))
+    given, seen = (pixels_of(one).astype(int) for one in shown[-2:])
+    changed = np.abs(given - seen).max(axis=2) > 2
+    for (left, top, right, bottom), colour in zip(BOXES, COLOURS):
+        x, y = round(64 * (left + right)), round(64 * (top + bottom))
+        assert seen[y, x].tolist() == list(bytes.fromhex(colour))
+    assert 0.005 < changed.mean() < 0.05
+
+
 @pytest.mark.parametrize("case", ["another network", "no name in the kit", "no unit"])
 def test_without_its_network_the_unet_alone_carries_people_and_a_notice_says_so(
     server_with_controlnet: Client,
@@ -233,9 +252,7 @@ def test_without_its_network_the_unet_alone_carries_people_and_a_notice_says_so(
         assert not recording.foreign
     else:
         recording = recorded(client, portrait, unit)
-        equations.control, before = {**equations.control}, equations.control
         equations.check(recording, ("ada", "ben"), in_control=False)
-        equations.control = before
     assert "carried by the UNet's attention alone" in recording.answer.info["infotexts"][0]
     ours = client.record(family(people, "ada", "ben"), **beside(control)).answer
     assert "attention alone" not in ours.info["infotexts"][0]

@@ -28,6 +28,7 @@ class Declaration:
     options: what may be chosen for a whole request. identity_options: for each of its people.
     mixes: whether people can be mixed into an identity.
     maps: the switch among its options that asks for maps of where people were put; "" where it makes none.
+    control: the switch that asks for the picture that the ControlNet saw; "" where none is told of people.
     """
 
     files: AdapterFiles
@@ -35,6 +36,7 @@ class Declaration:
     identity_options: tuple[Option, ...] = ()
     mixes: bool = False
     maps: str = ""
+    control: str = ""
 
     @property
     def name(self) -> str:

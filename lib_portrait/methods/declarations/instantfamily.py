@@ -2,7 +2,7 @@
 
 from lib_portrait.checkpoints.files import AdapterFile, AdapterFiles
 from lib_portrait.methods.declarations import Declaration
-from lib_portrait.options import Choice
+from lib_portrait.options import Choice, Switch
 
 FILES = AdapterFiles(
     method="instantfamily",
@@ -23,5 +23,11 @@ DECLARATION = Declaration(
             choices={"multiply": "Multiply logits (paper)", "exclude": "Leave keys out", "none": "None"},
             axis="Mask",
         ),
+        Switch(
+            name="show_control",
+            title="Show control picture",
+            help="append the picture that the ControlNet saw, with the circles on the faces, to the resulting pictures",
+        ),
     ),
+    control="show_control",
 )
