@@ -366,7 +366,7 @@ def places_from(file: Any, kept: Sequence[str]) -> list[Any]:
     boxes: dict[int, Any] = {}
     try:
         data = inputs.uploaded_bytes(file, panel_values.CONTROL_NAMES["layout"], settings.limits())
-        faces, _ = instances.conditioner().faces.places(Photo.of(data), panel_values.CONTROL_NAMES["layout"])
+        faces, _ = instances.faces().places(Photo.of(data), panel_values.CONTROL_NAMES["layout"])
         if len(used) > len(faces):
             raise PortraitError(
                 panel_values.CONTROL_NAMES["layout"],

@@ -204,7 +204,7 @@ class Session:
             for unit in units:
                 control.show(p, unit)
                 self._shown = True
-        if not units:
+        if not units and not places.is_detail(p):
             name = f"{wanted.name}, which it was trained with" if wanted is not None else "one that its kit names"
             text = f"no enabled unit runs {name}: people are carried by the UNet's attention alone"
             self.tell(p, [Notice("ControlNet", text)])

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import dataclasses
+import re
 import shutil
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -17,13 +18,16 @@ from torch import Tensor
 
 from lib_portrait.checkpoints.hashes import file_sha256
 from lib_portrait.checkpoints.kit import Manifest, StoredFile, write_manifest
+from lib_portrait.control_picture import skeletons
 from lib_portrait.methods.instantfamily import COLOURS, EXCLUDE, MULTIPLY, FaceProjections, Properties
 from lib_portrait.request import Photo
+from tests.unit.test_layout import head
 from tests.webui.oracle import Oracle, assert_nobody_is_seen, recorded_sites
 from tests.webui.server import Client, Recording, changes
 from tests.webui.test_controlnet import REFERENCE, beside, control  # noqa: F401
 from tests.webui.test_matrix import LONG, difference, one, pixels_of
 from tests.webui.world import BACKBONE_WIDTHS, BLOCKS, LDM_PATHS, World
+from trainer.shards import encode_png
 
 pytestmark = pytest.mark.webui
 
@@ -310,6 +314,27 @@ def test_what_cannot_be_honoured_is_refused(server_with_controlnet: Client, peop
     outside["identities"][0]["region"] = {"box": [0.5, 0.5, 1.5, 0.9]}
     answer = client.generate(outside)
     assert answer.status == 422 and answer.detail.startswith("identities[0].region"), answer.detail
+
+
+def test_a_layout_is_the_boxes_of_its_heads(server_with_controlnet: Client, people: dict[str, str]) -> None:
+    client = server_with_controlnet
+    pose = skeletons([head(90, 60, 30), head(35, 50, 40)], (128, 128))
+    picture = base64.b64encode(encode_png(pose)).decode()
+    named = family(people, "ada", "ben")
+    laid_out: dict[str, Any] = {**named, "layout": picture}
+    laid_out["identities"] = [{"photos": one["photos"]} for one in named["identities"]]
+    first = client.record(laid_out, sites=())
+    infotext = first.answer.info["infotexts"][0]
+    boxes = [[float(edge) for edge in box.split()] for box in re.findall(r"box ([0-9. ]+)", infotext)]
+    assert len(boxes) == 2 and [round((box[0] + box[2]) * 64) for box in boxes] == [35, 90], infotext
+    for identity, box in zip(named["identities"], boxes):
+        identity["region"] = {"box": box}
+    assert torch.equal(first.latents(), client.record(named, sites=()).latents())
+    assert torch.equal(first.latents(), client.record(sites=(), infotext=infotext).latents())
+    laid_out["identities"].append({"photos": [people["cleo"]]})
+    answer = client.generate(laid_out)
+    assert answer.status == 422 and answer.detail.startswith("layout"), answer.detail
+    assert "2 faces" in answer.detail and "3 people" in answer.detail
 
 
 def test_the_infotext_brings_the_picture_back(server_with_controlnet: Client, people: dict[str, str]) -> None:
