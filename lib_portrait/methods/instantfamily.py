@@ -47,7 +47,7 @@ from lib_portrait.methods.base import Method, Options, Placement, Rule
 MULTIPLY, EXCLUDE, NONE = "multiply", "exclude", "none"
 
 # Of the circles in control images, by the number of the identity: as far from one another as from a skeleton's limbs.
-COLOURS = ("ffffff", "ff80c0", "80ffff", "c0ff80", "ffc080", "8080ff", "c08080", "808080")
+COLOURS = ("ffffff", "80ffff", "c0ff80", "808080", "ffc080", "8080ff", "ff80c0", "c08080")
 
 _REMEDY = "Use a file that the recipe `instantfamily` exported, unmodified."
 

@@ -163,8 +163,11 @@ class PortraitPipeline:
         if path is None:
             raise PortraitError("--pose", f"{file.name} is not there", f"Put it beside the kit {kit.name}.", 404)
         if self._control is None or self._control[0] != path:
-            self._control = path, load_control(path, self.model.unet).to(self.device, self.dtype)
-        picture = torch.from_numpy(self.pose).permute(2, 0, 1).float().to(self.device) / 255
+            network = load_control(path, self.model.unet)
+            for parameter in network.parameters():
+                parameter.data = parameter.data.to(self.device, self.dtype)
+            self._control = path, network
+        picture = torch.from_numpy(self.pose.copy()).permute(2, 0, 1).float().to(self.device) / 255
         return Control(self._control[1], with_circles(picture, rule.circles))
 
     def _notice(self, notices: Sequence[Notice]) -> None:
