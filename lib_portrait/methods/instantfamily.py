@@ -22,8 +22,8 @@ from __future__ import annotations
 import functools
 import re
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, fields
-from typing import Any
+from dataclasses import asdict, dataclass, field, fields
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -165,6 +165,15 @@ class FaceProjections(nn.Module):
 # ----------------------------------------------------------------------------------- masked cross-attention, eq. 6 to 8
 
 
+class Part(NamedTuple):
+    """A part of a picture in which the same masks are 1. inside (N): the masks there, 1 or 0. faces: the numbers of
+    those that are 1. positions: of the part."""
+
+    inside: Tensor
+    faces: Tensor
+    positions: Tensor
+
+
 class FaceMasks:
     """M_f1 ... M_fN of eq. 7 at one site: 1 or 0, for all rows or for each.
 
@@ -175,13 +184,19 @@ class FaceMasks:
         self.inside, self.present = inside, present
 
     @functools.cached_property
-    def regions(self) -> list[tuple[tuple[bool, ...], Tensor]]:
-        """The distinct parts of a picture: which faces' masks are 1 there, and the numbers of its positions."""
-        columns = self.inside[0].T.tolist()
-        parts: dict[tuple[bool, ...], list[int]] = {}
-        for position, column in enumerate(columns):
-            parts.setdefault(tuple(column), []).append(position)
-        return [(who, torch.tensor(where, device=self.inside.device)) for who, where in parts.items()]
+    def parts(self) -> list[Part]:
+        """The distinct parts of a picture whose masks are the same in all rows."""
+        found: dict[tuple[bool, ...], list[int]] = {}
+        for position, column in enumerate(self.inside[0].T.tolist()):
+            found.setdefault(tuple(column), []).append(position)
+
+        def on_device(numbers: Sequence[int]) -> Tensor:
+            return torch.tensor(numbers, dtype=torch.long, device=self.inside.device)
+
+        return [
+            Part(on_device(who).bool(), on_device([i for i, there in enumerate(who) if there]), on_device(positions))
+            for who, positions in found.items()
+        ]
 
 
 def masked_attention(
@@ -203,16 +218,14 @@ def masked_attention(
     if masks.present is not None or len(masks.inside) > 1:
         return _row_by_row(q, k, v, key, value, masks, mask)
     out = torch.empty_like(q)
-    for who, positions in masks.regions:
-        there = torch.tensor(who, device=q.device)
+    for part in masks.parts:
         if mask == MULTIPLY:
-            keys, values = key * there[:, None, None], value
+            keys, values = key * part.inside[:, None, None], value
         else:
-            keys, values = key[:, :, there], value[:, :, there]
+            keys, values = (x.index_select(2, part.faces) for x in (key, value))
         keys, values = (x.flatten(2, 3).expand(rows, -1, -1, -1) for x in (keys, values))
-        part = q[:, :, positions] if len(masks.regions) > 1 else q
-        seen = F.scaled_dot_product_attention(part, torch.cat([k, keys], dim=2), torch.cat([v, values], dim=2))
-        out[:, :, positions] = seen
+        keys, values = torch.cat([k, keys], dim=2), torch.cat([v, values], dim=2)
+        out[:, :, part.positions] = F.scaled_dot_product_attention(q[:, :, part.positions], keys, values)
     return out
 
 
@@ -274,7 +287,7 @@ class _SiteState:
 
     unchanged: Unchanged
     faces: tuple[Tensor, Tensor] | None = None
-    masks: dict[tuple[object, ...], FaceMasks | None] | None = None
+    masks: dict[tuple[object, ...], FaceMasks | None] = field(default_factory=dict)
 
 
 class FamilyRule(Rule[FamilyMember]):
@@ -337,15 +350,13 @@ class FamilyRule(Rule[FamilyMember]):
             return site.out(masked_attention(q, k, v, key, value, masks, self.mask))
         active = tuple(n for n, person in enumerate(self.people) if person.active(call.progress))
         self.drawn.update(active)
-        trainable = [site.module.to_k.weight, *(one.tokens for one in self.people)]  # type: ignore[union-attr]
-        trained = torch.is_grad_enabled() and any(one.requires_grad for one in trainable)
         # After `qkv`, which let the host bring its weights up to date.
-        same = state.unchanged(call, context.device, context.dtype, active)
-        if state.faces is None or not same or trained:
+        if not state.unchanged(call, context.device, context.dtype, active) or state.faces is None:
             tokens = torch.stack([self.people[n].tokens for n in active])[None]
-            state.faces = _keys_values(site, tokens.to(context))
+            # What is kept from call to call holds no graph: the host's weights are none of ours to train.
+            with torch.no_grad():
+                state.faces = _keys_values(site, tokens.to(context))
             state.masks = {}
-        assert state.masks is not None
         where = (self.place, call.latent, x.shape[1])
         if where not in state.masks:
             shape = call.shape_at(site, x.shape[1])
