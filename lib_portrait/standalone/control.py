@@ -6,12 +6,18 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+import torch
 from diffusers import ControlNetModel, UNet2DConditionModel
 from torch import Tensor
 
 from lib_portrait.checkpoints.formats import read_tensors, write_tensors
+from lib_portrait.checkpoints.store import Store
+from lib_portrait.conditioning import Conditioning
+from lib_portrait.control_picture import with_circles
 from lib_portrait.errors import PortraitError
 from lib_portrait.faces.weights import fill
+from lib_portrait.standalone.model import Model
 
 # As diffusers' `from_pretrained` wants a folder.
 CONFIG, WEIGHTS = "config.json", "diffusion_pytorch_model.safetensors"
@@ -34,6 +40,33 @@ class Control:
         hint = self.picture.to(x).expand(len(x), -1, -1, -1)
         down, middle = self.network(x, t, context, hint, conditioning_scale=self.weight, return_dict=False)
         return {"down_block_additional_residuals": down, "mid_block_additional_residual": middle}
+
+
+class KitControls:
+    """The ControlNets that kits name, of which the last one is kept."""
+
+    def __init__(self) -> None:
+        self._kept: tuple[Path, ControlNetModel] | None = None
+
+    def control(self, conditioning: Conditioning, store: Store, model: Model, pose: np.ndarray, field: str) -> Control:
+        """The one of a request's kit, where the model is, with everybody's circles on the pose (H, W, 3) uint8.
+
+        field: what errors are about. Raises PortraitError where the kit names none, or one that is not there.
+        """
+        kit = conditioning.kit
+        file = kit.manifest.control if kit.manifest is not None else None
+        if file is None:
+            raise PortraitError(field, f"{kit.name} names no ControlNet that it is for", "Leave it out.")
+        path = store.locate(file, kit.home)
+        if path is None:
+            raise PortraitError(field, f"{file.name} is not there", f"Put it beside the kit {kit.name}.", 404)
+        if self._kept is None or self._kept[0] != path:
+            network = load_control(path, model.unet)
+            for parameter in network.parameters():
+                parameter.data = parameter.data.to(model.device, model.unet.dtype)
+            self._kept = path, network
+        picture = torch.from_numpy(pose.copy()).permute(2, 0, 1).float().to(model.device) / 255
+        return Control(self._kept[1], with_circles(picture, conditioning.rule().circles))
 
 
 def load_control(path: Path, unet: UNet2DConditionModel) -> ControlNetModel:

@@ -15,13 +15,12 @@ from typing import Any
 
 import numpy as np
 import torch
-from diffusers import ControlNetModel
 from PIL import Image, ImageFont
 
 from lib_portrait.attention import RoutingMaps
 from lib_portrait.checkpoints.store import Folders, Store
 from lib_portrait.conditioning import Conditioner, Conditioning
-from lib_portrait.control_picture import to_image, with_circles
+from lib_portrait.control_picture import to_image
 from lib_portrait.errors import Notice, PortraitError
 from lib_portrait.faces.heatmap_detector import open_detector
 from lib_portrait.faces.images import decode_photo
@@ -29,7 +28,7 @@ from lib_portrait.faces.service import FaceService
 from lib_portrait.methods.declarations import adapter_files, declaration
 from lib_portrait.request import AUTOMATIC, Limits, PortraitRequest, to_json
 from lib_portrait.routing_picture import Legend, draw_routing
-from lib_portrait.standalone.control import Control, load_control
+from lib_portrait.standalone.control import Control, KitControls
 from lib_portrait.standalone.measuring import FaceSimilarity, Measurer, owners_of, shows_everybody
 from lib_portrait.standalone.model import load_model, text_encoder_of
 from lib_portrait.standalone.samples import both_words, read_samples
@@ -86,7 +85,7 @@ class PortraitPipeline:
         self.conditioner = Conditioner(self.faces, self.store)
         self.pose: np.ndarray | None = None
         """What the kit's ControlNet is shown, (H, W, 3) uint8, without circles: a picture of `control_picture`."""
-        self._control: tuple[Path, ControlNetModel] | None = None
+        self._controls = KitControls()
 
     def sampling(self, prompt: str, settings: Mapping[str, Any]) -> Sampling:
         """A picture of the model's own size, but for what the settings say."""
@@ -146,29 +145,16 @@ class PortraitPipeline:
         Raises PortraitError for a pose of another shape than (width, height), one that nothing reads, and a ControlNet
         that is not there.
         """
-        rule, kit = conditioning.rule(), conditioning.kit
-        file = kit.manifest.control if kit.manifest is not None else None
         if self.pose is None:
-            if file is not None:
+            if conditioning.kit.manifest is not None and conditioning.kit.manifest.control is not None:
                 self._notice([Notice("--pose", "there is none, so people are carried by the UNet's attention alone")])
             return None
-        if file is None:
-            raise PortraitError("--pose", f"{kit.name} names no ControlNet that it is for", "Leave it out.")
         height, width = self.pose.shape[:2]
         if (width, height) != size:
             raise PortraitError(
                 "--pose", f"it is {width}x{height}, the picture {size[0]}x{size[1]}", "Give one of the picture's size."
             )
-        path = self.store.locate(file, kit.home)
-        if path is None:
-            raise PortraitError("--pose", f"{file.name} is not there", f"Put it beside the kit {kit.name}.", 404)
-        if self._control is None or self._control[0] != path:
-            network = load_control(path, self.model.unet)
-            for parameter in network.parameters():
-                parameter.data = parameter.data.to(self.device, self.dtype)
-            self._control = path, network
-        picture = torch.from_numpy(self.pose.copy()).permute(2, 0, 1).float().to(self.device) / 255
-        return Control(self._control[1], with_circles(picture, rule.circles))
+        return self._controls.control(conditioning, self.store, self.model, self.pose, "--pose")
 
     def _notice(self, notices: Sequence[Notice]) -> None:
         for notice in notices:
