@@ -31,7 +31,7 @@ from lib_portrait.faces.images import decode_photo
 from lib_portrait.faces.order import TURNS
 from lib_portrait.picture_files import SUFFIXES, is_picture
 from lib_portrait.request import Limits
-from trainer.shards import FaceRecord, Record, Shards, ShardWriter, encode_png, writing
+from trainer.shards import FaceRecord, Record, Shards, ShardWriter, encode_png, pose_to_json, writing
 from trainer.world import render, sample_scene, world_person
 from trainer.world.people import HELD_OUT_EVERY
 from trainer.world.scenes import COUNT_ODDS
@@ -89,7 +89,8 @@ def _one_thread() -> None:
 class WorldSettings:
     """Scenes `first` to `first + number - 1` of the world, `size` pixels a side, `shard` of them to a shard.
 
-    identities: how many people of the population's training part appear.
+    identities: how many people of the population's training part appear. poses: whether the records have everybody's
+    pose, which other shards leave out.
     """
 
     first: int
@@ -97,6 +98,7 @@ class WorldSettings:
     identities: int = 6000
     size: int = 128
     shard: int = 1000
+    poses: bool = False
 
     def __post_init__(self) -> None:
         for name, least in (("first", 0), ("number", 1), ("identities", len(COUNT_ODDS)), ("shard", 1)):
@@ -113,8 +115,11 @@ def training_person(k: int) -> int:
     return k + k // (HELD_OUT_EVERY - 1)
 
 
-def world_sample(seed: int, identities: int, size: int) -> EncodedSample:
-    """Scene `seed` with people drawn from the first `identities` of the training part. A pure function."""
+def world_sample(seed: int, identities: int, size: int, poses: bool = False) -> EncodedSample:
+    """Scene `seed` with people drawn from the first `identities` of the training part. A pure function.
+
+    poses: whether the record has "poses", in the order of its faces 18 points [x, y] each, null where one is not seen.
+    """
     rng = np.random.default_rng([seed, 0xDA7A])
     count = pick(rng, range(1, len(COUNT_ODDS) + 1), COUNT_ODDS)
     chosen = rng.choice(identities, count, replace=False)
@@ -134,7 +139,10 @@ def world_sample(seed: int, identities: int, size: int) -> EncodedSample:
         "people": stated.people,
         "faces": {str(number): words for number, words in stated.faces.items()},
     }
-    record = Record(picture.caption, tuple(faces), {"attributes": attributes, "world": {"seed": seed}})
+    extra: dict[str, Any] = {"attributes": attributes, "world": {"seed": seed}}
+    if poses:
+        extra["poses"] = [pose_to_json(face.pose) for face in picture.faces]
+    record = Record(picture.caption, tuple(faces), extra)
     return EncodedSample(f"{seed:08d}", encode_png(picture.image), "png", record, labels)
 
 
@@ -152,7 +160,7 @@ def make_world(output: Path, settings: WorldSettings, name: str = "world", proce
             _same_world(path, seeds, settings)
         else:
             missing.append((path, seeds))
-    sample = functools.partial(world_sample, identities=settings.identities, size=settings.size)
+    sample = functools.partial(world_sample, identities=settings.identities, size=settings.size, poses=settings.poses)
     samples = ordered_map(sample, (seed for _, seeds in missing for seed in seeds), processes)
     with tqdm(total=sum(len(seeds) for _, seeds in missing), unit="picture", mininterval=1) as bar:
         for path, seeds in missing:
@@ -165,7 +173,7 @@ def make_world(output: Path, settings: WorldSettings, name: str = "world", proce
 
 def _same_world(path: Path, seeds: range, settings: WorldSettings) -> None:
     there = Shards([path])
-    expected = world_sample(seeds[0], settings.identities, settings.size)
+    expected = world_sample(seeds[0], settings.identities, settings.size, settings.poses)
     same = [there.key(index) for index in range(len(there))] == [f"{seed:08d}" for seed in seeds]
     if same:
         sample = there[0]

@@ -85,6 +85,28 @@ def _face(data: dict[str, Any]) -> FaceRecord:
     return FaceRecord(name, word, box, landmarks)
 
 
+def pose_to_json(points: NDArray[np.floating]) -> list[list[float] | None]:
+    """A pose (n, 2) in pixels as a record has it: null for points that are not seen, which are NaN."""
+    return [None if np.isnan(point).any() else [round(float(value), 2) for value in point] for point in points]
+
+
+def poses_of(record: Record, points: int = 18) -> list[NDArray[np.float32]]:
+    """The poses (points, 2) that a record holds, NaN for what is not seen: of everybody in the picture.
+
+    Raises ValueError for a record without, or with what are none.
+    """
+    try:
+        poses = [
+            np.array([[np.nan, np.nan] if one is None else [_number(value) for value in one] for one in pose])
+            for pose in record.extra["poses"]
+        ]
+    except (KeyError, TypeError) as error:
+        raise ValueError(f"no record of poses: {error!r}") from None
+    if any(pose.shape != (points, 2) for pose in poses):
+        raise ValueError(f"a pose has {points} points of 2 numbers each, or null")
+    return [pose.astype(np.float32) for pose in poses]
+
+
 def _number(value: object) -> float:
     if isinstance(value, bool) or not isinstance(value, int | float):
         raise ValueError(f"{value!r:.50} stands where a number should")

@@ -58,6 +58,15 @@ def configure(parser: argparse.ArgumentParser) -> None:
     whole = parser.add_argument_group("all people together")
     for name, declared in for_all.items():
         _add(whole, f"--{name.replace('_', '-')}", declared, dest=f"{_ALL}{name}")
+    whole.add_argument(
+        "--layout", metavar="PICTURE", help="its faces, from the left, say where people without a --region belong"
+    )
+    whole.add_argument(
+        "--pose",
+        type=Path,
+        metavar="PICTURE",
+        help="a skeleton of the picture's size for the ControlNet of the adapter's kit; circles are added",
+    )
     whole.add_argument("--method", choices=declarations.NAMES, help=f"default: {declarations.NAMES[0]}")
     whole.add_argument("--adapter", metavar="NAME", help="of the adapter's files; default: the one there is")
     whole.add_argument(
@@ -125,6 +134,8 @@ def run(options: argparse.Namespace) -> int:
     with generation.Results.begin(options.output) as results, _photos_by_name(options.faces or []):
         checkpoint = options.checkpoint or generation.bundled_checkpoint(folders)
         pipeline = generation.PortraitPipeline(checkpoint, folders, options.device, tell, options.filter_crops)
+        if options.pose is not None:
+            pipeline.show_pose(options.pose)
         if demonstration:
             changes = _changes(options)
             generation.generate_samples(
@@ -247,6 +258,7 @@ def _changes(options: argparse.Namespace) -> dict[str, Any]:
         name.removeprefix(_GUIDANCE): value for name, value in vars(options).items() if name.startswith(_GUIDANCE)
     }
     named |= {"guidance": {name: value for name, value in guidance.items() if value is not None} or None}
+    named["layout"] = _base64(Path(options.layout), "--layout") if options.layout is not None else None
     return {name: value for name, value in named.items() if value is not None}
 
 

@@ -25,12 +25,14 @@ class FaceFeatures:
     """Features of one face, on the CPU. They are shared with the caches: not to be written to.
 
     intrinsic: (49, 512), the recognition network's last tap. structure: (256, 448 + 1280), its other taps beside the
-    CLIP patch tokens, on the CLIP tower's grid. image: (768), the whole picture's embedding (OmniPortrait's e_ref).
+    CLIP patch tokens, on the CLIP tower's grid; (0, 0) of an encoder without a tower. embedding: (512), what the
+    recognition network makes of the last tap. image: (768), the whole picture's embedding (OmniPortrait's e_ref).
     What an encoder does not give is empty. Sizes are those of the published networks; others follow their files.
     """
 
     intrinsic: Tensor
     structure: Tensor
+    embedding: Tensor = field(default_factory=lambda: torch.empty(0))
     image: Tensor = field(default_factory=lambda: torch.empty(0))
 
 
@@ -64,13 +66,13 @@ class Encoder(Protocol):
 class FaceEncoder:
     """Both networks together. They are loaded by the first face that is in no cache, and not before.
 
-    networks: gives the recognition network and the vision tower. weights_hash: stands for the weights of both in the
-    caches' keys. device, dtype: where and in what the networks run.
+    networks: gives the recognition network and the vision tower, None for methods that read none. weights_hash: stands
+    for the weights of both in the caches' keys. device, dtype: where and in what the networks run.
     """
 
     def __init__(
         self,
-        networks: Callable[[], tuple[Backbone, VisionTower]],
+        networks: Callable[[], tuple[Backbone, VisionTower | None]],
         weights_hash: str,
         device: torch.device | str = "cpu",
         dtype: torch.dtype = torch.float32,
@@ -81,9 +83,9 @@ class FaceEncoder:
         self.dtype = dtype
 
     @functools.cached_property
-    def _networks(self) -> tuple[Backbone, VisionTower]:
+    def _networks(self) -> tuple[Backbone, VisionTower | None]:
         backbone, vision = self._load()
-        return backbone.to(self.device, self.dtype), vision.to(self.device, self.dtype)
+        return backbone.to(self.device, self.dtype), None if vision is None else vision.to(self.device, self.dtype)
 
     @property
     def key(self) -> str:
@@ -102,32 +104,40 @@ class FaceEncoder:
             return []
         backbone, vision = self._networks
         pixels = pixels_of(crops).to(self.device)
-        clip = vision.penultimate(clip_view(pixels).to(self.dtype))
-        _, taps = backbone(recognition_view(pixels, backbone.image_size).to(self.dtype))
-        size = (vision.grid, vision.grid)
-        resized = [functional.interpolate(tap, size=size, mode="bilinear", align_corners=False) for tap in taps[:-1]]
-        intrinsic = _tokens(taps[-1])
-        structure = torch.cat([_tokens(torch.cat(resized, dim=1)), clip], dim=-1)
-        self._check(intrinsic, structure)
-        pairs = zip(intrinsic.cpu(), structure.cpu(), strict=True)
-        return [FaceFeatures(own.clone(), its.clone()) for own, its in pairs]
+        embedding, taps = backbone(recognition_view(pixels, backbone.image_size).to(self.dtype))
+        intrinsic, structure = _tokens(taps[-1]), embedding.new_zeros(len(crops), 0, 0)
+        if vision is not None:
+            clip = vision.penultimate(clip_view(pixels).to(self.dtype))
+            size = (vision.grid, vision.grid)
+            resized = [
+                functional.interpolate(tap, size=size, mode="bilinear", align_corners=False) for tap in taps[:-1]
+            ]
+            structure = torch.cat([_tokens(torch.cat(resized, dim=1)), clip], dim=-1)
+        self._check(intrinsic, structure, embedding)
+        found = zip(intrinsic.cpu(), structure.cpu(), embedding.cpu(), strict=True)
+        return [FaceFeatures(*(one.clone() for one in own)) for own in found]
 
     @torch.inference_mode(False)
     @torch.no_grad()
     def zero(self) -> FaceFeatures:
-        """The features of no face, for the unconditional tokens: intrinsic 0, structure [0; CLIP(pixels of 0)].
+        """The features of no face, for the unconditional tokens: intrinsic and embedding 0, structure [0; CLIP(pixels
+        of 0)].
 
         Raises PortraitError as `encode` does.
         """
         backbone, vision = self._networks
-        size = vision.image_size
-        clip = vision.penultimate(torch.zeros(1, 3, size, size, device=self.device, dtype=self.dtype))[0].cpu()
-        self._check(clip)
         _, *taps, last = backbone.widths
         grid = backbone.image_size // 2 ** (len(taps) + 1)
+        structure = torch.zeros(0, 0, dtype=self.dtype)
+        if vision is not None:
+            size = vision.image_size
+            clip = vision.penultimate(torch.zeros(1, 3, size, size, device=self.device, dtype=self.dtype))[0].cpu()
+            self._check(clip)
+            structure = torch.cat([clip.new_zeros(len(clip), sum(taps)), clip], dim=-1)
         return FaceFeatures(
-            intrinsic=clip.new_zeros(grid**2, last),
-            structure=torch.cat([clip.new_zeros(len(clip), sum(taps)), clip], dim=-1),
+            intrinsic=structure.new_zeros(grid**2, last),
+            structure=structure,
+            embedding=structure.new_zeros(backbone.embedding_width),
         )
 
     def _check(self, *features: Tensor) -> None:

@@ -67,6 +67,7 @@ CONTROL_NAMES = {
     "checkpoint": "Checkpoint",
     "identities": "Identities",
     "guidance": "Reference guidance",
+    "layout": "Places from a picture",
 }
 IDENTITY_CONTROL_NAMES = {"mix": "mixed-in people", "weight": "share"}
 
@@ -361,6 +362,8 @@ def values_from_request(request: PortraitRequest, identities: int) -> tuple[list
             f"It has {len(request.identities)} people, this panel {identities}; the others are left out. "
             "Raise the number in Settings > Portrait."
         )
+    if request.layout is not None:
+        lost.append(f"It takes places from a picture; put that into {CONTROL_NAMES['layout']} again.")
     for index, identity in enumerate(request.identities[:identities]):
         if len(identity.mix) > len(MIXES):
             text = f"Identity {index + 1} mixes {len(identity.mix)} people, this panel {len(MIXES)}; "

@@ -101,6 +101,7 @@ def check_script(p: Any, request: PortraitRequest) -> None:
     """Raises PortraitError for regions together with a script under which they would lie elsewhere."""
     title = script_title(p)
     field = next((f"identities[{i}].region" for i, one in enumerate(request.identities) if one.region is not None), "")
+    field = field or ("layout" if request.layout is not None else "")
     if field and title.lower() in PIECEMEAL:
         raise PortraitError(
             field,

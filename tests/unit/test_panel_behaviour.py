@@ -658,3 +658,26 @@ def test_the_panel_says_how_adetailer_is_told_of_it(panel, there, options, told)
     html = panel.neighbours_html()
     assert bool(html) == told
     assert not told or "add &quot;portrait&quot; to the script names in Settings &gt; ADetailer" in html
+
+
+def test_a_picture_gives_everybody_in_use_a_box_from_the_left(host, panel, monkeypatch):
+    seen = []
+
+    def places(photo, field):
+        seen.append((photo.data, field))
+        return [(0.1, 0.2, 0.3, 0.4), (0.5, -0.1, 1.1, 0.6)], (512, 512)
+
+    host.faces.places = places
+    upload = host.upload("group.png", b"group")
+    ada, ben = (panel.inputs.stored_text([f"sha256:{digit * 64}"]) for digit in "ab")
+    emptied, said, *controls = panel.places_from(upload, [ada, "", ben])
+    assert emptied is None and "2 faces" in said and "2 people" in said
+    unchanged = panel.paste.UNCHANGED
+    assert controls == [panel.inputs.BOX, "10, 20, 30, 40", unchanged, unchanged, panel.inputs.BOX, "50, 0, 100, 60"]
+    assert seen == [(b"group", "Places from a picture")]
+    for kept, told in (([ada, ben, ada], "2 faces, and there are 3 people"),):
+        _, said, *controls = panel.places_from(upload, kept)
+        assert told in said and controls == [unchanged] * 6
+    host.faces.places = lambda photo, field: host.faces.find(photo, field)
+    _, said, *controls = panel.places_from(upload, [ada])
+    assert "not kept here" in said and controls == [unchanged] * 2

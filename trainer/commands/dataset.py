@@ -40,6 +40,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
     world.add_argument("--first", type=int, default=0, help="number of the first scene, a multiple of --shard")
     world.add_argument("--identities", type=int, default=6000, help="people that appear, default 6000")
     world.add_argument("--size", type=int, default=128, help="side of the pictures, default 128")
+    world.add_argument("--poses", action="store_true", help="with everybody's pose, for methods with a ControlNet")
     for name, parser in (("photos", photos), ("world", world)):
         parser.add_argument("--output", type=Path, required=True, metavar="SHARDS", help="folder for the shards")
         parser.add_argument("--name", default=name, help=f"of the shards, NAME-00000.tar; default {name}")
@@ -113,7 +114,7 @@ def _photos(options: argparse.Namespace) -> int:
 def _world(options: argparse.Namespace) -> int:
     from trainer.dataset import WorldSettings, make_world
 
-    world = WorldSettings(options.first, options.number, options.identities, options.size, options.shard)
+    world = WorldSettings(options.first, options.number, options.identities, options.size, options.shard, options.poses)
     made = make_world(options.output, world, options.name, options.processes)
     print(f"{made} shards were made, {-(-options.number // options.shard) - made} were there already")
     return 0

@@ -49,6 +49,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
     whom.add_argument("--gallery", type=int, help="people of the world in the gallery, at least; default 100")
     whom.add_argument("--references", type=int, nargs="+", metavar="N", help="numbers of photos, default 1 2 4")
     whom.add_argument("--sides", action="store_true", help="multi: also with a region for each person, side by side")
+    whom.add_argument("--layouts", action="store_true", help="multi: also with a place for each face")
     whom.add_argument("--betas", type=float, nargs="+", metavar="β", help="default 0 0.1 0.3 0.6 1")
     parser.epilog = (
         "People x prompts x pictures: for photos 15 x 40 x 4 and 15 x 21 x 4 (pairs) as in the paper; for the world "

@@ -156,9 +156,10 @@ def _prepare(settings: EvaluationSettings) -> _Prepared:
     )
     population = open_population(settings, sampling.size)
     provider = SampleProvider(population, generators, sampling, PictureCache(settings.output / "pictures"))
+    placed = [label for label, kit in kits.items() if declaration(kit.method).control]
     # Everything that could be wrong with one of the protocols comes to light before the first picture of any.
     plans = [
-        make_plan(protocol, population.people, list(stores), _protocol_settings(settings))
+        make_plan(protocol, population.people, list(stores), _protocol_settings(settings), placed)
         for protocol in settings.protocols
     ]
     people = 2 if "multi" in settings.protocols else 1

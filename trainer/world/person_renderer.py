@@ -11,7 +11,7 @@ import numpy as np
 import skia
 
 from . import hair, skin
-from .clothes import draw_body
+from .clothes import draw_body, joints
 from .curves import feature_curves
 from .head import Array, Real, View, face_layout, lerp, longitude, rotation, surface
 from .light import Light, column, mix, multiply, ramp
@@ -31,6 +31,10 @@ IRIS = (
 SIGNS = {-1: "-", 1: "+"}  # of the left and the right side, as seen in the picture
 FACE_TRIANGLES = skin.face_triangles()
 _BEFORE_EYE = np.array([[0], [0], [0.02]], Real)
+POSE_POINTS = 18
+# How far a side of the head may be turned from the viewer before its eye, or its ear, is no longer seen.
+EYE_HIDDEN, EAR_HIDDEN = -0.05, -0.25
+_EAR_SIDES = np.array([[-1, 1], [0, 0], [0, 0]], Real)
 EYE_STEP = 0.05  # along an eye's own axes, to see where they point in the picture
 
 _ROUND = np.linspace(0, 2 * np.pi, 18, endpoint=False, dtype=Real)
@@ -140,6 +144,22 @@ class PersonRenderer:
         eyes = [[a * x + b * y + c for a, b, c in self.frames[side]] for side in SIGNS]
         return np.concatenate([eyes, self.outline_of("nose tip")[:2].T, self.outline_of("mouth corners")[:2].T])
 
+    def pose(self) -> Array:
+        """(18, 2) pixels: the points of a body in OpenPose's order, NaN for those that are not in sight.
+
+        Right and left are the person's own. Of the body there are neck and shoulders: arms and hips are never drawn.
+        """
+        points = np.full((POSE_POINTS, 2), np.nan, Real)
+        left_eye, right_eye, nose = self.landmarks()[:3]
+        points[0], points[14], points[15] = nose, left_eye, right_eye
+        points[[1, 2, 5]] = np.array(joints(self.person), Real) * self.view.scale + np.array(self.view.centre, Real)
+        x, sight = self.layout.ear_x, self.view.turn[2] @ _EAR_SIDES
+        points[16:] = self._pixels(np.array([[-x, x], [0.12, 0.12], [0, 0]], Real)).T
+        # Of a head that turns away, the far ear and then the far eye are hidden.
+        points[16:][sight < EAR_HIDDEN] = np.nan
+        points[14:16][[self._facing_of(f"brow {SIGNS[side]}") < EYE_HIDDEN for side in SIGNS]] = np.nan
+        return points
+
     def box(self) -> Array:
         """(4,) pixels x0, y0, x1, y1 around the face as far as it is turned to the viewer."""
         return self.meshes.bounds("head", self.meshes.front_of("head") & FACE_TRIANGLES)
@@ -243,7 +263,7 @@ class PersonRenderer:
     def _eye(self, raster: Raster, side: int) -> None:
         """An eye in its own flat coordinates: x outward on both sides' own half, lids, iris at `_iris`, lashes."""
         person, situation, tone, canvas = self.person, self.situation, self.light.tone, raster.canvas
-        if self._facing_of(f"brow {SIGNS[side]}") < -0.05:
+        if self._facing_of(f"brow {SIGNS[side]}") < EYE_HIDDEN:
             return
         size = self.eye_size
         opening = size * lerp(person.eye_opening, 0.34, 0.66) * max(situation.eyes_open, 0.15)
