@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import functools
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -14,12 +18,53 @@ from lib_portrait.faces.recognition import Backbone, backbone_from_state_dict
 from lib_portrait.faces.vision import VisionTower, vision_from_state_dict
 from lib_portrait.faces.weights import check_finite
 from lib_portrait.standalone.model import load_model, load_tokenizer
-from trainer.architectures import world_vae
-from trainer.features import FrozenNetworks, LatentEncoder
+from trainer.architectures import vae_like
+from trainer.dataset import ordered_map
+from trainer.features import FrozenNetworks, LatentEncoder, precompute
+
+
+@dataclass(frozen=True)
+class NetworkFiles:
+    """Where the networks lie that features come from, see `frozen_networks`."""
+
+    checkpoint: Path | None = None
+    vae: Path | None = None
+    backbone: Path | None = None
+    vision: Path | None = None
 
 
 def default_device() -> str:
     return "cuda" if torch.cuda.is_available() else "cpu"
+
+
+def precompute_shards(
+    paths: Sequence[Path],
+    files: NetworkFiles,
+    device: str,
+    references: int = 0,
+    batch: int = 32,
+    processes: int = 1,
+) -> Counter[str]:
+    """`features.precompute` by several processes, each with networks of its own and every so-manieth shard.
+
+    Most of the work is to cut out and turn faces, which the processor does, also where a GPU computes the features.
+    """
+    parts = [paths[place::processes] for place in range(min(processes, len(paths)))]
+    work = functools.partial(_precompute_part, files=files, device=device, references=references, batch=batch)
+    # Anything that is wrong with the networks is told here, and once.
+    if len(parts) > 1:
+        frozen_networks(files.checkpoint, files.vae, files.backbone, files.vision, "cpu", references)
+    counts: Counter[str] = Counter()
+    for one in ordered_map(work, parts, len(parts)):
+        counts.update(one)
+    return counts
+
+
+def _precompute_part(
+    paths: Sequence[Path], files: NetworkFiles, device: str, references: int, batch: int
+) -> dict[str, int]:
+    frozen = frozen_networks(files.checkpoint, files.vae, files.backbone, files.vision, device, references)
+    return precompute(paths, frozen, batch)
 
 
 def frozen_networks(
@@ -44,9 +89,9 @@ def frozen_networks(
         network, source = load_model(checkpoint).vae, checkpoint
     else:
         assert vae is not None
-        network, source = world_vae(), vae
         tensors = read_tensors(vae).tensors
         check_finite(tensors, vae.name)
+        network, source = vae_like(tensors, vae.name), vae
         try:
             network.load_state_dict(tensors)
         except RuntimeError:
