@@ -22,6 +22,8 @@ from lib_portrait.errors import PortraitError
 LOOK = 0.2
 # The share of all minutes that there are at least for what is left.
 LEAST = 0.02
+# Seconds that processes have to save what they have when they are asked to end.
+PATIENCE = 30.0
 
 
 @dataclass(frozen=True)
@@ -82,6 +84,24 @@ class Stages:
                 raise PortraitError("stage", f"there is no {name!r}", f"Give one of: {', '.join(self.stages)}.")
         return [name for name in self.stages if (not only or name in only) and name not in without]
 
+    def needed(self, names: Collection[str]) -> list[str]:
+        """Of these stages, in order, those that are not done and are an end in itself, or needed by one that is.
+
+        So what is done needs nothing more, also where what it was made of is no longer there.
+        """
+        wanted: set[str] = set()
+
+        def want(name: str) -> None:
+            if name in names and name not in wanted and not self.note(name).done:
+                wanted.add(name)
+                for need in self.stages[name].needs:
+                    want(need)
+
+        for name in names:
+            if not any(name in self.stages[user].needs for user in names):
+                want(name)
+        return [name for name in self.stages if name in wanted]
+
     def check(self, todo: Collection[str]) -> None:
         """Raises PortraitError for stages whose needs are neither done nor to be done."""
         for name in todo:
@@ -123,17 +143,16 @@ class Stages:
         return max((self._spent(one) + self.note(one).seconds / 60 for one in self.stages[name].needs), default=0.0)
 
     def run(self, todo: Sequence[str], minutes: float, say: Callable[[str], object] = print) -> bool:
-        """Does stages one after the other, those that are done left out; returns whether all are done now.
+        """Does those of the stages that are `needed`, one after the other; returns whether all are done now.
 
         minutes: for all of them over all starts, 0 for as long as they take. Ends after the first that is not done,
         which happens when it was asked to end.
         """
-        self.check(todo)
-        for name in todo:
-            note = self.note(name)
-            if note.done:
-                say(f"{name}: done before")
-                continue
+        needed = self.needed(todo)
+        self.check(needed)
+        if done := [name for name in todo if name not in needed]:
+            say(f"done before, or no longer needed: {', '.join(done)}")
+        for name in needed:
             if not self.one(name, self._given(name, todo, minutes, beside=False), say):
                 say(f"{name}: broken off; the same command goes on with it")
                 return False
@@ -166,11 +185,12 @@ class Stages:
         """As `run`, but up to `most` of them at once, each in a process of its own as soon as what it needs is done.
 
         command: of a stage and its minutes, which does `one` in that process. What it prints goes into NAME.log beside
-        the notes. Asked to end, it asks the processes and waits for them. Where a stage fails the others go on, and
+        the notes. Asked to end, it asks the processes and waits for them, but no longer than PATIENCE. Where a stage fails the others go on, and
         those that need it stay undone. Those with the longest way before them begin first.
         """
-        self.check(todo)
-        waiting = [name for name in todo if not self.note(name).done]
+        waiting = self.needed(todo)
+        needed = list(waiting)
+        self.check(needed)
         running: dict[str, subprocess.Popen[bytes]] = {}
         self.folder.mkdir(parents=True, exist_ok=True)
         asked: list[int] = []
@@ -202,12 +222,23 @@ class Stages:
                             start_new_session=True,
                         )
                 if asked:
-                    for process in running.values():
-                        process.send_signal(signal.SIGTERM)
-                    for process in running.values():
-                        process.wait()
+                    _end(running.values())
                 time.sleep(LOOK)
         finally:
             for number, handler in previous.items():
                 signal.signal(number, handler)
-        return all(self.note(name).done for name in todo)
+        return all(self.note(name).done for name in needed)
+
+
+def _end(processes: Collection[subprocess.Popen[bytes]]) -> None:
+    """Asks processes to end, and makes those that have not after PATIENCE."""
+    for process in processes:
+        process.send_signal(signal.SIGTERM)
+    deadline = time.monotonic() + PATIENCE
+    for process in processes:
+        try:
+            process.wait(max(deadline - time.monotonic(), 0.1))
+        except subprocess.TimeoutExpired:
+            # With those that prepare its samples: it leads a session of its own.
+            os.killpg(process.pid, signal.SIGKILL)
+            process.wait()

@@ -40,6 +40,8 @@ TOGETHER = 5
 # Steps that no run reaches: one that has minutes ends by the clock.
 ENDLESS = 10**7
 CHECKPOINT = "world.safetensors"
+# Pictures of a shard, each of which one process draws: small enough that all have their share to the end.
+SHARD = 250
 # Photos of so many held-out people lie beside the weights.
 SAMPLE_PEOPLE = 6
 SAMPLES = "samples.json"
@@ -351,7 +353,7 @@ def _begun_before(run: Path, file: str) -> list[str]:
 
 
 def _pictures(options: WorldOptions) -> bool:
-    shard = max(1, min(1000, options.number // (4 * options.processes)))
+    shard = SHARD if options.number >= SHARD else max(1, options.number // 3)
     world = WorldSettings(0, options.number, options.identities, options.size, shard, "bmp")
     make_world(options.pictures, world, processes=options.processes)
     return True
