@@ -123,17 +123,18 @@ class Stages:
         users = [self._way(user, todo) for user in self.stages if name in self.stages[user].needs]
         return (self.stages[name].share if name in todo else 0.0) + max(users, default=0.0)
 
-    def _given(self, name: str, todo: Sequence[str], minutes: float, beside: bool) -> float:
+    def _given(self, name: str, todo: Sequence[str], minutes: float, beside: bool = False, gone: float = 0.0) -> float:
         """The minutes of a stage, over all its starts: those it was given when it began, else its part of what is left.
 
-        Spent is what all stages took; beside one another, what those on the slowest way to this one took.
+        Spent is what all stages took; beside one another, what those on the slowest way to this one took, or the
+        minutes that are gone since the beginning, which are more by the starts of the processes.
         """
         note = self.note(name)
         if not minutes or not self.stages[name].share:
             return 0.0
         if note.minutes and note.seconds:
             return note.minutes
-        spent = self._spent(name) if beside else sum(self.note(one).seconds for one in todo) / 60
+        spent = max(self._spent(name), gone) if beside else sum(self.note(one).seconds for one in todo) / 60
         undone = [one for one in todo if not self.note(one).done]
         # Where nothing is left, a little: what comes later needs all that comes before.
         return self.minutes(name, undone, max(minutes - spent, minutes * LEAST), beside)
@@ -153,7 +154,7 @@ class Stages:
         if done := [name for name in todo if name not in needed]:
             say(f"done before, or no longer needed: {', '.join(done)}")
         for name in needed:
-            if not self.one(name, self._given(name, todo, minutes, beside=False), say):
+            if not self.one(name, self._given(name, todo, minutes), say):
                 say(f"{name}: broken off; the same command goes on with it")
                 return False
         return True
@@ -185,8 +186,8 @@ class Stages:
         """As `run`, but up to `most` of them at once, each in a process of its own as soon as what it needs is done.
 
         command: of a stage and its minutes, which does `one` in that process. What it prints goes into NAME.log beside
-        the notes. Asked to end, it asks the processes and waits for them, but no longer than PATIENCE. Where a stage fails the others go on, and
-        those that need it stay undone. Those with the longest way before them begin first.
+        the notes. Asked to end, it asks the processes and waits for them, but no longer than PATIENCE. Where a stage
+        fails the others go on, and those that need it stay undone. Those with the longest way before them begin first.
         """
         waiting = self.needed(todo)
         needed = list(waiting)
@@ -194,6 +195,7 @@ class Stages:
         running: dict[str, subprocess.Popen[bytes]] = {}
         self.folder.mkdir(parents=True, exist_ok=True)
         asked: list[int] = []
+        started = time.monotonic()
         previous = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
         for number in previous:
             signal.signal(number, lambda number, frame: asked.append(number))
@@ -210,7 +212,8 @@ class Stages:
                 ready.sort(key=lambda one: -self._way(one, todo))
                 for name in ready[: most - len(running)] if not asked else ():
                     waiting.remove(name)
-                    given = self._given(name, todo, minutes, beside=True)
+                    gone = (time.monotonic() - started) / 60
+                    given = self._given(name, needed, minutes, beside=True, gone=gone)
                     say(f"{name}: begins, " + (f"{given:.1f} minutes" if given else "as long as it takes"))
                     with (self.folder / f"{name}.log").open("ab") as log:
                         running[name] = subprocess.Popen(

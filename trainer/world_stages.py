@@ -306,7 +306,7 @@ def arguments_of(options: WorldOptions, name: str, training: Training, minutes: 
         "warmup": 0 if options.tiny else 50,
         "ema": training.ema,
         "precision": "no" if training.exact else precision_of(options.device),
-        "save-every": 200 if on_gpu else 500,
+        "save-every": 200,
         "workers": _workers(options, training),
     }
     if "--seed" not in words:

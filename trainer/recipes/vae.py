@@ -38,7 +38,7 @@ AROUND, DETAILED = 5, 1.6
 # A recognition network of 80 px shows faces of 128 px pictures about this much larger.
 SEEN = 1.5 * 128 / 80
 # How many pictures the latents' scale is measured on.
-SCALE_PICTURES = 256
+SCALE_PICTURES = 64
 
 
 class Crops:
