@@ -1,7 +1,7 @@
 """WebDataset shards: tar files of pictures, each with a JSON of its faces, and random access to their samples.
 
-A sample KEY is KEY.png (or .jpg, .webp), KEY.json and, where masks are known, KEY.mask.png. The webdataset package
-streams such files; training reads them by index instead, because only then is the order of an interrupted run
+A sample KEY is KEY.png (or .jpg, .webp, .bmp), KEY.json and, where masks are known, KEY.mask.png. The webdataset
+package streams such files; training reads them by index instead, because only then is the order of an interrupted run
 something one can return to.
 """
 
@@ -23,7 +23,7 @@ from numpy.typing import NDArray
 
 from lib_portrait.errors import PortraitError
 
-PICTURES = ("png", "jpg", "jpeg", "webp")
+PICTURES = ("png", "jpg", "jpeg", "webp", "bmp")
 MASK = "mask.png"
 RECORD = "json"
 

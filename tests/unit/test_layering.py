@@ -68,11 +68,11 @@ ROOMS = {
     ),
     "trainer.commands": Room(own="lib_portrait.methods.declarations trainer trainer.evaluation"),
     "trainer.evaluation": Room(
-        f"{SERIALISED} {PICTURES} transformers tqdm open_clip facenet_pytorch",
+        f"{SERIALISED} {PICTURES} diffusers transformers tqdm open_clip facenet_pytorch",
         "lib_portrait.errors lib_portrait.request lib_portrait.attention lib_portrait.faces lib_portrait.checkpoints "
         "lib_portrait.methods lib_portrait.methods.declarations lib_portrait.options lib_portrait.conditioning "
-        "lib_portrait.control_picture lib_portrait.standalone trainer.attribute_network trainer.dataset "
-        "trainer.features trainer.shards trainer.world",
+        "lib_portrait.control_picture lib_portrait.standalone trainer.architectures trainer.attribute_network "
+        "trainer.dataset trainer.features trainer.shards trainer.world",
     ),
     "trainer.world": Room("numpy skia cv2 PIL", "lib_portrait.errors trainer.world"),
     "lib_portrait": Room(),

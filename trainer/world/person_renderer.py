@@ -51,6 +51,10 @@ _NECK_TOP = np.array([[0.0], [0.55], [-0.2]], Real)
 
 Line = tuple[list[float], list[float]]  # x, y in pixels
 
+# Radii of freckles in head units, in turn. Spots that face the viewer less than this are not seen.
+FRECKLES = (0.010, 0.016, 0.022)
+FACING = 0.02
+
 FOREHEAD = [f"forehead {index}" for index in range(3)]
 FOLDS, BAGS, NOSTRILS, WINGS = ([f"{name} {sign}" for sign in "-+"] for name in ("fold", "bag", "nostril", "wing"))
 CROWS_FEET = [f"crow {sign}{index}" for sign in "-+" for index in range(3)]
@@ -211,23 +215,30 @@ class PersonRenderer:
     def _fill(self, colour: Colour, factor: float = 1.0, alpha: float = 1.0) -> skia.Paint:
         return skia.Paint(AntiAlias=True, Color=self.light.tone(colour, factor, alpha))
 
+    def spots(self, kind: str) -> Array:
+        """The "moles" or "freckles" (M, 5): where they are in the picture, half their width and height there, all in
+        pixels, and how much each faces the viewer, below FACING not at all.
+        """
+        radii = [mole.radius for mole in self.person.moles] if kind == "moles" else FRECKLES
+        where = self._slices[kind]
+        rows = []
+        for px, py, facing, radius in zip(self._x[where], self._y[where], self._facing[where], cycle(radii or [0.0])):
+            tall = radius * self.view.scale
+            rows.append((px, py, tall * max(facing, 0.15), tall, facing))
+        return np.array(rows, float).reshape(-1, 5)
+
     def _spots(self, raster: Raster, on_nose: bool) -> None:
         """Freckles and moles; those on the nose are drawn after it, the others may hide behind it."""
         freckles, moles = lerp(self.person.freckles, 0.25, 0.7), 0.95
-        for name, tint, alpha, radii in (
-            ("freckles", (0.70, 0.50, 0.40), freckles, (0.010, 0.016, 0.022)),
-            ("moles", (0.36, 0.26, 0.24), moles, [mole.radius for mole in self.person.moles]),
-        ):
+        for name, tint, alpha in (("freckles", (0.70, 0.50, 0.40), freckles), ("moles", (0.36, 0.26, 0.24), moles)):
             where = self._slices[name]
             if where.start == where.stop:
                 continue
-            places = zip(self._face_x[where], self._face_y[where], self._x[where], self._y[where], self._facing[where])
+            places = zip(self._face_x[where], self._face_y[where], self.spots(name).tolist())
             paint = self._fill(multiply(self.skin, tint), 1, alpha)
-            for (x, y, px, py, facing), radius in zip(places, cycle(radii)):
+            for x, y, (px, py, thin, tall, facing) in places:
                 near = abs(x) < self.layout.nose_width * 1.3 and y < self.layout.nose_y + 0.1
-                if near == on_nose and facing > 0.02:
-                    tall = radius * self.view.scale
-                    thin = tall * max(facing, 0.15)
+                if near == on_nose and facing > FACING:
                     raster.canvas.drawOval(skia.Rect(px - thin, py - tall, px + thin, py + tall), paint)
 
     def _lines(self, raster: Raster, names: Iterable[str], colour: Colour, width: float, alpha: float) -> None:
