@@ -24,7 +24,7 @@ import torch
 
 from lib_portrait.checkpoints.kit import ALONE, SUFFIX, Sampling, read_manifest, write_manifest
 from lib_portrait.errors import PortraitError
-from lib_portrait.methods.declarations import NAMES
+from lib_portrait.methods.declarations import ADAPTED
 from trainer import release
 from trainer.companions import MODELS, stored_file
 from trainer.dataset import WorldSettings, make_world
@@ -225,13 +225,13 @@ def stages_of(options: WorldOptions, evaluate: Evaluate) -> Stages:
     stages.append(Stage("checkpoint", 0.5, networks, lambda minutes: _checkpoint(options)))
     stages.append(Stage("faces", 4, ("checkpoint", "latents"), lambda minutes: _faces(options)))
     last: list[str] = []
-    for method in NAMES:
+    for method in ADAPTED:
         runs = adapter_trainings(method)
         for name, training in runs.items():
             stages.append(_stage(options, name, training, adapter_name(method)))
         last.append(list(runs)[-1])
-    stages.append(Stage("kit", 0.5, tuple(last), lambda minutes: _kit(options, dict(zip(NAMES, last)))))
-    names = [adapter_name(method) for method in NAMES]
+    stages.append(Stage("kit", 0.5, tuple(last), lambda minutes: _kit(options, dict(zip(ADAPTED, last)))))
+    names = [adapter_name(method) for method in ADAPTED]
 
     def _evaluation(minutes: float) -> bool:
         evaluate(options.kit, options.output / "evaluation", names, options.device, options.tiny)
@@ -244,7 +244,7 @@ def stages_of(options: WorldOptions, evaluate: Evaluate) -> Stages:
 
 def adapter_name(method: str) -> str:
     """An adapter's name in the kit: the first method's is that of the world, which a request means that names none."""
-    return "world" if method == NAMES[0] else f"world-{method}"
+    return "world" if method == ADAPTED[0] else f"world-{method}"
 
 
 def adapter_trainings(method: str) -> dict[str, Training]:
@@ -318,7 +318,7 @@ def arguments_of(options: WorldOptions, name: str, training: Training, minutes: 
 
 
 def _run_names() -> list[str]:
-    return [*TRAININGS, *(name for method in NAMES for name in adapter_trainings(method))]
+    return [*TRAININGS, *(name for method in ADAPTED for name in adapter_trainings(method))]
 
 
 def precision_of(device: str) -> str:
@@ -354,7 +354,7 @@ def _begun_before(run: Path, file: str) -> list[str]:
 
 def _pictures(options: WorldOptions) -> bool:
     shard = SHARD if options.number >= SHARD else max(1, options.number // 3)
-    world = WorldSettings(0, options.number, options.identities, options.size, shard, "bmp")
+    world = WorldSettings(0, options.number, options.identities, options.size, shard, True, "bmp")
     make_world(options.pictures, world, processes=options.processes)
     return True
 
@@ -371,6 +371,7 @@ def _faces(options: WorldOptions) -> bool:
         vae=options.export("autoencoder") / "vae.safetensors",
         backbone=options.kit / "world-recognition.safetensors",
         vision=options.kit / "world-vision.safetensors",
+        image=options.kit / "world-vision.safetensors",
     )
     precompute_shards(_shards(options), files, options.device, options.size, batch=64, processes=_precomputing(options))
     return True
@@ -407,7 +408,8 @@ def _kit(options: WorldOptions, runs: dict[str, str]) -> bool:
     for method, run in runs.items():
         export, name = options.export(run), adapter_name(method)
         manifest = read_manifest(export / f"{name}{SUFFIX}")
-        for file in manifest.adapter.values():
+        control = [manifest.control.name] if manifest.control is not None else []
+        for file in (*manifest.adapter.values(), *control):
             shutil.copyfile(export / file, kit / file)
         manifest = dataclasses.replace(
             manifest,
@@ -416,7 +418,7 @@ def _kit(options: WorldOptions, runs: dict[str, str]) -> bool:
             attributes=own["attributes"],
             sampling=SAMPLING,
         )
-        write_manifest(kit / (ALONE if method == NAMES[0] else f"{name}{SUFFIX}"), manifest)
+        write_manifest(kit / (ALONE if method == ADAPTED[0] else f"{name}{SUFFIX}"), manifest)
     release.write_photos(kit / "faces", 2 if options.tiny else SAMPLE_PEOPLE)
     shutil.copyfile(MODELS / "world" / SAMPLES, kit / SAMPLES)
     logs = kit / "logs"
@@ -434,7 +436,7 @@ def _sheet(options: WorldOptions) -> bool:
     from lib_portrait.standalone.generation import PortraitPipeline, Results, generate_samples
 
     steps = {"steps": 2} if options.tiny else {}
-    for method in NAMES:
+    for method in ADAPTED:
         with Results.begin(options.output / "sheets" / method) as results:
             pipeline = PortraitPipeline(options.kit / CHECKPOINT, [options.kit, MODELS], options.device, _say_notice)
             generate_samples(

@@ -22,7 +22,7 @@ import portrait as command_line
 from lib_portrait.checkpoints.formats import read_header, read_tensors, write_tensors
 from lib_portrait.checkpoints.kit import read_manifest
 from lib_portrait.errors import PortraitError
-from lib_portrait.methods.declarations import NAMES
+from lib_portrait.methods.declarations import ADAPTED
 from lib_portrait.standalone.model import load_model
 from trainer import lent_gpu, world_stages
 from trainer.architectures import unet_like, vae_like, world_text_encoder, world_unet, world_vae
@@ -37,13 +37,13 @@ def nothing(*arguments: object) -> None:
 
 def settings_of(options: WorldOptions, name: str, minutes: float = 0.0) -> tuple[argparse.Namespace, object]:
     """A stage's options and settings, as its recipe reads them."""
-    trainings = {**TRAININGS, **{n: t for method in NAMES for n, t in adapter_trainings(method).items()}}
+    trainings = {**TRAININGS, **{n: t for method in ADAPTED for n, t in adapter_trainings(method).items()}}
     training = trainings[name]
     adapter = "" if name in TRAININGS else world_stages.adapter_name(training.recipe)
     return read_options(training.recipe, arguments_of(options, name, training, minutes, adapter))
 
 
-STAGES = [*TRAININGS, *(name for method in NAMES for name in adapter_trainings(method))]
+STAGES = [*TRAININGS, *(name for method in ADAPTED for name in adapter_trainings(method))]
 
 
 @pytest.mark.parametrize("name", STAGES)
@@ -62,15 +62,15 @@ def test_the_order_of_stages_is_that_of_what_they_need_and_ends_in_evaluation_an
     stages = stages_of(WorldOptions(tmp_path), nothing)
     names = list(stages.stages)
     assert names[0] == "pictures" and names[-3:] == ["kit", "evaluation", "sheet"]
-    for method in NAMES:
+    for method in ADAPTED:
         assert names.index("faces") < names.index(next(iter(adapter_trainings(method)))) < names.index("kit")
 
 
 def test_a_new_method_needs_nothing_here(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     """Its recipe alone says how it is trained; one that says nothing has one run."""
-    module = recipe_module(NAMES[-1])
+    module = recipe_module(ADAPTED[-1])
     monkeypatch.setattr(module, "WORLD_RUNS", ("--first {name}", "--second {previous}/x {backbone}"))
-    runs = adapter_trainings(NAMES[-1])
+    runs = adapter_trainings(ADAPTED[-1])
     assert [run.needs for run in runs.values()] == [("faces",), (next(iter(runs)),)]
     options = WorldOptions(tmp_path)
     first, second = (arguments_of(options, name, run, 0, "world-new") for name, run in runs.items())
@@ -81,7 +81,7 @@ def test_a_new_method_needs_nothing_here(monkeypatch: pytest.MonkeyPatch, tmp_pa
         f"{options.kit}/world-recognition.safetensors",
     ]
     monkeypatch.delattr(module, "WORLD_RUNS")
-    assert list(adapter_trainings(NAMES[-1])) == [NAMES[-1]]
+    assert list(adapter_trainings(ADAPTED[-1])) == [ADAPTED[-1]]
 
 
 def test_a_gpu_gets_large_batches_in_bf16_and_processes_that_prepare_them(tmp_path: Path) -> None:
@@ -250,11 +250,11 @@ def test_from_nothing_to_a_kit_and_on_from_what_a_lent_machine_gave_back(
     model = load_model(home / "kit" / "world.safetensors")
     assert model.size == TINY["size"] and model.vae.config.block_out_channels == TINY["vae_channels"]
     kit = read_manifest(home / "kit" / "kit.json")
-    assert (kit.name, kit.method) == ("world", NAMES[0]) and kit.picture == (model.size, model.size)
+    assert (kit.name, kit.method) == ("world", ADAPTED[0]) and kit.picture == (model.size, model.size)
     for file in (kit.base, kit.detector, kit.measuring, kit.attributes, *kit.encoders.values()):
         data = (home / "kit" / file.name).read_bytes()
         assert (hashlib.sha256(data).hexdigest(), len(data)) == (file.sha256, file.size)
-    for method in NAMES[1:]:
+    for method in ADAPTED[1:]:
         other = read_manifest(home / "kit" / f"world-{method}.kit.json")
         assert other.method == method and all((home / "kit" / name).is_file() for name in other.adapter.values())
     assert {path.stem for path in (home / "kit" / "logs").glob("*.jsonl")} <= set(STAGES)
@@ -275,5 +275,5 @@ def test_from_nothing_to_a_kit_and_on_from_what_a_lent_machine_gave_back(
     begun = re.findall(r"^(\S+): (?:as long|[\d.]+ min)", said, re.MULTILINE)
     assert begun == ["evaluation", "sheet"]
     table = (tmp_path / "taken" / "evaluation" / "single.md").read_text("utf-8")
-    assert all(f"| {world_stages.adapter_name(method)} |" in table for method in NAMES)
-    assert all(list((tmp_path / "taken" / "sheets" / method).rglob("sheet.png")) for method in NAMES)
+    assert all(f"| {world_stages.adapter_name(method)} |" in table for method in ADAPTED)
+    assert all(list((tmp_path / "taken" / "sheets" / method).rglob("sheet.png")) for method in ADAPTED)

@@ -41,6 +41,8 @@ from trainer.shards import Shards
 # N of sec. 4.2.
 MOST_FACES = 4
 CAPTION_DROPPED = FACES_DROPPED = 0.1
+# In the embedded world, see `trainer.world_stages`.
+WORLD_RUNS = ("--backbone {backbone} --gamma 5 --face-weight 5 --other-photos 0.5",)
 
 
 class InstantFamilyRecipe(Recipe):

@@ -42,6 +42,8 @@ from trainer.shards import Shards
 CAPTION_DROPPED = ID_DROPPED = 0.1
 # Sec. 3.2 and 4.2.
 ETA, RATE = 2e-3, 2e-5
+# In the embedded world, see `trainer.world_stages`.
+WORLD_RUNS = ("--vision {vision} --gamma 5 --face-weight 5",)
 
 
 class OmniPortraitRecipe(Recipe):
