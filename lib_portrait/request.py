@@ -570,7 +570,7 @@ def json_schema(limits: Limits | None = None) -> dict[str, Any]:
     guidance = {
         **_strict({"enabled": {"type": "boolean", "default": True}, **_schemas(OPTIONS)}, []),
         "default": {"enabled": False},
-        "description": "reference guidance (RB-Guidance of OmniPortrait); what is left out is as the kit says, else as "
+        "description": "reference guidance (RB-Guidance); what is left out is as the kit says, else as "
         "the defaults here",
     }
     own = {"photos": photos, **_schemas((START, END, GUIDED)), "region": region}

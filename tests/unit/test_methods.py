@@ -143,7 +143,7 @@ def test_controls_of_other_methods_are_not_read(toy: Declaration) -> None:
     values, _ = panel_values.values_from_request(request(), 2)
     values[1] = declarations.declaration(DEFAULT).title
     _, form = panel_values.read_form(values, Limits())
-    common = {"enabled", "method", "checkpoint", "identities"}
+    common = {"enabled", "method", "checkpoint", "identities", "guidance"}
     assert form is not None and set(form) == {*common, *panel_values.GLOBAL_FIELDS}
     assert parse_request(form).method == DEFAULT
     mixing = panel_values.IDENTITY_FIELDS.index("mix1_photos") + len(panel_values.GLOBAL_FIELDS)
