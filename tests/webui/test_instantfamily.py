@@ -232,7 +232,7 @@ def test_the_control_picture_is_shown_on_request(
     assert len(plain) == 2 and len(shown) == 4, (len(plain), len(shown))
     given, seen = (pixels_of(one).astype(int) for one in shown[-2:])
     changed = np.abs(given - seen).max(axis=2) > 2
-    for (left, top, right, bottom), colour in zip(BOXES, COLOURS):
+    for (left, top, right, bottom), colour in zip(BOXES[:2], COLOURS):
         x, y = round(64 * (left + right)), round(64 * (top + bottom))
         assert seen[y, x].tolist() == list(bytes.fromhex(colour))
     assert 0.005 < changed.mean() < 0.05
