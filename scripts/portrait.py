@@ -2,7 +2,7 @@
 
 from modules import script_callbacks, scripts
 
-from lib_portrait.webui import api, axes, jobs, panel, session, settings
+from lib_portrait.webui import api, axes, jobs, panel, settings
 
 
 class PortraitScript(scripts.Script):
@@ -20,19 +20,30 @@ class PortraitScript(scripts.Script):
         jobs.begin(p)
 
     def before_process(self, p, *values):
-        session.begin(p, values)
+        _session().begin(p, values)
 
     def process(self, p, *values):
-        session.prepare(p)
+        _session().prepare(p)
 
     def postprocess(self, p, processed, *values):
-        session.finish(p, processed)
+        _session().finish(p, processed)
+
+
+def _session():
+    """What happens while a picture is drawn is imported when the first one is: the WebUI starts without it."""
+    from lib_portrait.webui import session
+
+    return session
+
+
+def denoise(params):
+    _session().denoise(params)
 
 
 # What the host's on_cfg_denoiser(...) and its like do, but told this file's name: to find it out they read the source
 # of every caller, which takes longer than all the rest of this extension's start.
 for category, callback in {
-    "cfg_denoiser": session.denoise,
+    "cfg_denoiser": denoise,
     "ui_settings": settings.on_ui_settings,
     "before_ui": axes.register,
     "app_started": api.on_app_started,

@@ -1,6 +1,6 @@
 """Run the checks: lint, format, types and all tests; with arguments only pytest, with these arguments.
 
-portrait.py test                 everything
+portrait.py test                 everything, the tests in two processes of one thread each
 portrait.py test -k parity       the comparison with the official code
 portrait.py test tests/unit -x   any arguments of pytest; paths count from the project's folder
 """
@@ -8,6 +8,7 @@ portrait.py test tests/unit -x   any arguments of pytest; paths count from the p
 from __future__ import annotations
 
 import argparse
+import os
 import subprocess
 import sys
 import time
@@ -19,7 +20,8 @@ CHECKS = {
     "ruff check": ["ruff", "check", "."],
     "ruff format": ["ruff", "format", "--check", "."],
     "mypy": ["mypy"],
-    "pytest": ["pytest"],
+    # One process has the WebUI's tests, the other one the rest meanwhile (tests/conftest.py).
+    "pytest": ["pytest", "--numprocesses=2", "--dist=loadgroup"],
 }
 
 
@@ -31,11 +33,12 @@ def configure(parser: argparse.ArgumentParser) -> None:
 def run(options: argparse.Namespace) -> int:
     """Every check runs, also after one that failed; the last line sums up. 1 when any failed."""
     checks = {"pytest": ["pytest", *options.others]} if options.others else CHECKS
+    environment = os.environ if options.others else {"OMP_NUM_THREADS": "1", **os.environ}
     start = time.monotonic()
     results = {}
     for name, command in checks.items():
         print(f"== {' '.join(command)}", flush=True)
-        results[name] = subprocess.run([sys.executable, "-m", *command], cwd=ROOT).returncode
+        results[name] = subprocess.run([sys.executable, "-m", *command], cwd=ROOT, env=environment).returncode
     verdicts = ", ".join(f"{name} {'passed' if code == 0 else 'FAILED'}" for name, code in results.items())
     print(f"portrait.py test: {verdicts} ({time.monotonic() - start:.0f} s)", flush=True)
     return 1 if any(results.values()) else 0

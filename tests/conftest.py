@@ -1,6 +1,7 @@
 """What holds for every test: nothing is fetched, two threads at most, one line for all skipped WebUI tests.
 
-At the end it is told how many of those that need a WebUI, or more beside it, ran.
+At the end it is told how many of those that need a WebUI, or more beside it, ran. Where several processes share the
+tests (pytest-xdist), those of a file stay together, and so do all that need a WebUI, which one of them starts.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ os.environ.setdefault("OMP_NUM_THREADS", "2")
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
     """WebUI tests skipped for one reason are folded into one line of the summary, which else has one for each place."""
     for report in terminalreporter.getreports("skipped"):
-        if "webui" in report.keywords and isinstance(report.longrepr, tuple):
+        if "webui" in report.keywords and isinstance(report.longrepr, (tuple, list)):
             report.longrepr = (str(Path(__file__).parent / "webui"), None, report.longrepr[2])
 
 
@@ -30,27 +31,31 @@ NEEDS = {
     "server_with_controlnet": "ControlNet",
     "webui_dir": "WebUI",
 }
-_needed: dict[str, str] = {}
+# Its key among what a report says of its test.
+NEED = "need"
 
 
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     for item in items:
         fixtures = getattr(item, "fixturenames", ())
         need = next((name for fixture, name in NEEDS.items() if fixture in fixtures), None)
         if need is not None:
-            _needed[item.nodeid] = need
+            item.user_properties.append((NEED, need))
+        if config.pluginmanager.has_plugin("xdist"):
+            group = item.path.parent if item.path.parent.name == "webui" else item.path
+            item.add_marker(pytest.mark.xdist_group(group.stem))
 
 
 def pytest_unconfigure(config: pytest.Config) -> None:
     """Below pytest's own closing line: of each kind of test how many ran, and how many did not for want of what."""
     reporter = config.pluginmanager.get_plugin("terminalreporter")
-    if reporter is None or not _needed:
+    if reporter is None:
         return
     ran: Counter[str] = Counter()
     wanting: dict[str, Counter[str]] = defaultdict(Counter)
     for outcome in ("passed", "failed", "error", "skipped"):
         for report in reporter.getreports(outcome):
-            need = _needed.get(report.nodeid)
+            need = dict(report.user_properties).get(NEED)
             if need is not None and outcome == "skipped":
                 wanting[need][report.longrepr[2].removeprefix("Skipped: ")] += 1
             elif need is not None:

@@ -188,10 +188,9 @@ def _build_top(gr: Any, tab: str) -> dict[str, Any]:
         return [message + neighbours_html(), gr.update(visible=loadable), gr.update(visible=offered)]
 
     def look_again(chosen: str, title: str) -> list[Any]:
-        choices = checkpoint_choices(panel_values.method_of([True, title]).name)
-        bare = str(chosen).removesuffix(panel_values.INCOMPLETE)
-        # One that was pasted and is not here stays, to be said and refused.
-        value = next((choice for choice in choices if choice.removesuffix(panel_values.INCOMPLETE) == bare), bare)
+        method = panel_values.method_of([True, title]).name
+        choices = checkpoint_choices(method)
+        value = kept_choice(chosen, choices, method)
         return [gr.update(choices=choices, value=value), *judge(value, title)]
 
     # The badge in the panel's title follows the box, also where pasting has ticked it.
@@ -654,6 +653,19 @@ def checkpoint_choices(method: str = panel_values.DEFAULT.name) -> list[str]:
     """The choices of the checkpoint control."""
     kits = instances.store().kits(method)
     return [AUTOMATIC] + [kit.name + ("" if kit.usable else panel_values.INCOMPLETE) for kit in kits]
+
+
+def kept_choice(chosen: str, choices: Sequence[str], method: str) -> str:
+    """What the checkpoint control shows of `chosen` when these are the choices, those of a method.
+
+    One that was pasted and is not here stays, to be said and refused; one of another method was chosen for that.
+    """
+    bare = str(chosen).removesuffix(panel_values.INCOMPLETE)
+    for choice in choices:
+        if choice.removesuffix(panel_values.INCOMPLETE) == bare:
+            return choice
+    others = (kit.name for one in declarations() if one.name != method for kit in instances.store().kits(one.name))
+    return AUTOMATIC if bare in others else bare
 
 
 def _wanted(chosen: str, loaded: checkpoint.Loaded, method: str) -> tuple[str, KitStatus | None]:

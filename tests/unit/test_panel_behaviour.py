@@ -424,6 +424,17 @@ def loaded_world(panel, host):
     return loaded(panel, file=host.store.home / "world.safetensors", text_encoder=manifest.text_encoder)
 
 
+def test_another_method_takes_its_own_checkpoint(panel, host):
+    complete_world(host.store)
+    first, other = (one.name for one in panel.declarations()[:2])
+    world, its = panel.checkpoint_choices(first)[-1], panel.checkpoint_choices(other)
+    assert world == "world" and world not in its
+    assert panel.kept_choice(world, its, other) == "automatic"
+    # What a picture's parameters name stays, also where it is not here, and so does what is still incomplete.
+    assert panel.kept_choice("of-somebody", its, other) == "of-somebody"
+    assert panel.kept_choice("sd15", panel.checkpoint_choices(first), first) == "sd15 (files missing)"
+
+
 @pytest.mark.parametrize("family", ["SD1.5", None])
 def test_a_new_user_is_told_loudly_which_button_to_press(panel, host, tmp_path, family):
     # The embedded world's adapter is always there, and is no use for an SD1.5 checkpoint.
