@@ -79,7 +79,7 @@ def test_rows_are_told_what_their_prompts_say_at_the_step(parser: Any, prompts: 
     for step, word in ((0, "man"), (2, "man"), (3, "woman"), (4, "woman"), (9, "man")):
         found = prompts.at_step(model.denoiser(p, step, 4))
         # Behind the last step the host begins anew.
-        assert found == [[(f"a {word} in a hat ", 6), (" a hall", 3)], [("a girl", 3)]], step
+        assert found == [[(f"a {word} in a hat", 6), (" a hall", 3)], [("a girl", 3)]], step
 
 
 def test_every_part_of_a_sampling_is_known_before_it(prompts: Any) -> None:
