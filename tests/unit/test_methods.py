@@ -136,7 +136,7 @@ def test_controls_of_other_methods_are_not_read(toy: Declaration) -> None:
     values[1] = declarations.declaration(DEFAULT).title
     _, form = panel_values.read_form(values, Limits())
     common = {"enabled", "method", "checkpoint", "identities"}
-    assert form is not None and set(form) == {*common, *panel_values.GLOBAL_FIELDS}
+    assert form is not None and set(form) == {*common, *panel_values.GLOBAL_FIELDS, "guidance"}
     assert parse_request(form).method == DEFAULT
     mixing = panel_values.IDENTITY_FIELDS.index("mix1_photos") + len(panel_values.GLOBAL_FIELDS)
     values[1], values[mixing] = "Toy", json.dumps([f"sha256:{HASH}"])
