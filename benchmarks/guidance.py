@@ -132,7 +132,6 @@ class Bench:
     def _second_pass(self, truncated: bool) -> Callable[[float], None]:
         path = decoder_blocks(self.unet)[1]
         side = self.size // 2
-        reference = torch.randn(side * side // 4, 1280, device=self.device)
         inside = torch.zeros(side, side, dtype=torch.bool, device=self.device)
         inside[side // 5 : 3 * side // 5, 3 * side // 10 : 7 * side // 10] = True
         kept: list[Tensor] = []
@@ -154,6 +153,7 @@ class Bench:
                 finally:
                     hook.remove()
                 generated = kept.pop()[0].float()[:, inside].T
+                reference = torch.randn(side * side // 4, generated.shape[1], device=self.device)
                 matched, _ = match(reference, generated)
                 torch.autograd.grad(energy(similarity(reference, generated[matched]), 8.5), leaf)
             self.wait()

@@ -31,6 +31,8 @@ from lib_portrait.guidance.equations import guided
 # What torch says of a forward that has no derivative, or whose inputs were written over since.
 _WITHOUT_BACKWARD = ("derivative", "does not require grad", "inplace operation", "in-place operation", "_backward")
 _MEMORY = ("out of memory", "not enough memory")
+# The exponent by which a gradient is made smaller where half precision could not hold it.
+HEADROOM = 12
 
 
 class _Undifferentiable(RuntimeError):
@@ -264,7 +266,8 @@ class FeatureGuidance(ABC):
 
         def features(host: Callable[..., Tensor], *args: Any, **kwargs: Any) -> Tensor:
             activations = host(*args, **kwargs)
-            if not (under_way and under_way[0].running):
+            # Without a graph it is another pass, as ControlNet's "reference" has one of its own in front.
+            if not (under_way and under_way[0].running and activations.requires_grad):
                 return activations
             current = under_way[0]
             # Where nothing was kept for the gradient, it runs the blocks again.
@@ -275,13 +278,13 @@ class FeatureGuidance(ABC):
             return activations.detach()
 
         def attention(site: Site, host: Callable[..., Tensor], *args: Any, **kwargs: Any) -> Tensor:
-            if not (under_way and under_way[0].running):
+            if not (under_way and under_way[0].running and _given(args, kwargs).requires_grad):
                 return host(*args, **kwargs)
             if self.looks:
                 self.look(site, *site.arguments(args, kwargs), under_way[0])
             out = _plain_attention(site, args, kwargs) if self._plain else host(*args, **kwargs)
             ran.add(site.index)
-            if not out.requires_grad and _given(args, kwargs).requires_grad:
+            if not out.requires_grad:
                 raise _Undifferentiable(f"{site.path} has no derivative")
             return out
 
@@ -331,10 +334,20 @@ class FeatureGuidance(ABC):
             return torch.zeros_like(current.z, dtype=features.dtype)
         (outer,) = torch.autograd.grad(total, features)
         # E is small and its gradient smaller; a power of two keeps what half precision would lose of it on the way.
+        # Where that makes it too large, a smaller one is tried.
         exponent = math.frexp(float(outer.abs().max()))[1]
+        half = activations.dtype == torch.float16
+        gradient = self._backward(activations, current.z, outer, exponent, half)
+        if half and not bool(gradient.isfinite().all()):
+            gradient = self._backward(activations, current.z, outer, exponent + HEADROOM, False)
+        return gradient
+
+    @staticmethod
+    def _backward(activations: Tensor, z: Tensor, outer: Tensor, exponent: int, again: bool) -> Tensor:
+        """outer (P, C, h', w') through the UNet, over 2^exponent on the way: (P, c, h, w). again: keep the graph."""
         scaled = torch.ldexp(outer, torch.tensor(-exponent)).to(activations.dtype)
-        (gradient,) = torch.autograd.grad(activations, current.z, scaled)
-        return torch.ldexp(gradient.to(features.dtype), torch.tensor(exponent))
+        (gradient,) = torch.autograd.grad(activations, z, scaled, retain_graph=again)
+        return torch.ldexp(gradient.to(outer.dtype), torch.tensor(exponent))
 
     def _keep(self, done: Pass, prediction: Tensor) -> None:
         """prediction: of the pass's rows."""
@@ -428,7 +441,8 @@ def _given(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Tensor:
 def _plain_attention(site: Site, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Tensor:
     """The layer by PyTorch's own attention, in single precision, which SD2's attention needs."""
     q, k, v = site.qkv(*site.arguments(args, kwargs))
-    with torch.autocast(q.device.type, enabled=False):
+    autocast = torch.is_autocast_enabled()
+    with torch.autocast(q.device.type, enabled=False) if autocast else contextlib.nullcontext():
         attended = F.scaled_dot_product_attention(q.float(), k.float(), v.float())
     return site.out(attended.to(v.dtype))
 

@@ -9,7 +9,8 @@ from lib_portrait.guidance.reference import GuidedPerson, GuidedStep, ReferenceG
 
 
 def check_acted(guidance: ReferenceGuidance, pictures: int) -> list[Notice]:
-    """After a sampling of so many pictures: in which of them it acted on somebody at no step, though it did in others.
+    """After a sampling of so many pictures: in which of them it acted on somebody at no step, though it did in others;
+    and once what it says of the host.
 
     Raises PortraitError where it acted on nobody, or on somebody in none of the pictures. A strength of 0 acts on
     nobody by intention.
@@ -32,8 +33,9 @@ def check_acted(guidance: ReferenceGuidance, pictures: int) -> list[Notice]:
                 "Give this person a region, let guidance begin later (a face must be there to be found), widen their "
                 "window, or let it not act on them.",
             )
+    told, guidance.notices = guidance.notices, []
     text = "reference guidance found this person at no step in picture {} of the batch"
-    return [Notice(f"identities[{number}]", text.format(picture + 1)) for picture, number in missed]
+    return told + [Notice(f"identities[{number}]", text.format(picture + 1)) for picture, number in missed]
 
 
 def _missed(people: Sequence[GuidedPerson], record: Sequence[GuidedStep], pictures: int) -> list[tuple[int, int]]:

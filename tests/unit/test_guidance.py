@@ -352,6 +352,32 @@ def test_half_precision_keeps_a_small_gradient() -> None:
     assert (found.float() - expected).norm() < 0.1 * expected.norm()
 
 
+def test_half_precision_holds_a_large_gradient() -> None:
+    """Beyond float16's largest number: of a UNet that multiplies what it is given."""
+    unet, large = diffusers_unet(), diffusers_unet()
+    z, t, context = inputs(2)
+
+    def summed(features: Tensor, current: Pass) -> Tensor:
+        return features.flatten(1).sum(dim=1)
+
+    plain = predicted(unet(z, t, context))
+    with Injection(unet, guidance=Guided(summed), rows=ROWS):
+        expected = predicted(unet(z, t, mark(context, [1, 2]))) - plain
+    assert expected.abs().max() * 2**10 > torch.finfo(torch.float16).max
+    large.conv_in.weight.mul_(2**10)
+    large, z, context = large.half(), z.half() / 2**10, context.half()
+    found: list[Tensor] = []
+
+    class Looking(Guided):
+        def added(self, gradient: Tensor, current: Pass, prediction: Tensor) -> Tensor:
+            found.append(gradient / 2**10)
+            return torch.zeros_like(gradient)
+
+    with Injection(large, guidance=Looking(summed), rows=ROWS):
+        large(z, t, mark(context, [1, 2]))
+    assert (found[0] - expected).norm() < 0.1 * expected.norm()
+
+
 def test_a_unet_that_passes_the_block_by_is_refused(unet: nn.Module, monkeypatch: pytest.MonkeyPatch) -> None:
     z, t, context = inputs()
     monkeypatch.setattr(unet, "forward", lambda x, t, context: x)

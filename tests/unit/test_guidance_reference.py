@@ -587,6 +587,29 @@ def test_beside_fusion(small: nn.Module, reference_t: int | str, negative: bool)
         assert out.shape == z.shape and holding_a_graph() == before
 
 
+def test_beside_a_forward_that_looks_at_a_picture_of_its_own_first(
+    small: nn.Module, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As ControlNet's "reference" does, within the call and by the forward beneath ours."""
+    z, t, context = inputs()
+    host, people = PictureHost(small), [person(0, region=None)]
+    words = {number: Row(row.kind, row.picture, ((2, 3),)) for number, row in ROWS.items()}
+    found = []
+    for own_pass in (False, True):
+        original = small.forward
+
+        def forward(x: Tensor, t: Tensor, context: Tensor, of: Any = original, own: bool = own_pass) -> Tensor:
+            if own:
+                of(torch.flip(x.detach(), (3,)), t, context)
+            return of(x, t, context)
+
+        monkeypatch.setattr(small, "forward", forward)
+        with Injection(small, guidance=guidance(host, people), rows=words):
+            found.append(run(small, z, t, mark(context, [1, 2, 3, 4])))
+        monkeypatch.undo()
+    torch.testing.assert_close(found[0], found[1], atol=1e-6, rtol=0)
+
+
 # ------------------------------------------------------------------------------------------------- memory and attention
 
 
