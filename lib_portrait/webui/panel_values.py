@@ -381,8 +381,10 @@ def values_from_request(request: PortraitRequest, identities: int) -> tuple[list
     for control in controls(identities):
         owner = declaration(control.method) if control.method is not None else DEFAULT
         person = people[control.tab - 1] if control.tab is not None else None
-        if control.guidance and control.tab is None:
-            values.append({"enabled": request.guidance.enabled, **request.guidance.values({})}[control.name])
+        if control.guidance:
+            for_all_guided = {"enabled": request.guidance.enabled, **request.guidance.values({})}
+            of_person = {GUIDED.name: person.guided if person is not None else GUIDED.default}
+            values.append((for_all_guided if control.tab is None else of_person)[control.name])
             continue
         if control.tab is None:
             given = {**for_all, **defaults(owner.options)}
@@ -408,7 +410,6 @@ def identity_values(identity: Identity | None) -> dict[str, Any]:
         **identity.options,
         "start": identity.start,
         "end": identity.end,
-        GUIDED.name: identity.guided,
         "region": inputs.BOX if region.box else inputs.MASK if region.mask else inputs.ROUTED,
         "box": inputs.box_to_text(region.box) if region.box else "",
         "drawing": None,

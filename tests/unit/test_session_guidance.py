@@ -216,3 +216,17 @@ def test_a_pass_of_adetailer_need_not_show_everybody(host: Host, monkeypatch: py
     p._ad_inner = True
     assert len(host.generate(p).images) == 1
     assert photo and traces
+
+
+def test_a_region_lies_on_the_whole_picture_where_only_its_masked_part_is_sampled(host: Host) -> None:  # noqa: F811
+    """The crop shows the lower right quarter: a region of just that is all of it, half of it is not."""
+    mask = Image.new("L", (64, 64))
+    mask.paste(255, (32, 32, 64, 64))
+
+    def drawn(region: list[float]) -> list[bytes]:
+        values = alone({"photos": [ADA], "region": {"box": region}})
+        return images(host.generate(Img2Img(host, values, image_mask=mask)))
+
+    everywhere = drawn([0.0, 0.0, 1.0, 1.0])
+    assert drawn([0.5, 0.5, 1.0, 1.0]) == everywhere
+    assert drawn([0.5, 0.5, 0.75, 1.0]) != everywhere
