@@ -339,6 +339,8 @@ def test_the_level_nearest_to_16_by_16_is_held_to_the_face(unet: nn.Module) -> N
         return {seen[index][0] for index in chosen}
 
     assert level(16) == {16} and level(32) == {16} and level(8) == {8}
+    two: Any = [SimpleNamespace(index=1, cross=True), SimpleNamespace(index=3, cross=True)]
+    assert localized_sites(two, {1: (16, 8), 3: (32, 16)}) == [3], "of two as near the finer one"
 
 
 def test_gradients_reach_the_layer_alone_and_by_both_losses(unet: nn.Module) -> None:
