@@ -154,6 +154,8 @@ def run(carried: Path | None, minutes: float, work: Path, out: Path, seconds: fl
     environment = {**os.environ, "PYTHONUNBUFFERED": "1", "PYTHONPATH": str(ROOT)}
     if carried is not None:
         environment |= install(carried)
+        # Loaders pass samples on through it, and such a machine's memory looks small until it is used.
+        subprocess.run(["mount", "-o", "remount,size=48G", "/dev/shm"], check=False)
     code = "import sys, portrait; sys.exit(portrait.run(portrait.parse(sys.argv[1:])))"
     command = [sys.executable, "-c", code, "train", "world", "--output", str(work), "--minutes", str(minutes)]
     # A GPU that torch does not see is no reason to train on the processor for ten minutes.

@@ -35,8 +35,10 @@ from trainer.shards import Shards
 from trainer.stages import Stage, Stages
 
 ROOT = Path(__file__).resolve().parents[1]
-# What draws the stages' pictures and what knows one from another in the evaluation, at most so many at once on a GPU.
-TOGETHER = 5
+# Stages at once on a GPU: more would take its time from the autoencoder, which the base model waits for.
+TOGETHER = 3
+# Minutes on a GPU from which it pays to translate autoencoder and base model for it first, which takes one or two.
+COMPILED_FROM = 15.0
 # Steps that no run reaches: one that has minutes ends by the clock.
 ENDLESS = 10**7
 CHECKPOINT = "world.safetensors"
@@ -47,7 +49,7 @@ SAMPLE_PEOPLE = 6
 SAMPLES = "samples.json"
 SAMPLING = Sampling("DDIM", 20, 5)
 # The share of all minutes that each method has.
-METHOD_SHARE = 12.0
+METHOD_SHARE = 18.0
 
 
 @dataclass(frozen=True)
@@ -133,7 +135,7 @@ TRAININGS = {
         read=False,
         again="base.safetensors",
     ),
-    "vision": Training("vision", 2, ("base",), 800, (64, 512), 1e-3, "--base {base}/base.safetensors", ema=0.99),
+    "vision": Training("vision", 3, ("base",), 800, (64, 512), 1e-3, "--base {base}/base.safetensors", ema=0.99),
 }
 # How every method's adapter is trained, beside what its recipe says itself.
 ADAPTER = Training(
@@ -312,6 +314,8 @@ def arguments_of(options: WorldOptions, name: str, training: Training, minutes: 
     if "--seed" not in words:
         numbers["seed"] = options.seed
     arguments = [*length, *(text for key, value in numbers.items() for text in (f"--{key}", str(value)))]
+    if training.again and on_gpu and minutes >= COMPILED_FROM:
+        arguments.append("--compile")
     if training.again:
         arguments += _begun_before(options.run(name), training.again)
     return [*arguments, *words]

@@ -10,6 +10,7 @@ import pytest
 
 pytest.importorskip("skia", reason="the world is drawn with skia", exc_type=ImportError)
 
+from trainer.evaluation.autoencoder import measure_autoencoder
 from trainer.evaluation.details import (
     FOUND,
     KEPT,
@@ -137,3 +138,12 @@ def test_moles_of_a_face_of_which_only_landmarks_are_known(shown) -> None:
         assert none.moles == own.moles
     assert there >= 6 and found / there > 0.7
     assert missing / there < 0.35 and false <= 0.35 * max(bare, 1)
+
+
+def test_what_an_autoencoder_keeps() -> None:
+    whole, shown = measure_autoencoder(lambda image: image, SIZE, people=4)
+    blurred, _ = measure_autoencoder(lambda image: cv2.GaussianBlur(image, (0, 0), 2.5), SIZE, people=4)
+    assert whole.moles == blurred.moles > 0 and shown.shape == (SIZE * 2, SIZE * 4, 3)
+    assert (whole.moles_kept, whole.moles_made_up, whole.freckles) == (1, 0, 1) and whole.psnr > 100
+    assert blurred.moles_kept < 0.5 and blurred.freckles < 0.5 and 20 < blurred.psnr < 35
+    assert whole.photo_to_reference is None  # nobody was asked who it is

@@ -108,6 +108,16 @@ def generated(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     return batches
 
 
+def test_another_world_is_measured_by_its_own_kit(world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where the shipped one is not even there."""
+    monkeypatch.setattr(run, "WORLD", tmp_path / "nowhere")
+    own = run.of_kit(world)
+    assert own == {"checkpoint": world / "world.safetensors", "adapters": ("world",)}
+    evaluate(settings(world, tmp_path / "out", kit=world, **own), lambda text: None)
+    told = json.loads((tmp_path / "out" / "single.json").read_text("utf-8"))
+    assert set(told["weights"]["instruments"]) >= {"recogniser", "clip", "attributes"}
+
+
 def test_an_adapter_of_any_method_is_evaluated_by_its_own_options(
     world: Path, tmp_path: Path, generated: list[int]
 ) -> None:
