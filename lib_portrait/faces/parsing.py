@@ -35,7 +35,7 @@ FFHQ_512 = np.array(
 COUNT = 19
 FACE = (1, 2, 3, 4, 5, 6, 7, 10, 11, 12)
 # What lies beyond so many radii of the landmarks' oval belongs to somebody else in the picture.
-REACH = 1.5
+REACH = 1.3
 # Where the network calls less of the landmarks' oval a face, it did not see one: a drawing, a face half hidden.
 LEAST = 0.2
 
