@@ -110,10 +110,11 @@ def generated(monkeypatch: pytest.MonkeyPatch) -> list[int]:
 
 def test_another_world_is_measured_by_its_own_kit(world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Where the shipped one is not even there."""
-    monkeypatch.setattr(run, "WORLD", tmp_path / "nowhere")
     own = run.of_kit(world)
     assert own == {"checkpoint": world / "world.safetensors", "adapters": ("world",)}
-    evaluate(settings(world, tmp_path / "out", kit=world, **own), lambda text: None)
+    asked = settings(world, tmp_path / "out", kit=world, **own)
+    monkeypatch.setattr(run, "WORLD", tmp_path / "nowhere")
+    evaluate(asked, lambda text: None)
     told = json.loads((tmp_path / "out" / "single.json").read_text("utf-8"))
     assert set(told["weights"]["instruments"]) >= {"recogniser", "clip", "attributes"}
 

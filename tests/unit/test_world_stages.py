@@ -157,7 +157,7 @@ def test_networks_are_as_wide_as_their_weights(tmp_path: Path) -> None:
     write_checkpoint(tmp_path / "vae.safetensors", tmp_path / "base.safetensors", tmp_path / "world.safetensors")
     model = load_model(tmp_path / "world.safetensors")
     assert model.size == 256 and model.unet.config.attention_head_dim == 2
-    noise = torch.randn(1, 4, 8, 8), torch.tensor([5]), torch.randn(1, 77, 96)
+    noise = torch.randn(1, 4, 16, 16), torch.tensor([5]), torch.randn(1, 77, 96)
     with torch.no_grad():
         torch.testing.assert_close(model.unet(*noise).sample, unet.half().float()(*noise).sample)
 
