@@ -70,6 +70,9 @@ def assert_words_are_mixed(
     """In every call's positive rows e_mix stands at the expected positions, and every other token is the host's.
 
     expected: of each call, or of one for all. weights: emphasis by position.
+
+    The host's crop of a face differs from the one here by some grey levels where OpenCV is another release, which moves
+    the picture's part of e_mix, as large as 4.6, by 4.4e-3; emphasis multiplies that.
     """
     assert recording.answer.status == 200, recording.answer.detail
     layer = load_file(world.kit / f"omniportrait_{ADAPTER}.safetensors")
@@ -89,7 +92,7 @@ def assert_words_are_mixed(
                 wanted[row, position] = weight * picture + of_text @ host[row, position]
         changed = {(r, p) for r, p in ((wanted - host).abs().amax(dim=2) > 1e-3).nonzero().tolist()}
         assert changed == {(row, position) for row, own in zip(positive, places) for position in own}
-        assert (seen - wanted).abs().max() < 5e-3, n
+        assert (seen - wanted).abs().max() < 5e-3 * max([1.0, *(weights or {}).values()]), n
 
 
 def test_every_way_of_writing_a_prompt(
@@ -102,7 +105,7 @@ def test_every_way_of_writing_a_prompt(
         assert_words_are_mixed(recording, world, e_refs, places, weights)
 
     check(1, [[{5: 0}]], prompt="a photo of a woman")
-    check(1, [[{2: 0, 6: 0}]], {2: 1.3}, prompt="a (woman:1.3) , the woman smiles")
+    check(1, [[{2: 0, 5: 0}]], {2: 1.3}, prompt="a (woman:1.3) , the woman smiles")
     check(1, [[{77 + 2: 0}]], prompt="a red hat BREAK a man")
     check(1, [[{5: 0}]], prompt=LONG)
     # Behind 80 words, in the second chunk.
@@ -110,7 +113,8 @@ def test_every_way_of_writing_a_prompt(
     check(2, [[{2: 0, 5: 1}]], prompt="a man and a woman")
     check(2, [[{2: 0, 5: 1}]], prompt="a woman and a woman")
     check(2, [[{2: 0}, {2: 1}] * 2], prompt="a man AND a woman in a hat", batch_size=2, n_iter=1)
-    check(1, [[{2: 0}], [{1: 0}]], prompt="[a man:woman:1]", steps=3)
+    # Up to step 1 of 0, 1, 2.
+    check(1, [[{2: 0}], [{2: 0}], [{1: 0}]], prompt="[a man:woman:1]", steps=3)
     check(
         1, [[{5: 0}]], prompt="a photo of a woman", override_settings={"batch_cond_uncond": False}, sampler_name="DDIM"
     )
@@ -119,11 +123,12 @@ def test_every_way_of_writing_a_prompt(
 def test_emphasis_that_the_host_leaves_out_is_left_out(
     server: Client, world: World, people: dict[str, str], e_refs: list[Tensor]
 ) -> None:
-    for emphasis, weight in (("Ignore", 1.0), ("No norm", 1.5)):
+    # With "None" the brackets are read, and the word stands behind one.
+    for emphasis, position, weight in (("Ignore", 2, 1.0), ("No norm", 2, 1.5), ("None", 3, 1.0)):
         recording = server.record(
             pivoted(people), sites=(1,), prompt="a (woman:1.5)", override_settings={"emphasis": emphasis}
         )
-        assert_words_are_mixed(recording, world, e_refs, [[{2: 0}]], {2: weight})
+        assert_words_are_mixed(recording, world, e_refs, [[{position: 0}]], {position: weight})
 
 
 def test_words_and_strengths_of_ones_own(
@@ -224,7 +229,8 @@ def test_nothing_is_left_and_the_infotext_brings_the_picture_back(server: Client
     infotext = first.answer.info["infotexts"][0]
     ada = Photo.of(base64.b64decode(people["ada"])).sha256[:HASH_DIGITS]
     assert f"Portrait: omniportrait; adapter {ADAPTER} | {ada}; strength 0.8; word old knight" in infotext
-    again = server.record(sites=(), infotext=infotext)
+    # What a request says itself, the host takes before what the infotext says.
+    again = server.record(sites=(), prompt=prompt, infotext=infotext)
     assert torch.equal(first.latents(), again.latents())
     assert server.record(portrait, {"fail": {"call": 1, "site": 13}}, prompt=prompt).answer.status == 500
     assert server.record(portrait, {"interrupt": {"call": 1}}, prompt=prompt).answer.status == 200
