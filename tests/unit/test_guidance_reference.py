@@ -179,7 +179,7 @@ def holding_a_graph() -> int:
 
 VARIANTS: list[Mapping[str, Value]] = [
     {},
-    {"reduction": "mean", "block": 0},
+    {"reduction": "mean", "block": 0, "strength": 100.0},
     {"features": "centred", "noise": "step"},
 ]
 
@@ -211,7 +211,8 @@ def test_a_step_is_the_equations_step(unet: nn.Module, options: Mapping[str, Val
         torch.testing.assert_close(out[[row + 2]] - plain[[row + 2]], gradient, atol=1e-5, rtol=1e-4)
         step = made.record[row]
         count = [1.0] * 2 if options.get("reduction") == "mean" else [s / m for s, m in zip(sums, step.similarity)]
-        assert step.energy == pytest.approx(sum(1000 / (1 + s) for s in sums), rel=1e-4)
+        p = float(options.get("strength", 1000.0))
+        assert step.energy == pytest.approx(sum(p / (1 + s) for s in sums), rel=1e-4)
         assert step.gradient == pytest.approx(float(gradient.norm()), rel=1e-3)
         assert step.picture == row and step.t == 500 and all(round(n) == pytest.approx(n, rel=1e-3) for n in count)
         assert torch.equal(step.masks, torch.stack([box(LEFT, 16), box(RIGHT, 16)]))
