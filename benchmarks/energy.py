@@ -19,11 +19,14 @@ from typing import Any
 
 from lib_portrait.errors import PortraitError
 from lib_portrait.guidance.reference import GuidedStep
+from lib_portrait.methods.declarations import declarations
 from lib_portrait.request import parse_request
 from lib_portrait.standalone.generation import PortraitPipeline
 from lib_portrait.standalone.sampling import sample
 
 WORLD = Path(__file__).resolve().parents[1] / "models" / "world"
+# The method that draws nobody by itself.
+BARE = next(one.name for one in declarations() if not one.has_adapter)
 PROMPT = "a photo of a {} in a park"
 # A gradient of this strength changes no digit that counts.
 NOTHING = 1e-6
@@ -34,7 +37,7 @@ def drawn(
 ) -> list[GuidedStep]:
     """What guidance did while a picture of the person on a photo was drawn; nothing where it found no face."""
     person = {"photos": [base64.b64encode(photo.read_bytes()).decode()]}
-    request = parse_request({"method": "none", "identities": [person], "guidance": {"enabled": True, **guidance}})
+    request = parse_request({"method": BARE, "identities": [person], "guidance": {"enabled": True, **guidance}})
     word = photo.stem.partition("-")[0]
     sampling = pipeline.sampling(PROMPT.format(word), {"seed": seed, "steps": steps})
     size = (sampling.width, sampling.height)

@@ -288,6 +288,13 @@ class FeatureGuidance(ABC):
                 raise _Undifferentiable(f"{site.path} has no derivative")
             return out
 
+        def block(host: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+            if not (under_way and under_way[0].running):
+                return host(*args, **kwargs)
+            # ControlNet walks through the encoder without gradients (scripts/hook.py).
+            with torch.enable_grad():
+                return host(*args, **kwargs)
+
         def checkpointed(module: nn.Module, host: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
             if not (under_way and under_way[0].running):
                 return host(*args, **kwargs)
@@ -305,10 +312,10 @@ class FeatureGuidance(ABC):
         before = blocks_before(unet, path)
         blocks = {one: unet.get_submodule(one) for one in before}
         # Weights that come and go with the blocks (lowvram) are not there any more when the gradient is taken.
-        checkpointing = self.checkpointing or any(block._forward_pre_hooks for block in blocks.values())
-        functions: dict[str, Wrapper] = {"": network}
+        checkpointing = self.checkpointing or any(one._forward_pre_hooks for one in blocks.values())
+        functions: dict[str, Wrapper] = {"": network, **dict.fromkeys(blocks, block)}
         if checkpointing:
-            functions |= {name: _bound(checkpointed, block) for name, block in blocks.items()}
+            functions |= {name: _around(block, _bound(checkpointed, one)) for name, one in blocks.items()}
         functions[path] = _around(features, functions.get(path))
         for site in injection.sites:
             if site.path.startswith(tuple(f"{one}." for one in before)):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import sys
 from collections.abc import Iterator
 from typing import Any
 
@@ -386,3 +387,36 @@ def test_a_unet_that_passes_the_block_by_is_refused(unet: nn.Module, monkeypatch
         pytest.raises(PortraitError, match="did not run the block"),
     ):
         unet(z, t, mark(context, [1, 2, 3, 4]))
+
+
+def test_a_neighbour_that_runs_the_encoder_without_gradients_takes_none_away(unet: nn.Module) -> None:
+    """As ControlNet walks through the blocks; half a gradient would look like one."""
+    if not hasattr(unet, "input_blocks"):
+        pytest.skip("ControlNet's extension knows ldm's blocks alone")
+    embedding = sys.modules[type(unet).__module__].timestep_embedding
+
+    def walking(x: Tensor, timesteps: Tensor, context: Tensor) -> Tensor:
+        module: Any = unet
+        with torch.no_grad():
+            emb = module.time_embed(embedding(timesteps, module.model_channels))
+            h, hs = x, []
+            for block in module.input_blocks:
+                h = block(h, emb, context)
+                hs.append(h)
+            h = module.middle_block(h, emb, context)
+        for block in module.output_blocks:
+            h = block(torch.cat([h, hs.pop()], dim=1), emb, context)
+        return module.out(h)
+
+    z, t, context = inputs()
+    for checkpointing in (False, True):
+        outputs = []
+        for forward in (None, walking):
+            if forward is not None:
+                unet.forward = forward
+            try:
+                with Injection(unet, guidance=Guided(energy, checkpointing=checkpointing), rows=ROWS):
+                    outputs.append(predicted(unet(z, t, mark(context, [1, 2, 3, 4]))))
+            finally:
+                vars(unet).pop("forward", None)
+        torch.testing.assert_close(*outputs, atol=1e-5, rtol=0)

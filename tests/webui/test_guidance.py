@@ -261,6 +261,22 @@ def test_beside_control_networks_in_either_order(
     assert client.generate().images == vanilla
 
 
+def test_beside_a_control_network_the_whole_unet_has_the_gradient(
+    server_with_controlnet: Client,
+    people: dict[str, str],
+    control: dict[str, Any],  # noqa: F811
+) -> None:
+    """Also the encoder, which ControlNet runs without: one of hardly any weight leaves the guidance as it was."""
+    client = server_with_controlnet
+    faint = beside({**control, "weight": 1e-4})
+    found = []
+    for units in ({}, faint):
+        plain, guided = (client.record(one, sites=(1,), steps=1, **units) for one in (None, alone(people)))
+        assert guided.answer.status == 200, guided.answer.detail
+        found.append(added(guided, plain)[("positive", 0)])
+    assert (found[0] - found[1]).abs().max() < 0.02 * found[0].abs().max()
+
+
 def test_the_infotext_brings_the_picture_back(server: Client, people: dict[str, str]) -> None:
     first = server.record(alone(people), sites=())
     infotext = first.answer.info["infotexts"][0]
