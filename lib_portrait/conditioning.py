@@ -8,18 +8,23 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 
 from lib_portrait.attention import RoutingMaps, Site, regions
 from lib_portrait.checkpoints.store import AUTOMATIC, Kit, Store
 from lib_portrait.errors import Notice, PortraitError
-from lib_portrait.faces.features import FaceEncoder
+from lib_portrait.faces.features import Encoder, FaceEncoder, PictureEncoder
 from lib_portrait.faces.recognition import Backbone, backbone_from_state_dict
 from lib_portrait.faces.references import IdentityFaces, Mixed, Reference
 from lib_portrait.faces.service import FaceService
-from lib_portrait.faces.vision import VisionTower, vision_from_state_dict
+from lib_portrait.faces.vision import (
+    ImageTower,
+    VisionTower,
+    image_tower_from_state_dict,
+    vision_from_state_dict,
+)
 from lib_portrait.guidance.options import OPTIONS, STRENGTH
 from lib_portrait.guidance.reference import GuidedPerson, Locate, ReferenceGuidance
 from lib_portrait.methods.base import Method, Person, Placement, Rule, method
@@ -34,7 +39,7 @@ ASPECT_TOLERANCE = 0.04
 GRID = 64
 
 # Which network gives which features of a face.
-NETWORK_OF = {"intrinsic": "backbone", "structure": "vision"}
+NETWORK_OF = {"intrinsic": "backbone", "embedding": "backbone", "structure": "vision", "image": "vision"}
 
 
 @dataclass(frozen=True)
@@ -84,7 +89,7 @@ class Conditioner:
         self.faces = faces
         self.store = store
         self._adapter: tuple[object, Any] | None = None
-        self._networks: tuple[object, tuple[Backbone, VisionTower]] | None = None
+        self._networks: tuple[object, tuple[torch.nn.Module | None, ...]] | None = None
 
     def drop(self) -> None:
         """Forgets loaded weights."""
@@ -145,13 +150,13 @@ class Conditioner:
         # The cheap checks of the whole request come before the networks are loaded.
         report("finding faces")
         kit = self.check(request)
-        request = self.resolved(request, base)
+        request, told = self.placed(self.resolved(request, base), size)
         places = [
             self._region(identity.region, f"identities[{i}].region", size)
             for i, identity in enumerate(request.identities)
         ]
         used = method(request.method)
-        notices = used.notices(request.options, [identity.options for identity in request.identities])
+        notices = [*told, *used.notices(request.options, [identity.options for identity in request.identities])]
         notices += regions.overlaps(places)
         for i, identity in enumerate(request.identities):
             for field, photo in _photos(identity, f"identities[{i}]"):
@@ -174,7 +179,8 @@ class Conditioner:
             # Between requests the accelerator's memory belongs to the host, also after one that failed.
             if self._networks is not None:
                 for network in self._networks[1]:
-                    network.to("cpu")
+                    if network is not None:
+                        network.to("cpu")
         return Conditioning(request, kit, used, adapter, tuple(people), tuple(notices), guided, self.faces.ovals)
 
     def _guided(
@@ -191,12 +197,46 @@ class Conditioner:
             ]
             notices += [Notice("guidance", one.how) for one in found if not one.parsed]
             pictures, masks = tuple(one.picture for one in found), tuple(one.mask for one in found)
-            people.append(GuidedPerson(pictures, masks, place, identity.guided))
+            people.append(GuidedPerson(pictures, masks, place, identity.guided, identity.start, identity.end))
         if request.guidance.values({})[STRENGTH.name] == 0:
             notices.append(Notice(f"guidance.{STRENGTH.name}", "a strength of 0 leaves reference guidance out"))
         return tuple(people), list(dict.fromkeys(notices))
 
-    def _faces(self, identity: Identity, path: str, encoder: FaceEncoder | None) -> IdentityFaces:
+    def placed(self, request: PortraitRequest, size: tuple[int, int]) -> tuple[PortraitRequest, list[Notice]]:
+        """The request with boxes in place of its layout, and what the user should know of it.
+
+        size: width and height of the finished picture. Raises PortraitError where the layout has another shape, no
+        faces, or fewer than there are people without a region.
+        """
+        if request.layout is None:
+            return request, []
+        faces, (width, height) = self.faces.places(request.layout, "layout")
+        if abs((width / height) / (size[0] / size[1]) - 1) > ASPECT_TOLERANCE:
+            raise PortraitError(
+                "layout",
+                f"it is {width}x{height}, the picture {size[0]}x{size[1]}: their shapes differ",
+                "Cut it to the picture's shape, or draw a picture of its shape.",
+            )
+        homeless = [i for i, identity in enumerate(request.identities) if identity.region is None]
+        if len(homeless) > len(faces):
+            people = ", ".join(f"identities[{i}]" for i in homeless)
+            raise PortraitError(
+                "layout",
+                f"it shows {len(faces)} faces, and {len(homeless)} people have no region of their own: {people}",
+                "Use a picture with as many faces, give regions to the others, or leave them out.",
+            )
+        notices = []
+        if len(faces) > len(homeless):
+            text = f"it shows {len(faces)} faces, of which the first {len(homeless)} from the left are taken"
+            notices.append(Notice("layout", text))
+        boxes = dict(zip(homeless, faces))
+        identities = tuple(
+            replace(identity, region=Region(box=_inside(boxes[i]))) if i in boxes else identity
+            for i, identity in enumerate(request.identities)
+        )
+        return replace(request, identities=identities, layout=None), notices
+
+    def _faces(self, identity: Identity, path: str, encoder: Encoder | None) -> IdentityFaces:
         def references(photos: Sequence[Photo], field: str) -> tuple[Reference, ...]:
             return tuple(Reference(self.faces, one, f"{field}[{j}]", encoder) for j, one in enumerate(photos))
 
@@ -238,22 +278,48 @@ class Conditioner:
 
     def _encoder(
         self, kit: Kit, device: torch.device | str, dtype: torch.dtype, report: Callable[[str], None]
-    ) -> FaceEncoder:
-        files = kit.files["backbone"], kit.files["vision"]
+    ) -> Encoder:
+        if "backbone" not in kit.files:
+            return self._picture_encoder(kit.files["vision"], device, dtype, report)
+        files = [kit.files[role] for role in ("backbone", "vision") if role in kit.files]
 
-        def networks() -> tuple[Backbone, VisionTower]:
+        def networks() -> tuple[Backbone, VisionTower | None]:
             key = _stamp(*files)
             if self._networks is None or self._networks[0] != key:
                 report(_loading("the face networks", *files))
-                recognition, clip = files
+                recognition, *clip = files
                 backbone = backbone_from_state_dict(self.store.read(recognition, "backbone").tensors, recognition.name)
-                checkpoint = self.store.read(clip, "vision")
-                vision = vision_from_state_dict(checkpoint.tensors, checkpoint.metadata, clip.name)
+                vision = None
+                for path in clip:
+                    checkpoint = self.store.read(path, "vision")
+                    vision = vision_from_state_dict(checkpoint.tensors, checkpoint.metadata, path.name)
                 self._networks = (key, (backbone, vision))
-            return self._networks[1]
+            return cast("tuple[Backbone, VisionTower]", self._networks[1])
 
         weights_hash = "-".join(self.store.sha256(path) for path in files)
         return FaceEncoder(networks, weights_hash, device, dtype)
+
+    def _picture_encoder(
+        self, path: Path, device: torch.device | str, dtype: torch.dtype, report: Callable[[str], None]
+    ) -> PictureEncoder:
+        """That of a method that reads no more than what a CLIP image encoder makes of a face."""
+
+        def network() -> ImageTower:
+            key = ("image", *_stamp(path))
+            if self._networks is None or self._networks[0] != key:
+                report(_loading("the image encoder", path))
+                checkpoint = self.store.read(path, "vision")
+                tower = image_tower_from_state_dict(checkpoint.tensors, checkpoint.metadata, path.name)
+                self._networks = (key, (tower,))
+            return cast(ImageTower, self._networks[1][0])
+
+        return PictureEncoder(network, self.store.sha256(path), device, dtype)
+
+
+def _inside(box: regions.Box) -> regions.Box:
+    """The box as far as it lies in the picture, in whole thousandths, as infotexts have it."""
+    left, top, right, bottom = (round(min(max(edge, 0.0), 1.0), 3) for edge in box)
+    return left, top, right, bottom
 
 
 def _check_widths(kit: Kit, faces: IdentityFaces, wanted: Mapping[str, int]) -> None:

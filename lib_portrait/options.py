@@ -133,7 +133,41 @@ class Switch(_Declared):
         return not text
 
 
-Option = Number | Choice | Switch
+@dataclass(frozen=True)
+class Word(_Declared):
+    """A word, or a few, as they stand in a prompt; "" for none."""
+
+    default: str = ""
+    axis: str = ""
+
+    # Neither what divides an infotext nor what a prompt's syntax consists of.
+    LENGTH = 40
+    PATTERN = r'[^;|,:()\[\]{}<>"\\\x00-\x1f\x7f]*'
+
+    def check(self, value: Any, path: str) -> str:
+        """As for `Number`; spaces around it are taken off."""
+        if not isinstance(value, str) or len(value) > self.LENGTH or not re.fullmatch(self.PATTERN, value):
+            remedy = (
+                f"Give a word as it stands in the prompt, of up to {self.LENGTH} letters, without brackets or marks."
+            )
+            raise PortraitError(path, f"{shown(value)} is no word", remedy)
+        return value.strip()
+
+    def schema(self) -> dict[str, Any]:
+        limits = {"type": "string", "maxLength": self.LENGTH, "pattern": f"^{self.PATTERN}$"}
+        return {**limits, "default": self.default, "description": self.help}
+
+    def said(self, value: Value) -> str:
+        return f"{self.title} {value}" if value else ""
+
+    def to_text(self, value: Value) -> str:
+        return f"{self.name} {value}"
+
+    def from_text(self, text: str) -> str:
+        return text
+
+
+Option = Number | Choice | Switch | Word
 
 
 def defaults(options: Sequence[Option]) -> dict[str, Value]:

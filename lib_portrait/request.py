@@ -169,6 +169,8 @@ class Guidance:
 class PortraitRequest:
     """Everything a user can ask of one generation.
 
+    layout: a picture, a photo or a skeleton of a pose, whose faces say from the left to the right where the identities
+    belong that have no region.
     options: what the method lets people choose for all identities together, by name. Those that are left out, here and
     in the identities, get the method's defaults. Raises PortraitError for a method that there is none, and for options
     that it does not have.
@@ -179,6 +181,7 @@ class PortraitRequest:
     method: str = declarations.NAMES[0]
     checkpoint: str = AUTOMATIC
     guidance: Guidance = Guidance()
+    layout: Photo | None = None
     options: Mapping[str, Value] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
@@ -199,6 +202,11 @@ class PortraitRequest:
     def shows_maps(self) -> bool:
         """Whether maps of where people were put are to be shown."""
         return bool(self.options.get(self.declaration.maps, False))
+
+    @property
+    def shows_control(self) -> bool:
+        """Whether the picture that the ControlNet saw is to be shown."""
+        return bool(self.options.get(self.declaration.control, False))
 
     def with_maps(self) -> PortraitRequest:
         """The request with these maps shown, where its method makes any."""
@@ -245,6 +253,7 @@ def parse_request(value: Any, limits: Limits | None = None) -> PortraitRequest:
         method=method,
         checkpoint=_name(data.get("checkpoint", AUTOMATIC), "checkpoint", limits),
         guidance=_guidance(data.get("guidance", {"enabled": False})),
+        layout=_photo(data["layout"], "layout", limits) if data.get("layout") is not None else None,
         options=_options(one.options, data, ""),
     )
     if enabled:
@@ -552,11 +561,16 @@ def json_schema(limits: Limits | None = None) -> dict[str, Any]:
             "default": AUTOMATIC,
             "description": "a name that /portrait/models lists",
         },
+        "layout": {
+            "oneOf": [{"type": "null"}, {"$ref": "#/$defs/photo"}],
+            "default": None,
+            "description": "a picture whose faces, from the left, say where identities without a region belong",
+        },
     }
     guidance = {
         **_strict({"enabled": {"type": "boolean", "default": True}, **_schemas(OPTIONS)}, []),
         "default": {"enabled": False},
-        "description": "reference guidance (RB-Guidance of OmniPortrait); what is left out is as the kit says, else as "
+        "description": "reference guidance (RB-Guidance); what is left out is as the kit says, else as "
         "the defaults here",
     }
     own = {"photos": photos, **_schemas((START, END, GUIDED)), "region": region}

@@ -19,7 +19,7 @@ from lib_portrait.faces.references import IdentityFaces
 from lib_portrait.methods import declarations
 from lib_portrait.methods.base import Method, Options, Placement, Rule
 from lib_portrait.methods.declarations import Declaration
-from lib_portrait.options import Choice, Number, Switch
+from lib_portrait.options import Choice, Number, Switch, Word
 
 NAME = "toy"
 SIDES = {"left": "Left", "both_sides": "Both sides"}
@@ -35,6 +35,7 @@ DECLARATION = Declaration(
         Number(name="depth", title="Depth", help="how deep", default=0.5, low=0.0, high=1.0, axis="depth of {number}"),
         Choice(name="style", title="Style", help="of which style", default="left", choices=SIDES, axis="style"),
         Switch(name="kept", title="Kept", help="whether it is kept", default=True, axis="kept"),
+        Word(name="called", title="Called", help="what they are called", axis="called"),
     ),
     maps="show_places",
 )

@@ -1,7 +1,8 @@
 """Shards made of photographs or of the world, and what is wrong with the shards there are.
 
-Samples are made by several processes and written by one, in order, so that the same input gives the same bytes. A shard
-that is there whole is kept: a command that was broken off goes on with the first one missing.
+Samples of photographs are made by several processes and written by one, in order; shards of the world by a process
+each, for nothing is passed on among its samples. Either way the same input gives the same bytes. A shard that is there
+whole is kept: a command that was broken off goes on with those missing.
 """
 
 from __future__ import annotations
@@ -31,7 +32,7 @@ from lib_portrait.faces.images import decode_photo
 from lib_portrait.faces.order import TURNS
 from lib_portrait.picture_files import SUFFIXES, is_picture
 from lib_portrait.request import Limits
-from trainer.shards import FaceRecord, Record, Shards, ShardWriter, encode_png, writing
+from trainer.shards import FaceRecord, Record, Shards, ShardWriter, encode_png, pose_to_json, writing
 from trainer.world import render, sample_scene, world_person
 from trainer.world.people import HELD_OUT_EVERY
 from trainer.world.scenes import COUNT_ODDS
@@ -40,6 +41,7 @@ from trainer.world.situations import pick
 MODELS = Path(__file__).resolve().parents[1] / "models"
 Job = TypeVar("Job")
 Result = TypeVar("Result")
+WORLD_KINDS = ("png", "bmp")
 # How many results of a process may wait for the writer.
 PENDING_PER_PROCESS = 8
 
@@ -89,7 +91,8 @@ def _one_thread() -> None:
 class WorldSettings:
     """Scenes `first` to `first + number - 1` of the world, `size` pixels a side, `shard` of them to a shard.
 
-    identities: how many people of the population's training part appear.
+    identities: how many people of the population's training part appear. poses: whether the records have everybody's
+    pose, which other shards leave out. kind: of their files, png, or bmp, which is twice as large and read in no time.
     """
 
     first: int
@@ -97,8 +100,12 @@ class WorldSettings:
     identities: int = 6000
     size: int = 128
     shard: int = 1000
+    poses: bool = False
+    kind: str = "png"
 
     def __post_init__(self) -> None:
+        if self.kind not in WORLD_KINDS:
+            raise PortraitError("kind", f"{self.kind!r} was given", f"Give one of: {', '.join(WORLD_KINDS)}.")
         for name, least in (("first", 0), ("number", 1), ("identities", len(COUNT_ODDS)), ("shard", 1)):
             if getattr(self, name) < least:
                 raise PortraitError(name, f"{getattr(self, name)} was given", f"Give {least} or more.")
@@ -113,8 +120,12 @@ def training_person(k: int) -> int:
     return k + k // (HELD_OUT_EVERY - 1)
 
 
-def world_sample(seed: int, identities: int, size: int) -> EncodedSample:
-    """Scene `seed` with people drawn from the first `identities` of the training part. A pure function."""
+def world_sample(seed: int, identities: int, size: int, poses: bool = False, kind: str = "png") -> EncodedSample:
+    """Scene `seed` with people drawn from the first `identities` of the training part. A pure function.
+
+    poses: whether the record has "poses", in the order of its faces 18 points [x, y] each, null where one is not seen.
+    kind: of the picture's file.
+    """
     rng = np.random.default_rng([seed, 0xDA7A])
     count = pick(rng, range(1, len(COUNT_ODDS) + 1), COUNT_ODDS)
     chosen = rng.choice(identities, count, replace=False)
@@ -134,8 +145,15 @@ def world_sample(seed: int, identities: int, size: int) -> EncodedSample:
         "people": stated.people,
         "faces": {str(number): words for number, words in stated.faces.items()},
     }
-    record = Record(picture.caption, tuple(faces), {"attributes": attributes, "world": {"seed": seed}})
-    return EncodedSample(f"{seed:08d}", encode_png(picture.image), "png", record, labels)
+    extra: dict[str, Any] = {"attributes": attributes, "world": {"seed": seed}}
+    if poses:
+        extra["poses"] = [pose_to_json(face.pose) for face in picture.faces]
+    record = Record(picture.caption, tuple(faces), extra)
+    return EncodedSample(f"{seed:08d}", _encoded(picture.image, kind), kind, record, labels)
+
+
+def _encoded(image: NDArray[np.uint8], kind: str) -> bytes:
+    return encode_png(image) if kind == "png" else cv2.imencode(f".{kind}", image[:, :, ::-1])[1].tobytes()
 
 
 def make_world(output: Path, settings: WorldSettings, name: str = "world", processes: int = 1) -> int:
@@ -152,24 +170,36 @@ def make_world(output: Path, settings: WorldSettings, name: str = "world", proce
             _same_world(path, seeds, settings)
         else:
             missing.append((path, seeds))
-    sample = functools.partial(world_sample, identities=settings.identities, size=settings.size)
-    samples = ordered_map(sample, (seed for _, seeds in missing for seed in seeds), processes)
+    write = functools.partial(_write_world_shard, settings=settings)
     with tqdm(total=sum(len(seeds) for _, seeds in missing), unit="picture", mininterval=1) as bar:
-        for path, seeds in missing:
-            with writing(path) as shard:
-                for _ in seeds:
-                    next(samples).add_to(shard)
-                    bar.update()
+        for number in ordered_map(write, missing, min(processes, max(len(missing), 1))):
+            bar.update(number)
     return len(missing)
+
+
+def _sample(seed: int, settings: WorldSettings) -> EncodedSample:
+    return world_sample(seed, settings.identities, settings.size, settings.poses, settings.kind)
+
+
+def _write_world_shard(job: tuple[Path, range], settings: WorldSettings) -> int:
+    """Writes the shard of scenes with these seeds; returns how many."""
+    path, seeds = job
+    with writing(path) as shard:
+        for seed in seeds:
+            _sample(seed, settings).add_to(shard)
+    return len(seeds)
 
 
 def _same_world(path: Path, seeds: range, settings: WorldSettings) -> None:
     there = Shards([path])
-    expected = world_sample(seeds[0], settings.identities, settings.size)
+    expected = _sample(seeds[0], settings)
     same = [there.key(index) for index in range(len(there))] == [f"{seed:08d}" for seed in seeds]
     if same:
         sample = there[0]
-        same = encode_png(sample.image) == expected.picture and sample.record.to_json() == expected.record.to_json()
+        same = (
+            _encoded(sample.image, settings.kind) == expected.picture
+            and sample.record.to_json() == expected.record.to_json()
+        )
     if not same:
         raise PortraitError(
             "output",

@@ -6,8 +6,10 @@ width and height; and with face networks, for all F faces of the shard in order,
 (F, g^2, d') fp16, sample (F) int32 the picture in the shard, face (F) int32 its number in the picture; zero_structure
 (g^2, d'), the structure features of no face. Where references are asked for, of all R faces that are not much smaller:
 references (R, 4, s, s) fp16, the latents of the square about each, in which by chance only the face is seen, and as
-above reference_sample and reference_face (R) int32. The metadata names the networks by their hashes, and the
-references' side in pixels.
+above reference_sample and reference_face (R) int32. With an image encoder, of all G faces in usable pictures: image
+(G, E) fp16, its embedding of the aligned face, mask (G, h, w) fp16, the part of each latent position that is this face,
+and image_sample and image_face (G) int32. The metadata names the networks by their hashes, and the references' side in
+pixels.
 """
 
 from __future__ import annotations
@@ -23,13 +25,15 @@ import torch
 from diffusers import AutoencoderKL
 from safetensors import safe_open
 from torch import Tensor
+from torch.nn import functional
 from tqdm import tqdm
 from transformers import CLIPTokenizer
 
 from lib_portrait.checkpoints.formats import write_tensors
 from lib_portrait.errors import PortraitError
 from lib_portrait.faces.alignment import portrait
-from lib_portrait.faces.features import FaceEncoder
+from lib_portrait.faces.features import FaceEncoder, PictureEncoder
+from lib_portrait.faces.parsing import ParseNet, face_mask
 from lib_portrait.faces.recognition import Backbone
 from trainer.faces import aligned
 from trainer.shards import Shards
@@ -47,7 +51,9 @@ class FrozenNetworks:
     """The networks that compute features. encode: pictures (b, 3, H, W) in [-1, 1] to latents (b, 4, h, w).
 
     faces: the face encoder, or None for latents and tokens alone. hashes: SHA-256 of the networks by role.
-    references: side in pixels of the squares about faces that latents are wanted of, or 0.
+    references: side in pixels of the squares about faces that latents are wanted of, or 0. images: the image encoder
+    whose embeddings of faces are wanted, or None. parser: says where those faces are in pictures without masks, None
+    for the oval of their landmarks.
     """
 
     encode: LatentEncoder
@@ -55,6 +61,8 @@ class FrozenNetworks:
     faces: FaceEncoder | None
     hashes: dict[str, str]
     references: int = 0
+    images: PictureEncoder | None = None
+    parser: ParseNet | None = None
 
 
 class LatentEncoder:
@@ -97,6 +105,9 @@ def precompute(paths: Sequence[Path], frozen: FrozenNetworks, batch: int = 32, s
             tensors |= _face_features(shards, usable, frozen.faces, batch, seed)
         if frozen.references:
             tensors |= _reference_features(shards, usable, frozen, batch, seed)
+        if frozen.images is not None:
+            shape = (tensors["latents"].shape[-2], tensors["latents"].shape[-1])
+            tensors |= _image_features(shards, usable, frozen.images, frozen.parser, shape, batch, seed)
         write_tensors(target, tensors, before | wanted)
         counts["shards"] += 1
         counts["pictures"] += len(shards)
@@ -199,6 +210,45 @@ def _reference_features(
     }
 
 
+def _image_features(
+    shards: Shards,
+    usable: Sequence[int],
+    images: PictureEncoder,
+    parser: ParseNet | None,
+    shape: tuple[int, int],
+    batch: int,
+    seed: int,
+) -> dict[str, Tensor]:
+    """The image encoder's embeddings of the faces of usable pictures, and where these are; nothing without faces.
+
+    shape: (h, w) of the latents.
+    """
+    embeddings, masks, where = [], [], []
+    for numbers in _batches(len(usable), batch):
+        crops = []
+        for number in (usable[place] for place in numbers):
+            sample = shards[number]
+            for face, record in enumerate(sample.record.faces):
+                crops.append(aligned(sample.image, record, 224, np.random.default_rng([seed, number, face])))
+                if sample.labels is not None:
+                    mask = sample.labels == face + 1
+                else:
+                    mask = face_mask(sample.image, np.array(record.landmarks, np.float32), parser)
+                covered = torch.from_numpy(mask)[None, None].float()
+                masks.append(functional.adaptive_avg_pool2d(covered, shape)[0, 0].half())
+                where.append((number, face))
+        embeddings += [features.image.half() for features in images.encode(crops)]
+    if not where:
+        return {}
+    rows = torch.tensor(where, dtype=torch.int32)
+    return {
+        "image": torch.stack(embeddings),
+        "mask": torch.stack(masks),
+        "image_sample": rows[:, 0].contiguous(),
+        "image_face": rows[:, 1].contiguous(),
+    }
+
+
 def _batches(number: int, batch: int) -> Iterator[range]:
     return (range(start, min(start + batch, number)) for start in range(0, number, batch))
 
@@ -271,6 +321,27 @@ class Features:
                 "data",
                 "its features hold no references",
                 "Make them: portrait.py dataset features --references SIZE, SIZE the side of the model's pictures.",
+            )
+        return found
+
+    @functools.cached_property
+    def images(self) -> dict[tuple[int, int], tuple[Tensor, Tensor]]:
+        """By sample and face: the image encoder's embedding (E) fp16, and the part (h, w) fp16 of each latent position
+        that is this face.
+
+        Raises PortraitError where the features hold none.
+        """
+        found: dict[tuple[int, int], tuple[Tensor, Tensor]] = {}
+        for file, start in zip(self.files, self.starts):
+            if "image" in file.keys():  # noqa: SIM118 - it is no dictionary
+                samples, faces = (file.get_tensor(f"image_{name}") for name in ("sample", "face"))
+                own = zip(file.get_tensor("image"), file.get_tensor("mask"))
+                found |= zip(zip((samples + start).tolist(), faces.tolist()), own)
+        if not found:
+            raise PortraitError(
+                "data",
+                "its features hold no embeddings of an image encoder",
+                "Make them: portrait.py dataset features --image FILE.",
             )
         return found
 

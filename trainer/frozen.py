@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import functools
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -9,56 +13,106 @@ import torch
 from lib_portrait.checkpoints.formats import read_tensors
 from lib_portrait.checkpoints.hashes import file_sha256
 from lib_portrait.errors import PortraitError
-from lib_portrait.faces.features import FaceEncoder
+from lib_portrait.faces.features import FaceEncoder, PictureEncoder
+from lib_portrait.faces.parsing import parser_from_state_dict
 from lib_portrait.faces.recognition import Backbone, backbone_from_state_dict
-from lib_portrait.faces.vision import VisionTower, vision_from_state_dict
+from lib_portrait.faces.vision import VisionTower, image_tower_from_state_dict, vision_from_state_dict
 from lib_portrait.faces.weights import check_finite
 from lib_portrait.standalone.model import load_model, load_tokenizer
-from trainer.architectures import world_vae
-from trainer.features import FrozenNetworks, LatentEncoder
+from trainer.architectures import vae_like
+from trainer.dataset import ordered_map
+from trainer.features import FrozenNetworks, LatentEncoder, precompute
+
+
+@dataclass(frozen=True)
+class NetworkFiles:
+    """Where the networks lie that features come from, see `frozen_networks`."""
+
+    checkpoint: Path | None = None
+    vae: Path | None = None
+    backbone: Path | None = None
+    vision: Path | None = None
+    image: Path | None = None
+    parser: Path | None = None
 
 
 def default_device() -> str:
     return "cuda" if torch.cuda.is_available() else "cpu"
 
 
-def frozen_networks(
-    checkpoint: Path | None,
-    vae: Path | None,
-    backbone: Path | None,
-    vision: Path | None,
+def precompute_shards(
+    paths: Sequence[Path],
+    files: NetworkFiles,
     device: str,
     references: int = 0,
-) -> FrozenNetworks:
-    """The VAE of a single-file model, or the recipe vae's own export; and, given both, the two networks of faces.
+    batch: int = 32,
+    processes: int = 1,
+) -> Counter[str]:
+    """`features.precompute` by several processes, each with networks of its own and every so-manieth shard.
+
+    Most of the work is to cut out and turn faces, which the processor does, also where a GPU computes the features.
+    """
+    parts = [paths[place::processes] for place in range(min(processes, len(paths)))]
+    work = functools.partial(_precompute_part, files=files, device=device, references=references, batch=batch)
+    # Anything that is wrong with the networks is told here, and once.
+    if len(parts) > 1:
+        frozen_networks(files, "cpu", references)
+    counts: Counter[str] = Counter()
+    for one in ordered_map(work, parts, len(parts)):
+        counts.update(one)
+    return counts
+
+
+def _precompute_part(
+    paths: Sequence[Path], files: NetworkFiles, device: str, references: int, batch: int
+) -> dict[str, int]:
+    return precompute(paths, frozen_networks(files, device, references), batch)
+
+
+def frozen_networks(files: NetworkFiles, device: str, references: int = 0) -> FrozenNetworks:
+    """The VAE of a single-file model, or the recipe vae's own export; and, given both, the two networks of faces; and
+    the whole image encoder, and the parser for the masks that its faces get.
 
     Raises PortraitError unless exactly one of checkpoint and vae, and both or none of backbone and vision are given.
     """
-    if (checkpoint is None) == (vae is None):
+    if (files.checkpoint is None) == (files.vae is None):
         raise PortraitError("vae", "latents come from one VAE", "Give either --checkpoint or --vae.")
-    if (backbone is None) != (vision is None):
+    if (files.backbone is None) != (files.vision is None):
         raise PortraitError(
             "vision", "features of faces come from two networks", "Give --backbone and --vision, or none."
         )
-    if checkpoint is not None:
-        network, source = load_model(checkpoint).vae, checkpoint
+    if files.checkpoint is not None:
+        network, source = load_model(files.checkpoint).vae, files.checkpoint
     else:
-        assert vae is not None
-        network, source = world_vae(), vae
-        tensors = read_tensors(vae).tensors
-        check_finite(tensors, vae.name)
+        assert files.vae is not None
+        tensors = read_tensors(files.vae).tensors
+        check_finite(tensors, files.vae.name)
+        network, source = vae_like(tensors, files.vae.name), files.vae
         try:
             network.load_state_dict(tensors)
         except RuntimeError:
             raise PortraitError(
-                "vae", f"{vae.name} does not hold the world's VAE", "Use the export of the recipe vae."
+                "vae", f"{files.vae.name} does not hold the world's VAE", "Use the export of the recipe vae."
             ) from None
     hashes, faces = {"vae": file_sha256(source)}, None
-    if backbone is not None and vision is not None:
-        networks = _backbone(backbone), _vision(vision)
-        hashes |= {"backbone": file_sha256(backbone), "vision": file_sha256(vision)}
+    if files.backbone is not None and files.vision is not None:
+        networks = _backbone(files.backbone), _vision(files.vision)
+        hashes |= {"backbone": file_sha256(files.backbone), "vision": file_sha256(files.vision)}
         faces = FaceEncoder(lambda: networks, f"{hashes['backbone']}-{hashes['vision']}", torch.device(device))
-    return FrozenNetworks(LatentEncoder(network, device), load_tokenizer(), faces, hashes, references)
+    images = None
+    if files.image is not None:
+        file = read_tensors(files.image, "vision")
+        tower = image_tower_from_state_dict(file.tensors, file.metadata, files.image.name)
+        hashes["image"] = file_sha256(files.image)
+        images = PictureEncoder(lambda: tower, hashes["image"], torch.device(device))
+    parsed = None
+    if files.parser is not None:
+        if files.image is None:
+            raise PortraitError("parser", "nothing here reads it", "Leave it away, or give --image.")
+        hashes["parser"] = file_sha256(files.parser)
+        parsed = parser_from_state_dict(read_tensors(files.parser, "parser").tensors, files.parser.name)
+    encode = LatentEncoder(network, device)
+    return FrozenNetworks(encode, load_tokenizer(), faces, hashes, references, images, parsed)
 
 
 def _backbone(path: Path) -> Backbone:

@@ -23,6 +23,7 @@ from typing import Any, Protocol, cast
 
 import torch
 from accelerate import Accelerator, DistributedType
+from accelerate.state import AcceleratorState
 from diffusers.training_utils import EMAModel
 from safetensors import safe_open
 from torch import Tensor, nn
@@ -37,6 +38,8 @@ from trainer.optimizers import optimizers_of
 # Accelerate's names of what the forward pass computes in, and what frozen networks are kept in.
 PRECISIONS = {"no": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 OPTIMIZERS = ("adamw", "muon")
+# The share of a budget over which the rate falls.
+FALLING = 0.5
 SHARDED = (DistributedType.FSDP, DistributedType.DEEPSPEED, DistributedType.MEGATRON_LM)
 
 
@@ -47,7 +50,10 @@ class Settings:
     batch: samples of one process at once; a step sees batch x accumulate x processes of them. optimizer: adamw, or
     muon for networks trained from scratch. rate: after `warmup` linear steps, falling to zero along a half cosine over
     the last `cooldown`. ema: decay of the averaged weights, 0 for none (networks with batch normalisation need that).
-    clip: largest norm of the gradient. minutes: stop (and save) after so long, 0 for never.
+    clip: largest norm of the gradient. minutes: stop (and save) after so long, 0 for never. budget: minutes of training
+    over all starts of the run, after which it is done as after its last step, the rate falling to zero over the second
+    half of them in place of `cooldown`; 0 for as many as its steps take. compile: networks that can be are translated
+    for the device first, which takes a minute or two.
     """
 
     output: Path
@@ -64,18 +70,20 @@ class Settings:
     seed: int = 0
     precision: str = "no"
     checkpointing: bool = False
+    compile: bool = False
     workers: int = 0
     log_every: int = 20
     save_every: int = 500
     sample_every: int = 0
     keep: int = 2
     minutes: float = 0.0
+    budget: float = 0.0
 
     def __post_init__(self) -> None:
         for name in ("steps", "batch", "accumulate", "log_every", "save_every", "keep"):
             if getattr(self, name) < 1:
                 raise PortraitError(name, f"{getattr(self, name)} was given", "Give a whole number of 1 or more.")
-        for name in ("warmup", "cooldown", "weight_decay", "seed", "workers", "sample_every", "minutes"):
+        for name in ("warmup", "cooldown", "weight_decay", "seed", "workers", "sample_every", "minutes", "budget"):
             if not getattr(self, name) >= 0:
                 raise PortraitError(name, f"{getattr(self, name)} was given", "Give a number of 0 or more.")
         for name in ("rate", "clip"):
@@ -169,12 +177,41 @@ def seeded(build: Callable[[], Recipe], settings: Settings) -> Recipe:
     return build()
 
 
-def rate_at(step: int, settings: Settings) -> float:
-    """Share of the full learning rate at a step counted from 0."""
+def fast_on_gpu(network: nn.Module, device: torch.device) -> None:
+    """Moves a network of convolutions to a GPU with its channels last, which tensor cores want; a CPU may be slower."""
+    if device.type == "cuda":
+        network.to(device).to(memory_format=torch.channels_last)
+
+
+def rate_at(step: int, settings: Settings, seconds: float = 0.0) -> float:
+    """Share of the full learning rate at a step counted from 0, so many seconds of training after the run's beginning.
+
+    Under a budget how many steps there will be is not known beforehand, and the clock says how far the run is.
+    """
     rising = min(1.0, (step + 1) / settings.warmup) if settings.warmup else 1.0
-    left = settings.steps - step
-    falling = 0.5 - 0.5 * math.cos(math.pi * min(1.0, left / settings.cooldown)) if settings.cooldown else 1.0
+    left, cooldown = float(settings.steps - step), float(settings.cooldown)
+    if settings.budget:
+        left, cooldown = settings.budget * 60 - seconds, settings.budget * 60 * FALLING
+    falling = 0.5 - 0.5 * math.cos(math.pi * min(1.0, max(left, 0.0) / cooldown)) if cooldown else 1.0
     return min(rising, falling)
+
+
+@dataclass(frozen=True)
+class Progress:
+    """How far a run is: steps, seconds of training, and whether it is done."""
+
+    step: int
+    seconds: float
+    done: bool
+
+
+def progress(settings: Settings) -> Progress:
+    """How far the run in `settings.output` is, by its newest checkpoint."""
+    found = _checkpoints(settings)
+    if not found:
+        return Progress(0, 0.0, False)
+    step, seconds = _step_of_checkpoint(found[-1]), float(_logged(found[-1]).get("seconds", 0.0))
+    return Progress(step, seconds, step >= settings.steps or 0 < settings.budget * 60 <= seconds)
 
 
 def train(recipe: Recipe, settings: Settings) -> int:
@@ -184,6 +221,8 @@ def train(recipe: Recipe, settings: Settings) -> int:
     asked for, or losses, gradients or weights are no longer finite numbers: these are neither saved nor exported.
     """
     accelerator = _accelerator(settings)
+    if settings.budget and accelerator.num_processes > 1:
+        raise PortraitError("budget", "the clocks of several processes differ", "Give --steps and --cooldown instead.")
     if settings.ema and any(isinstance(module, nn.modules.batchnorm._BatchNorm) for module in recipe.modules()):
         raise PortraitError(
             "ema",
@@ -209,6 +248,7 @@ def train(recipe: Recipe, settings: Settings) -> int:
     if ema is not None:
         accelerator.register_for_checkpointing(ema)
     first, logged = _resume(accelerator, settings)
+    before = float(logged.get("seconds", 0.0))
     if ema is not None:
         ema.to(accelerator.device)
     log = _Log(accelerator, settings, first, logged)
@@ -236,12 +276,17 @@ def train(recipe: Recipe, settings: Settings) -> int:
     any_says = _agreement(accelerator)
     started = time.monotonic()
     step = first
+
+    def seconds() -> float:
+        return before + time.monotonic() - started
+
     with _stop_signals() as stopped:
         trained.train()
-        while step < settings.steps:
+        while step < settings.steps and not 0 < settings.budget * 60 <= before:
+            share = rate_at(step, settings, seconds())
             for optimizer, full in zip(optimizers, rates, strict=True):
                 for group, rate in zip(optimizer.param_groups, full, strict=True):
-                    group["lr"] = rate * rate_at(step, settings)
+                    group["lr"] = rate * share
             for micro in range(settings.accumulate):
                 batch = next(loader)
                 unusable = batch.pop("unusable")
@@ -263,9 +308,10 @@ def train(recipe: Recipe, settings: Settings) -> int:
             step += 1
             if ema is not None:
                 ema.step(weights)
-            log.step(step, settings.rate * rate_at(step - 1, settings))
+            log.step(step, settings.rate * share)
+            done = 0 < settings.budget * 60 <= seconds()
             over = settings.minutes > 0 and time.monotonic() - started > settings.minutes * 60
-            ends = any_says(over or bool(stopped))
+            ends = any_says(over or done or bool(stopped))
             saved = step % settings.save_every == 0 or step == settings.steps or ends
             shown = settings.sample_every > 0 and step % settings.sample_every == 0
             if saved or shown or step % settings.log_every == 0:
@@ -279,7 +325,7 @@ def train(recipe: Recipe, settings: Settings) -> int:
                         export(recipe, settings, {"steps": str(step), "seed": str(settings.seed)})
                 recipe.train()
             if saved:
-                _save(accelerator, settings, step, log.since_last_line())
+                _save(accelerator, settings, step, {**log.since_last_line(), "seconds": seconds()})
             if ends:
                 break
     if step == first and accelerator.is_main_process:
@@ -335,6 +381,8 @@ def _accelerator(settings: Settings) -> Accelerator:
         f"{settings.precision} was given, which this device does not compute in",
         f"Give {'no' if settings.precision == 'bf16' else 'bf16 or no'}.",
     )
+    # What it keeps of an earlier run in this process would forbid another precision.
+    AcceleratorState._reset_state()
     try:
         accelerator = Accelerator(
             # Without this, processes that were started together on a machine without a GPU would not find each other.
@@ -363,7 +411,7 @@ def _accelerator(settings: Settings) -> Accelerator:
 
 def _facts(settings: Settings, recipe: Recipe, total: int, samples: int) -> dict[str, Any]:
     """What a run must not change between two starts: all that decides its losses."""
-    free = {"output", "steps", "cooldown", "minutes", "workers", "checkpointing", "precision"}
+    free = {"output", "steps", "cooldown", "minutes", "budget", "workers", "checkpointing", "compile", "precision"}
     free |= {"log_every", "save_every", "sample_every", "keep", "batch"}
     fixed = {k: v for k, v in dataclasses.asdict(settings).items() if k not in free}
     return {"recipe": recipe.name, "samples": samples, "batch_of_a_step": total * settings.accumulate, **fixed}
@@ -400,14 +448,19 @@ def _checkpoints(settings: Settings) -> list[Path]:
 
 
 def _resume(accelerator: Accelerator, settings: Settings) -> tuple[int, dict[str, Any]]:
-    """The newest checkpoint's step, and what was added to the log since the last line before it."""
+    """The newest checkpoint's step, and what was noted beside it, see `_logged`."""
     found = _checkpoints(settings)
     if not found:
         return 0, {}
     accelerator.load_state(str(found[-1]))
-    note = found[-1] / "log.json"
+    return _step_of_checkpoint(found[-1]), _logged(found[-1])
+
+
+def _logged(checkpoint: Path) -> dict[str, Any]:
+    """What was added to the log since the last line before a checkpoint, and how many "seconds" were trained."""
+    note = checkpoint / "log.json"
     # Checkpoints were once made at lines of the log alone, where nothing has been added since.
-    return _step_of_checkpoint(found[-1]), json.loads(note.read_text()) if note.exists() else {}
+    return json.loads(note.read_text()) if note.exists() else {}
 
 
 def _step_of_checkpoint(folder: Path) -> int:

@@ -19,7 +19,7 @@ from lib_portrait.checkpoints.kit import ALONE, StoredFile, read_manifest, write
 from lib_portrait.errors import PortraitError
 from lib_portrait.faces.weights import check_finite, fitting
 from lib_portrait.standalone.model import load_model, make_model, save_model, text_encoder_of
-from trainer.architectures import world_text_encoder, world_unet, world_vae
+from trainer.architectures import unet_like, vae_like, world_text_encoder
 from trainer.companions import stored_file
 from trainer.low_rank import of_rank
 from trainer.recipes.base import latent_scale
@@ -34,11 +34,15 @@ PHOTO_SIZE = 256
 
 def write_checkpoint(vae: Path, base: Path, target: Path) -> None:
     """The exports of the recipes `vae` and `base` as one file with ldm's names, and its .yaml."""
-    networks = {"unet": world_unet(), "text_encoder": world_text_encoder(), "vae": world_vae()}
-    tensors = read_tensors(base).tensors
+    stored = read_tensors(base)
     parts = {"vae": read_tensors(vae).tensors}
     for name in ("unet", "text_encoder"):
-        parts[name] = {key.removeprefix(f"{name}."): t for key, t in tensors.items() if key.startswith(f"{name}.")}
+        parts[name] = {k.removeprefix(f"{name}."): t for k, t in stored.tensors.items() if k.startswith(f"{name}.")}
+    networks = {
+        "unet": unet_like(parts["unet"], stored.metadata, base.name),
+        "text_encoder": world_text_encoder(),
+        "vae": vae_like(parts["vae"], vae.name),
+    }
     for name, network in networks.items():
         network.load_state_dict(fitting(network, parts[name], (vae if name == "vae" else base).name))
     networks["vae"].register_to_config(scaling_factor=latent_scale(vae))

@@ -1,7 +1,7 @@
 """WebDataset shards: tar files of pictures, each with a JSON of its faces, and random access to their samples.
 
-A sample KEY is KEY.png (or .jpg, .webp), KEY.json and, where masks are known, KEY.mask.png. The webdataset package
-streams such files; training reads them by index instead, because only then is the order of an interrupted run
+A sample KEY is KEY.png (or .jpg, .webp, .bmp), KEY.json and, where masks are known, KEY.mask.png. The webdataset
+package streams such files; training reads them by index instead, because only then is the order of an interrupted run
 something one can return to.
 """
 
@@ -23,7 +23,7 @@ from numpy.typing import NDArray
 
 from lib_portrait.errors import PortraitError
 
-PICTURES = ("png", "jpg", "jpeg", "webp")
+PICTURES = ("png", "jpg", "jpeg", "webp", "bmp")
 MASK = "mask.png"
 RECORD = "json"
 
@@ -83,6 +83,28 @@ def _face(data: dict[str, Any]) -> FaceRecord:
     if not isinstance(name, str | None) or word not in ("woman", "man", None):
         raise ValueError(f"a face's id is text and its word woman or man, not {name!r:.50} and {word!r:.50}")
     return FaceRecord(name, word, box, landmarks)
+
+
+def pose_to_json(points: NDArray[np.floating]) -> list[list[float] | None]:
+    """A pose (n, 2) in pixels as a record has it: null for points that are not seen, which are NaN."""
+    return [None if np.isnan(point).any() else [round(float(value), 2) for value in point] for point in points]
+
+
+def poses_of(record: Record, points: int = 18) -> list[NDArray[np.float32]]:
+    """The poses (points, 2) that a record holds, NaN for what is not seen: of everybody in the picture.
+
+    Raises ValueError for a record without, or with what are none.
+    """
+    try:
+        poses = [
+            np.array([[np.nan, np.nan] if one is None else [_number(value) for value in one] for one in pose])
+            for pose in record.extra["poses"]
+        ]
+    except (KeyError, TypeError) as error:
+        raise ValueError(f"no record of poses: {error!r}") from None
+    if any(pose.shape != (points, 2) for pose in poses):
+        raise ValueError(f"a pose has {points} points of 2 numbers each, or null")
+    return [pose.astype(np.float32) for pose in poses]
 
 
 def _number(value: object) -> float:

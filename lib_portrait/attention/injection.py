@@ -66,6 +66,16 @@ class Call:
                 "regions", f"{site.path} sees {error}", "Switch off what merges tokens of cross-attention.", 500
             ) from None
 
+    def check_rows(self, site: Site, rows: int) -> None:
+        """Raises PortraitError unless `site`, which sees so many rows, sees those that the network was called with."""
+        if rows != len(self.numbers or ()):
+            raise PortraitError(
+                "rows",
+                f"{site.path} sees {rows} rows, the UNet was called with {len(self.numbers or ())}",
+                "Switch off extensions that split or join the batch inside the UNet.",
+                500,
+            )
+
     def rows_of(self, kind: int) -> list[int]:
         return [row for row, row_kind in enumerate(self.kinds) if row_kind == kind]
 

@@ -39,6 +39,26 @@ class LowRank(nn.Module):
         return self.up(self.down(x))
 
 
+class Unchanged:
+    """Tells whether layers of the host compute what they did when it was asked before."""
+
+    def __init__(self, *layers: nn.Module):
+        self._layers = layers
+        # Held weakly: the weights are the host's, and others may come to lie where they were.
+        self._weights: list[weakref.ref[Tensor]] = []
+        self._key: Hashable = None
+
+    def __call__(self, call: Call, *others: Hashable) -> bool:
+        """others: what else must be as before. The layers must have been called since the host may have changed them:
+        the Lora extension applies the prompt's networks when a layer is called."""
+        weights = [cast(Tensor, layer.weight) for layer in self._layers]
+        key = (*(weight._version for weight in weights), call.host_state, *others)
+        same = len(self._weights) == len(weights) and key == self._key
+        same = same and all(one() is weight for one, weight in zip(self._weights, weights))
+        self._weights, self._key = [weakref.ref(weight) for weight in weights], key
+        return same
+
+
 class FusedLinear:
     """One of the UNet's linear layers with a LoRA pair added to its weight: x W'^T + bias, W' = W + s * up @ down.
 
@@ -54,22 +74,16 @@ class FusedLinear:
         self.module = module
         self.pair = pair
         self.scale = scale
-        # Held weakly: the weight is the host's, and another one may come to lie where it was.
-        self._made_of: weakref.ref[Tensor] | None = None
-        self._made_for: Hashable = None
+        self._unchanged = Unchanged(module)
         self._fused: tuple[Tensor, Tensor | None] | None = None
 
     def __call__(self, host: Callable[[Tensor], Tensor], x: Tensor, call: Call) -> Tensor:
-        # An empty input costs nothing and lets the host bring its weight up to date: the Lora extension applies the
-        # prompt's networks when a layer is called.
+        # An empty input costs nothing and lets the host bring its weight up to date.
         precision = host(x[:0]).dtype
         if self.pair.trained:
             return self._unfused(host, x, precision)
-        weight = cast(Tensor, self.module.weight)
-        current = (weight._version, call.host_state, x.device, x.dtype)
-        if self._fused is None or self._made_of is None or self._made_of() is not weight or current != self._made_for:
+        if not self._unchanged(call, x.device, x.dtype) or self._fused is None:
             self._fused = self._fuse(host, x)
-            self._made_of, self._made_for = weakref.ref(weight), current
         return F.linear(x, *self._fused)
 
     def _unfused(self, host: Callable[[Tensor], Tensor], x: Tensor, precision: torch.dtype) -> Tensor:

@@ -32,6 +32,8 @@ SMALLEST_OVERLAP = 0.005
 MEASURED = 256
 # By how much of a position regions must overlap for more than one person to claim it.
 OVERLAP = 0.01
+# A position lies inside of a region where at least this share of it does.
+INSIDE = 0.5
 
 
 def coverage(region: Region, shape: tuple[int, int], place: Box = WHOLE) -> Tensor:
@@ -47,6 +49,35 @@ def coverage(region: Region, shape: tuple[int, int], place: Box = WHOLE) -> Tens
     down = _shares(_open(region[1], region[3]), (top, bottom), shape[0])
     across = _shares(_open(region[0], region[2]), (left, right), shape[1])
     return (down * across.T).float()
+
+
+def grown(box: Box, by: float) -> Box:
+    """The box with its width and height grown by the share `by` of them, about its middle; beyond the picture too."""
+    left, top, right, bottom = box
+    across, down = (right - left) * by / 2, (bottom - top) * by / 2
+    return left - across, top - down, right + across, bottom + down
+
+
+def bounds(mask: Tensor) -> Box:
+    """The box about what of a mask (h, w) is white by half, or about all of it that is not black."""
+    height, width = mask.shape
+    rows, columns = (mask >= min(INSIDE, float(mask.max()))).nonzero(as_tuple=True)
+    return (
+        columns.min().item() / width,
+        rows.min().item() / height,
+        (columns.max().item() + 1) / width,
+        (rows.max().item() + 1) / height,
+    )
+
+
+def inside(shares: Tensor) -> Tensor:
+    """Which positions lie inside of each region, bool, of their shares (..., h, w) in [0, 1] as `coverage` gives them.
+
+    A region that covers no position by half is that of the positions it covers most: at the coarse levels a small face
+    would be nowhere else.
+    """
+    most = shares.amax(dim=(-2, -1), keepdim=True)
+    return (shares > 0) & (shares >= most.clamp(max=INSIDE))
 
 
 def _edges(count: int) -> Tensor:

@@ -73,9 +73,9 @@ class Manifest:
 
     adapter: bare file names by role. encoders: by role, those that the adapter was trained with. detector: finds faces
     in pictures of this kind. measuring: a recognition network that took no part in the training. attributes: a network
-    that tells what such pictures show. base: the checkpoint that was trained on. picture: width and height in pixels.
-    guidance: options of reference guidance by name, as they were found to work on the base. training: facts of the
-    training, for people.
+    that tells what such pictures show. control: the ControlNet that was trained with the adapter. base: the checkpoint
+    that was trained on. picture: width and height in pixels. guidance: options of reference guidance by name, as they
+    were found to work on the base. training: facts of the training, for people.
     """
 
     name: str
@@ -85,6 +85,7 @@ class Manifest:
     detector: StoredFile | None = None
     measuring: StoredFile | None = None
     attributes: StoredFile | None = None
+    control: StoredFile | None = None
     base: StoredFile | None = None
     text_encoder: TextEncoder | None = None
     picture: tuple[int, int] | None = None
@@ -163,6 +164,7 @@ def parse(data: bytes, at: str = ALONE) -> Manifest:
         detector=entries.take("detector", _file, None),
         measuring=entries.take("measuring", _file, None),
         attributes=entries.take("attributes", _file, None),
+        control=entries.take("control", _file, None),
         base=entries.take("base", _file, None),
         text_encoder=entries.take("text_encoder", _text_encoder, None),
         picture=entries.take("picture", _picture, None),
@@ -185,7 +187,7 @@ def dump(manifest: Manifest) -> bytes:
     stored: dict[str, Any] = {"format": FORMAT, "name": manifest.name, "method": manifest.method}
     stored["adapter"] = dict(sorted(manifest.adapter.items()))
     stored["encoders"] = {role: _known(vars(file)) for role, file in sorted(manifest.encoders.items())}
-    for name in ("detector", "measuring", "attributes", "base", "text_encoder", "sampling"):
+    for name in ("detector", "measuring", "attributes", "control", "base", "text_encoder", "sampling"):
         part = getattr(manifest, name)
         stored[name] = _known(vars(part)) if part is not None else None
     if manifest.picture is not None:

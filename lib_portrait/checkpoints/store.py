@@ -32,7 +32,7 @@ from lib_portrait.checkpoints.kit import (
     label,
     read_manifest,
 )
-from lib_portrait.checkpoints.registry import Registry
+from lib_portrait.checkpoints.registry import PARSER, Registry
 from lib_portrait.errors import PortraitError
 from lib_portrait.options import Value
 
@@ -113,7 +113,7 @@ class Store:
         there = [path for folder in self._own() for path in _files(folder)]
         known = [path for path in there if file.size is not None and path.suffix in TENSOR_SUFFIXES]
         named = [path for path in there if path.name == file.name]
-        return next((path for path in dict.fromkeys([*named, *known]) if self._is(path, file)), None)
+        return next((path for path in dict.fromkeys([*named, *known]) if self.matches(path, file)), None)
 
     def names(self, method: str | None = None) -> Sequence[str]:
         """The adapters there are, sorted, of one method or of all: those a request's `checkpoint` may name."""
@@ -144,7 +144,7 @@ class Store:
         found = [
             manifest
             for manifest, _ in self._manifests().values()
-            if manifest.base is not None and self._is(checkpoint, manifest.base)
+            if manifest.base is not None and self.matches(checkpoint, manifest.base)
         ]
         return min(found, key=lambda manifest: manifest.sampling is None, default=None)
 
@@ -184,7 +184,7 @@ class Store:
         fitting = fitting or unsaid
         if base is not None:
             for name, manifest in fitting.items():
-                if manifest is not None and manifest.base is not None and self._is(base, manifest.base):
+                if manifest is not None and manifest.base is not None and self.matches(base, manifest.base):
                     return name
         if files.kit is not None and (files.kit.name in fitting or not fitting):
             return files.kit.name
@@ -268,7 +268,7 @@ class Store:
         """The hash of a weight file, remembered in this store's cache."""
         return file_sha256(path, self.hash_cache)
 
-    def _is(self, path: Path, file: StoredFile, by_size: bool = False) -> bool:
+    def matches(self, path: Path, file: StoredFile, by_size: bool = False) -> bool:
         """Whether the file at `path` has the size of `file`, where that is known, and its content.
 
         by_size: where the size is known it is not read for the latter. False where nothing is known of the content.
@@ -300,7 +300,7 @@ class Store:
     def _collect(
         self, method: AdapterFiles, name: str, at: str, by_size: bool = False
     ) -> tuple[dict[str, Path], MutableSequence[Missing]]:
-        """The files of an adapter by role, and what is missing. by_size: see `_is`."""
+        """The files of an adapter by role, and what is missing. by_size: see `matches`."""
         home = self._adapters().get((method.method, name))
         if home is not None:
             return self._by_manifest(method, read_manifest(home), home.parent, at, by_size)
@@ -385,7 +385,7 @@ class Store:
     def _with_content(self, role: str, file: StoredFile, adapter: str, at: str, by_size: bool) -> Path | None:
         """The file of that content among the folders of a role, whatever its name, or None where none is near it.
 
-        by_size: see `_is`. Raises PortraitError where there are files of its name, but none of its content.
+        by_size: see `matches`. Raises PortraitError where there are files of its name, but none of its content.
         """
         names = set(_spellings(role, file.name))
         there = [path for folder in self.folders(role) for path in _files(folder) if path.suffix in TENSOR_SUFFIXES]
@@ -393,7 +393,7 @@ class Store:
         # Without a size to go by every file would be read whole: then only those that by name are for this role.
         others = there if file.size is not None else [entry.path for entry in self.list(role)]
         for path in dict.fromkeys([*named, *others]):
-            if self._is(path, file, by_size):
+            if self.matches(path, file, by_size):
                 return path
         if not named:
             return None
@@ -467,7 +467,10 @@ class Store:
         known = [weight for weight in self.registry.known if weight.role == role]
         aliases = [alias for weight in known for alias in (weight.filename, *weight.aliases)]
         spellings = {name for alias in aliases for name in _spellings(role, alias)}
-        return dedicated or path.name in spellings.union(*(weight.generic for weight in known))
+        # Where the host keeps its face parser lie its restoration networks too.
+        return (dedicated and role != PARSER.role) or path.name in spellings.union(
+            *(weight.generic for weight in known)
+        )
 
     def _search(self, role: str, names: Iterable[str]) -> Path | None:
         return _first(self.folders(role), names)

@@ -27,7 +27,7 @@ from typing import Any
 from lib_portrait.errors import Notice, PortraitError
 from lib_portrait.guidance.options import GUIDED, OPTIONS
 from lib_portrait.methods import declarations
-from lib_portrait.options import Choice, Number, Option, Switch
+from lib_portrait.options import Choice, Number, Option, Switch, Word
 from lib_portrait.picture_files import SUFFIXES, picture_files
 from lib_portrait.request import END, START, Limits, PortraitRequest, parse_request
 
@@ -58,6 +58,15 @@ def configure(parser: argparse.ArgumentParser) -> None:
     whole = parser.add_argument_group("all people together")
     for name, declared in for_all.items():
         _add(whole, f"--{name.replace('_', '-')}", declared, dest=f"{_ALL}{name}")
+    whole.add_argument(
+        "--layout", metavar="PICTURE", help="its faces, from the left, say where people without a --region belong"
+    )
+    whole.add_argument(
+        "--pose",
+        type=Path,
+        metavar="PICTURE",
+        help="a skeleton of the picture's size for the ControlNet of the adapter's kit; circles are added",
+    )
     whole.add_argument("--method", choices=declarations.NAMES, help=f"default: {declarations.NAMES[0]}")
     whole.add_argument("--adapter", metavar="NAME", help="of the adapter's files; default: the one there is")
     whole.add_argument(
@@ -125,6 +134,8 @@ def run(options: argparse.Namespace) -> int:
     with generation.Results.begin(options.output) as results, _photos_by_name(options.faces or []):
         checkpoint = options.checkpoint or generation.bundled_checkpoint(folders)
         pipeline = generation.PortraitPipeline(checkpoint, folders, options.device, tell, options.filter_crops)
+        if options.pose is not None:
+            pipeline.show_pose(options.pose)
         if demonstration:
             changes = _changes(options)
             generation.generate_samples(
@@ -247,6 +258,7 @@ def _changes(options: argparse.Namespace) -> dict[str, Any]:
         name.removeprefix(_GUIDANCE): value for name, value in vars(options).items() if name.startswith(_GUIDANCE)
     }
     named |= {"guidance": {name: value for name, value in guidance.items() if value is not None} or None}
+    named["layout"] = _base64(Path(options.layout), "--layout") if options.layout is not None else None
     return {name: value for name, value in named.items() if value is not None}
 
 
@@ -343,6 +355,8 @@ def _add(group: Any, flag: str, declared: _Declared, **how: Any) -> None:
         how |= {"const": not first.default, "default": None, **of_face}
     elif isinstance(first, Number):
         how |= {"type": float, "metavar": "X"}
+    elif isinstance(first, Word):
+        how |= {"metavar": "WORD"}
     else:
         words = [word for _, option in declared if isinstance(option, Choice) for word in option.choices]
         how |= {"choices": list(dict.fromkeys(words))}
@@ -352,7 +366,7 @@ def _add(group: Any, flag: str, declared: _Declared, **how: Any) -> None:
 def _told(option: Option) -> str:
     if isinstance(option, Number):
         return f"{option.help}; {option.low:g} to {option.high:g}, default: {option.default:g}"
-    return option.help if isinstance(option, Switch) else f"{option.help}; default: {option.default}"
+    return option.help if isinstance(option, (Switch, Word)) else f"{option.help}; default: {option.default}"
 
 
 def _size(text: str) -> tuple[int, int]:

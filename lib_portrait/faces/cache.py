@@ -205,7 +205,8 @@ class FeatureCache:
     @staticmethod
     def key(*parts: object) -> str:
         """A key from everything that decides the features: photo, choice of face, detector, weights."""
-        return hashlib.sha256("\n".join(map(str, parts)).encode()).hexdigest()
+        # With their names: releases before this one may have kept others.
+        return hashlib.sha256("\n".join(map(str, (*FaceFeatures.__dataclass_fields__, *parts))).encode()).hexdigest()
 
     def get(self, key: str) -> FaceFeatures | None:
         features = self._recent.get(key)
@@ -220,7 +221,7 @@ class FeatureCache:
             if _checksum(body) != data[:4]:
                 raise ValueError("the checksum differs")
             tensors = safetensors.torch.load(body)
-            features = FaceFeatures(tensors["intrinsic"], tensors["structure"])
+            features = FaceFeatures(**{name: tensors[name] for name in FaceFeatures.__dataclass_fields__})
         except (ValueError, KeyError, SafetensorError) as error:
             log.warning("Portrait: a cached face is damaged and computed anew: %s", error)
             self._folder.discard(key)
@@ -230,7 +231,7 @@ class FeatureCache:
 
     def put(self, key: str, features: FaceFeatures) -> None:
         self._recent.put(key, features)
-        tensors = {"intrinsic": features.intrinsic.contiguous(), "structure": features.structure.contiguous()}
+        tensors = {name: tensor.contiguous() for name, tensor in vars(features).items()}
         data = safetensors.torch.save(tensors)
         self._folder.write(key, _checksum(data) + data)
 

@@ -7,7 +7,8 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from typing import Protocol
 
 import numpy as np
 import torch
@@ -16,10 +17,7 @@ from torch.nn import functional
 
 from lib_portrait.errors import PortraitError
 from lib_portrait.faces.recognition import Backbone
-from lib_portrait.faces.vision import VisionTower
-
-CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
-CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
+from lib_portrait.faces.vision import CLIP_MEAN, CLIP_STD, ImageTower, VisionTower
 
 
 @dataclass(frozen=True)
@@ -27,11 +25,15 @@ class FaceFeatures:
     """Features of one face, on the CPU. They are shared with the caches: not to be written to.
 
     intrinsic: (49, 512), the recognition network's last tap. structure: (256, 448 + 1280), its other taps beside the
-    CLIP patch tokens, on the CLIP tower's grid. Sizes are those of the published networks; others follow their files.
+    CLIP patch tokens, on the CLIP tower's grid; (0, 0) of an encoder without a tower. embedding: (512), what the
+    recognition network makes of the last tap. image: (768), the whole picture's embedding (OmniPortrait's e_ref).
+    What an encoder does not give is empty. Sizes are those of the published networks; others follow their files.
     """
 
     intrinsic: Tensor
     structure: Tensor
+    embedding: Tensor = field(default_factory=lambda: torch.empty(0))
+    image: Tensor = field(default_factory=lambda: torch.empty(0))
 
 
 def pixels_of(crops: Sequence[np.ndarray]) -> Tensor:
@@ -50,16 +52,27 @@ def recognition_view(pixels: Tensor, size: int = 112) -> Tensor:
     return functional.interpolate(pixels * 2 - 1, size=(size, size), mode="bilinear", align_corners=False)
 
 
+class Encoder(Protocol):
+    """What makes features of faces; see `FaceEncoder`."""
+
+    @property
+    def key(self) -> str: ...
+
+    def encode(self, crops: Sequence[np.ndarray]) -> list[FaceFeatures]: ...
+
+    def zero(self) -> FaceFeatures: ...
+
+
 class FaceEncoder:
     """Both networks together. They are loaded by the first face that is in no cache, and not before.
 
-    networks: gives the recognition network and the vision tower. weights_hash: stands for the weights of both in the
-    caches' keys. device, dtype: where and in what the networks run.
+    networks: gives the recognition network and the vision tower, None for methods that read none. weights_hash: stands
+    for the weights of both in the caches' keys. device, dtype: where and in what the networks run.
     """
 
     def __init__(
         self,
-        networks: Callable[[], tuple[Backbone, VisionTower]],
+        networks: Callable[[], tuple[Backbone, VisionTower | None]],
         weights_hash: str,
         device: torch.device | str = "cpu",
         dtype: torch.dtype = torch.float32,
@@ -70,9 +83,9 @@ class FaceEncoder:
         self.dtype = dtype
 
     @functools.cached_property
-    def _networks(self) -> tuple[Backbone, VisionTower]:
+    def _networks(self) -> tuple[Backbone, VisionTower | None]:
         backbone, vision = self._load()
-        return backbone.to(self.device, self.dtype), vision.to(self.device, self.dtype)
+        return backbone.to(self.device, self.dtype), None if vision is None else vision.to(self.device, self.dtype)
 
     @property
     def key(self) -> str:
@@ -91,42 +104,98 @@ class FaceEncoder:
             return []
         backbone, vision = self._networks
         pixels = pixels_of(crops).to(self.device)
-        clip = vision.penultimate(clip_view(pixels).to(self.dtype))
-        _, taps = backbone(recognition_view(pixels, backbone.image_size).to(self.dtype))
-        size = (vision.grid, vision.grid)
-        resized = [functional.interpolate(tap, size=size, mode="bilinear", align_corners=False) for tap in taps[:-1]]
-        intrinsic = _tokens(taps[-1])
-        structure = torch.cat([_tokens(torch.cat(resized, dim=1)), clip], dim=-1)
-        self._check(intrinsic, structure)
-        pairs = zip(intrinsic.cpu(), structure.cpu(), strict=True)
-        return [FaceFeatures(own.clone(), its.clone()) for own, its in pairs]
+        embedding, taps = backbone(recognition_view(pixels, backbone.image_size).to(self.dtype))
+        intrinsic, structure = _tokens(taps[-1]), embedding.new_zeros(len(crops), 0, 0)
+        if vision is not None:
+            clip = vision.penultimate(clip_view(pixels).to(self.dtype))
+            size = (vision.grid, vision.grid)
+            resized = [
+                functional.interpolate(tap, size=size, mode="bilinear", align_corners=False) for tap in taps[:-1]
+            ]
+            structure = torch.cat([_tokens(torch.cat(resized, dim=1)), clip], dim=-1)
+        self._check(intrinsic, structure, embedding)
+        found = zip(intrinsic.cpu(), structure.cpu(), embedding.cpu(), strict=True)
+        return [FaceFeatures(*(one.clone() for one in own)) for own in found]
 
     @torch.inference_mode(False)
     @torch.no_grad()
     def zero(self) -> FaceFeatures:
-        """The features of no face, for the unconditional tokens: intrinsic 0, structure [0; CLIP(pixels of 0)].
+        """The features of no face, for the unconditional tokens: intrinsic and embedding 0, structure [0; CLIP(pixels
+        of 0)].
 
         Raises PortraitError as `encode` does.
         """
         backbone, vision = self._networks
-        size = vision.image_size
-        clip = vision.penultimate(torch.zeros(1, 3, size, size, device=self.device, dtype=self.dtype))[0].cpu()
-        self._check(clip)
         _, *taps, last = backbone.widths
         grid = backbone.image_size // 2 ** (len(taps) + 1)
+        structure = torch.zeros(0, 0, dtype=self.dtype)
+        if vision is not None:
+            size = vision.image_size
+            clip = vision.penultimate(torch.zeros(1, 3, size, size, device=self.device, dtype=self.dtype))[0].cpu()
+            self._check(clip)
+            structure = torch.cat([clip.new_zeros(len(clip), sum(taps)), clip], dim=-1)
         return FaceFeatures(
-            intrinsic=clip.new_zeros(grid**2, last),
-            structure=torch.cat([clip.new_zeros(len(clip), sum(taps)), clip], dim=-1),
+            intrinsic=structure.new_zeros(grid**2, last),
+            structure=structure,
+            embedding=structure.new_zeros(backbone.embedding_width),
         )
 
     def _check(self, *features: Tensor) -> None:
-        if not all(bool(each.isfinite().all()) for each in features):
-            raise PortraitError(
-                "weights",
-                f"the face networks give infinite or undefined features in {self.dtype}",
-                "Fetch their files again, or run without half precision (--no-half).",
-                status_code=500,
-            )
+        _check_finite(features, self.dtype)
+
+
+class PictureEncoder:
+    """A CLIP image encoder alone, whose embedding of a face is e_ref of OmniPortrait's Pivot ID Encoder (sec. 3.2).
+
+    network: gives the tower, when the first face is in no cache. The rest as in `FaceEncoder`.
+    """
+
+    def __init__(
+        self,
+        network: Callable[[], ImageTower],
+        weights_hash: str,
+        device: torch.device | str = "cpu",
+        dtype: torch.dtype = torch.float32,
+    ):
+        self._load = network
+        self.weights_hash = weights_hash
+        self.device = torch.device(device)
+        self.dtype = dtype
+
+    @functools.cached_property
+    def _network(self) -> ImageTower:
+        return self._load().to(self.device, self.dtype)
+
+    @property
+    def key(self) -> str:
+        """Tells the features of this encoder from those of others."""
+        return f"image-{self.weights_hash}-{str(self.dtype).removeprefix('torch.')}"
+
+    @torch.inference_mode(False)
+    @torch.no_grad()
+    def encode(self, crops: Sequence[np.ndarray]) -> list[FaceFeatures]:
+        """As `FaceEncoder.encode`: of each aligned face (224, 224, 3) uint8 its `image`, and nothing else."""
+        if not crops:
+            return []
+        embeddings = self._network.embedding(pixels_of(crops).to(self.device, self.dtype))
+        _check_finite([embeddings], self.dtype)
+        nothing = torch.empty(0)
+        return [FaceFeatures(nothing, nothing, image=one.clone()) for one in embeddings.cpu()]
+
+    def zero(self) -> FaceFeatures:
+        """The features of no face: an embedding of zeros."""
+        nothing = torch.empty(0)
+        return FaceFeatures(nothing, nothing, image=torch.zeros(self._network.projected, dtype=self.dtype))
+
+
+def _check_finite(features: Sequence[Tensor], dtype: torch.dtype) -> None:
+    if not all(bool(each.isfinite().all()) for each in features):
+        raise PortraitError(
+            "weights",
+            f"the face networks give infinite or undefined features in {dtype}",
+            "Fetch their files again, or run without half precision (--no-half).",
+            status_code=500,
+        )
 
 
 def _tokens(maps: Tensor) -> Tensor:

@@ -35,7 +35,7 @@ FFHQ_512 = np.array(
 COUNT = 19
 FACE = (1, 2, 3, 4, 5, 6, 7, 10, 11, 12)
 # What lies beyond so many radii of the landmarks' oval belongs to somebody else in the picture.
-REACH = 1.5
+REACH = 1.3
 # Where the network calls less of the landmarks' oval a face, it did not see one: a drawing, a face half hidden.
 LEAST = 0.2
 
@@ -132,20 +132,38 @@ def masked_portrait(image: np.ndarray, landmarks: np.ndarray, size: int, parser:
     image: (H, W, 3) uint8. landmarks: (5, 2) in its pixels, as in `alignment.align_face`. The mask never is empty.
     Raises ValueError when all landmarks coincide.
     """
-    picture = portrait(image, landmarks, size)
-    matrix = portrait_matrix(landmarks, size)
+    picture, matrix = portrait(image, landmarks, size), portrait_matrix(landmarks, size)
+    mask, parsed = _mask(image, landmarks, matrix, size, parser)
+    if parsed:
+        how = "the mask is the face parser's"
+    elif parser is None:
+        how = "the mask is the oval of the face's landmarks: there is no face parser (portrait.py download facexlib)"
+    else:
+        how = "the mask is the oval of the face's landmarks: the face parser saw no face there"
+    return MaskedPortrait(picture, mask, parsed, how)
+
+
+def face_mask(image: np.ndarray, landmarks: np.ndarray, parser: ParseNet | None) -> np.ndarray:
+    """Where in a picture (H, W, 3) uint8 a face with these landmarks (5, 2) is, as in `masked_portrait`: (H, W)."""
+    height, width = image.shape[:2]
+    mask, _ = _mask(image, landmarks, np.eye(2, 3), max(height, width), parser)
+    return mask[:height, :width]
+
+
+def _mask(
+    image: np.ndarray, landmarks: np.ndarray, matrix: np.ndarray, size: int, parser: ParseNet | None
+) -> tuple[np.ndarray, bool]:
+    """The mask on a square of `size` pixels that `matrix` (2, 3) takes the picture to; whether it is the parser's."""
     radius = oval_radius(landmarks @ matrix[:, :2].T + matrix[:, 2], size)
     oval = radius <= 1
     if parser is None:
-        how = "the mask is the oval of the face's landmarks: there is no face parser (portrait.py download facexlib)"
-        return MaskedPortrait(picture, oval, False, how)
+        return oval, False
     to_crop = similarity(landmarks, FFHQ_512)
     face = parser.face(warped(image, to_crop, 512)).astype(np.float32)
     back = np.linalg.inv(np.vstack([to_crop, (0, 0, 1)]))
     # From the crop to the square: out of the one into the photo, and into the other.
-    mask = warped(face, (np.vstack([matrix, (0, 0, 1)]) @ back)[:2], size, cv2.BORDER_CONSTANT) >= 0.5
-    mask &= radius <= REACH
+    onto = (np.vstack([matrix, (0, 0, 1)]) @ back)[:2]
+    mask = (warped(face, onto, size, cv2.BORDER_CONSTANT) >= 0.5) & (radius <= REACH)
     if (mask & oval).sum() < LEAST * oval.sum():
-        how = "the mask is the oval of the face's landmarks: the face parser saw no face there"
-        return MaskedPortrait(picture, oval, False, how)
-    return MaskedPortrait(picture, mask, True, "the mask is the face parser's")
+        return oval, False
+    return mask, True

@@ -67,6 +67,7 @@ class Backbone(nn.Module):
         super().__init__()
         self.widths = tuple(widths)
         self.image_size = image_size
+        self.embedding_width = embedding
         self.input_layer = nn.Sequential(
             nn.Conv2d(3, widths[0], 3, 1, 1, bias=False), nn.BatchNorm2d(widths[0]), nn.PReLU(widths[0])
         )

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 if TYPE_CHECKING:
-    from lib_portrait.faces.features import FaceEncoder, FaceFeatures
+    from lib_portrait.faces.features import Encoder, FaceFeatures
     from lib_portrait.faces.parsing import MaskedPortrait
     from lib_portrait.faces.service import FaceService, FoundFace
     from lib_portrait.request import Photo
@@ -21,7 +21,7 @@ class Reference:
     faces: FaceService
     photo: Photo
     field: str
-    encoder: FaceEncoder | None = None
+    encoder: Encoder | None = None
 
     @property
     def chosen(self) -> FoundFace:

@@ -9,7 +9,9 @@ from pathlib import Path
 
 import numpy as np
 
+from lib_portrait.attention.regions import Box
 from lib_portrait.checkpoints.formats import read_tensors
+from lib_portrait.control_picture import heads
 from lib_portrait.errors import NoSuchFace, Notice, PortraitError
 from lib_portrait.faces import order
 from lib_portrait.faces.alignment import align_face, fit_aligned, oval_radius, portrait, template
@@ -24,7 +26,7 @@ from lib_portrait.faces.detection import (
     turned,
     turned_back,
 )
-from lib_portrait.faces.features import FaceEncoder, FaceFeatures
+from lib_portrait.faces.features import Encoder, FaceFeatures
 from lib_portrait.faces.images import decode_mask, decode_photo
 from lib_portrait.faces.parsing import MaskedPortrait, ParseNet, masked_portrait, parser_from_state_dict
 from lib_portrait.request import Limits, Photo
@@ -163,7 +165,7 @@ class FaceService:
             raise NoSuchFace(f"{field}.face", photo.face, len(found))
         return found[photo.face]
 
-    def features(self, photo: Photo, field: str, encoder: FaceEncoder) -> FaceFeatures:
+    def features(self, photo: Photo, field: str, encoder: Encoder) -> FaceFeatures:
         """The features of the face that the photo's `face` chooses, cached. Raises as `crop` and `encode` do."""
         photo = self.named(photo, field)
         with self._lock:
@@ -176,7 +178,7 @@ class FaceService:
                 self._keep(photo)
             return features
 
-    def zero(self, encoder: FaceEncoder) -> FaceFeatures:
+    def zero(self, encoder: Encoder) -> FaceFeatures:
         """The encoder's features of no face, cached like those of a face."""
         with self._lock:
             key = FeatureCache.key("zero", encoder.key)
@@ -189,6 +191,18 @@ class FaceService:
     def mask(self, photo: Photo, field: str) -> np.ndarray:
         """The photo as a region's mask (H, W) float32 in [0, 1]. Raises PortraitError as `decode_mask` does."""
         return decode_mask(self._bytes(self.named(photo, field), field), field, self.limits)
+
+    def places(self, photo: Photo, field: str) -> tuple[list[Box], tuple[int, int]]:
+        """Where the faces of a picture are, in shares of its width and height, and these in pixels.
+
+        They are counted as `find` does; of a skeleton as `control_picture.skeletons` draws it, from the left. Raises
+        PortraitError as `find` does.
+        """
+        photo = self.named(photo, field)
+        image, _ = decode_photo(self._bytes(photo, field), field, self.limits)
+        height, width = image.shape[:2]
+        boxes = heads(image) or [tuple(found.face.box.tolist()) for found in self.find(photo, field)]
+        return [(x0 / width, y0 / height, x1 / width, y1 / height) for x0, y0, x1, y1 in boxes], (width, height)
 
     def named(self, photo: Photo, field: str) -> Photo:
         """The photo by its whole hash, where it is kept and only the hash's first digits were given.

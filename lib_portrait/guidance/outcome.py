@@ -30,8 +30,8 @@ def check_acted(guidance: ReferenceGuidance, pictures: int) -> list[Notice]:
             raise PortraitError(
                 f"identities[{number}]",
                 "reference guidance acted on this person at no step: it found them nowhere in the picture",
-                "Give this person a region, let guidance begin later (a face must be there to be found), or let it not "
-                "act on them.",
+                "Give this person a region, let guidance begin later (a face must be there to be found), widen their "
+                "window, or let it not act on them.",
             )
     told, guidance.notices = guidance.notices, []
     text = "reference guidance found this person at no step in picture {} of the batch"

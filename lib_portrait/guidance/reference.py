@@ -34,6 +34,7 @@ from lib_portrait.attention.regions import FAINTEST, WHOLE, Box, Region, coverag
 from lib_portrait.attention.rows import Row
 from lib_portrait.attention.schedule import noised, signal_rate
 from lib_portrait.attention.sites import Site
+from lib_portrait.attention.windows import takes_part
 from lib_portrait.errors import PortraitError
 from lib_portrait.faces.cache import Recent
 from lib_portrait.guidance import equations
@@ -59,12 +60,15 @@ class GuidedPerson:
 
     references: pictures (S, S, 3) uint8 RGB about the face, S a multiple of 8. masks: of the face in each, (S, S) bool.
     region: where the person belongs in the picture, None where that is not said. guided: whether guidance acts on it.
+    start, end: the window of the sampling in which it does, in shares of the steps, 0 to 1.
     """
 
     references: tuple[np.ndarray, ...] = ()
     masks: tuple[np.ndarray, ...] = ()
     region: Region | None = None
     guided: bool = True
+    start: float = 0.0
+    end: float = 1.0
 
 
 @dataclass(frozen=True)
@@ -328,6 +332,8 @@ class ReferenceGuidance(FeatureGuidance):
             total = of_picture.new_zeros(())
             own: list[float | None] = [None] * len(self.people)
             for number in self._guided:
+                if not takes_part(self.people[number].start, self.people[number].end, self._progress):
+                    continue
                 where = self._where(number, row, current)
                 if where is None:
                     continue

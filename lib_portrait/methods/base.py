@@ -21,6 +21,7 @@ from lib_portrait.attention.regions import WHOLE, Box, Region
 from lib_portrait.attention.rows import Row
 from lib_portrait.attention.sites import Site
 from lib_portrait.checkpoints.formats import Checkpoint
+from lib_portrait.control_picture import Circle
 from lib_portrait.errors import Notice
 from lib_portrait.faces.references import IdentityFaces
 from lib_portrait.methods.declarations import Declaration, declaration
@@ -109,15 +110,22 @@ class Rule(ABC, Generic[P]):
     place: the part of the finished picture that the UNet samples at the moment; regions lie on all of it.
     routing: collects where people are put, where that is asked for and the method's declaration has `maps`.
     reads_words: whether `words` is to be asked where people's words are, for `attention.Row`.
+    in_control: whether it stands in the ControlNet too that was trained with the adapter.
     """
 
     reads_words = False
+    in_control = False
 
     def __init__(self, people: Sequence[P], routing: RoutingMaps | None = None):
         self.people = list(people)
         self.routing = routing
         self.drawn: set[int] = set()
         self.place: Box = WHOLE
+
+    @property
+    def circles(self) -> list[Circle]:
+        """What is drawn on the picture that this ControlNet sees."""
+        return []
 
     def begin(self) -> None:
         """Before each sampling: forgets what belongs to the one before."""

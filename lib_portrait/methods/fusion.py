@@ -32,7 +32,7 @@ from torch import Tensor, nn
 from lib_portrait.attention.arguments import TIMESTEPS, Arguments
 from lib_portrait.attention.injection import Call, Injection, Wrapper
 from lib_portrait.attention.maps import RoutingMaps
-from lib_portrait.attention.regions import Box, Region, coverage
+from lib_portrait.attention.regions import Box, Region, coverage, inside
 from lib_portrait.attention.rows import NEGATIVE, POSITIVE, REFERENCE, Row, mark_conditions
 from lib_portrait.attention.schedule import noised
 from lib_portrait.attention.sites import Site
@@ -46,8 +46,6 @@ from lib_portrait.methods.base import Host, Method, Options, Placement, Rule
 
 # Whom a position's queries see besides the text, where it is not the number of one identity.
 EVERYBODY, NOBODY = -1, -2
-# A position lies inside a mask where at least this share of it does.
-INSIDE = 0.5
 # The noise level of a reference that is as noisy as the picture at each step.
 STEP = "step"
 # References whose hidden states are kept from request to request: about 23 MiB each at SD1.5's size in half precision.
@@ -237,16 +235,14 @@ def seen_by(regions: Sequence[Region | None], shape: tuple[int, int], place: Box
 
     regions: where each identity belongs. shape: (h, w) of the site, which shows `place` of the picture. The key of
     identity i is out of sight wherever another has a mask, also inside i's own; so where two masks overlap only the
-    text is seen. A mask that covers no position by half is that of the positions it covers most: at the coarse levels
-    a small face would be nowhere else.
+    text is seen.
     """
     if all(region is None for region in regions):
         return None
     claims = torch.zeros(len(regions), shape[0] * shape[1], dtype=torch.bool)
     for own, region in zip(claims, regions, strict=True):
         if region is not None:
-            share = coverage(region, shape, place).flatten()
-            own[:] = (share > 0) & (share >= min(INSIDE, share.max().item()))
+            own[:] = inside(coverage(region, shape, place)).flatten()
     count = claims.sum(dim=0)
     seen = torch.where(count == 1, claims.int().argmax(dim=0), EVERYBODY)
     return torch.where(count > 1, NOBODY, seen)
@@ -462,13 +458,7 @@ class FusionRule(Rule[FusedIdentity]):
         def fused(host: Callable[..., Tensor], *args: Any, **kwargs: Any) -> Tensor:
             x, context = site.arguments(args, kwargs)
             kinds, others = call.kinds, site.others(kwargs)
-            if len(kinds) != len(x):
-                raise PortraitError(
-                    "rows",
-                    f"{site.path} sees {len(x)} rows, the UNet was called with {len(kinds)}",
-                    "Switch off extensions that split or join the batch inside the UNet.",
-                    500,
-                )
+            call.check_rows(site, len(x))
             call.visited.add(site.index)
             if self._recorded is not None:
                 self._recorded[site.index] = x[call.rows_of(REFERENCE)]

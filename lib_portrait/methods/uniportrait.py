@@ -675,13 +675,7 @@ class UniPortraitRule(DecoupledAttention, Rule[Person]):
 
     def added(self, site: Site, call: Call, hidden: Tensor, q: Tensor) -> Tensor | None:
         numbers, kinds = call.numbers or [], call.kinds
-        if len(kinds) != q.shape[0]:
-            raise PortraitError(
-                "rows",
-                f"{site.path} sees {q.shape[0]} rows, the UNet was called with {len(kinds)}",
-                "Switch off extensions that split or join the batch inside the UNet.",
-                500,
-            )
+        call.check_rows(site, len(q))
         active = tuple(i for i, person in enumerate(self.people) if person.active(call.progress))
         drawn = [i for i in active if self.people[i].scale > 0]
         if not drawn:

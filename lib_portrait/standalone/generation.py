@@ -19,9 +19,11 @@ from PIL import Image, ImageFont
 
 from lib_portrait.attention import RoutingMaps
 from lib_portrait.checkpoints.store import Folders, Store
-from lib_portrait.conditioning import Conditioner
+from lib_portrait.conditioning import Conditioner, Conditioning
+from lib_portrait.control_picture import to_image
 from lib_portrait.errors import Notice, PortraitError
 from lib_portrait.faces.heatmap_detector import open_detector
+from lib_portrait.faces.images import decode_photo
 from lib_portrait.faces.service import FaceService
 from lib_portrait.guidance.options import SHOW
 from lib_portrait.guidance.reference import GuidedStep
@@ -29,6 +31,7 @@ from lib_portrait.guidance_picture import draw_guidance
 from lib_portrait.methods.declarations import adapter_files, declaration
 from lib_portrait.request import AUTOMATIC, Limits, PortraitRequest, to_json
 from lib_portrait.routing_picture import Legend, draw_routing
+from lib_portrait.standalone.control import Control, KitControls
 from lib_portrait.standalone.measuring import FaceSimilarity, Measurer, owners_of, shows_everybody
 from lib_portrait.standalone.model import load_model, text_encoder_of
 from lib_portrait.standalone.samples import both_words, read_samples
@@ -46,7 +49,7 @@ class GeneratedPicture:
     """One finished picture. routing: the same in grey, coloured by whom its parts were given to. guided: coloured by
     where reference guidance acted.
 
-    owners: whose they are, see `owners_of`, where there are several people.
+    owners: whose they are, see `owners_of`, where there are several people. control: what a ControlNet saw.
     """
 
     sampling: Sampling
@@ -54,6 +57,7 @@ class GeneratedPicture:
     routing: Image.Image | None = None
     guided: Image.Image | None = None
     owners: torch.Tensor | None = None
+    control: Image.Image | None = None
 
 
 class PortraitPipeline:
@@ -90,6 +94,9 @@ class PortraitPipeline:
             parser=lambda: self.store.published("parser"),
         )
         self.conditioner = Conditioner(self.faces, self.store)
+        self.pose: np.ndarray | None = None
+        """What the kit's ControlNet is shown, (H, W, 3) uint8, without circles: a picture of `control_picture`."""
+        self._controls = KitControls()
 
     def sampling(self, prompt: str, settings: Mapping[str, Any]) -> Sampling:
         """A picture of the model's own size, but for what the settings say."""
@@ -109,6 +116,11 @@ class PortraitPipeline:
             size = first.width, first.height
             conditioning = self.conditioner.prepare(request, size, self.device, self.dtype, base=self.checkpoint)
             self._notice([*self._choices(request), *conditioning.notices])
+        control = None
+        if conditioning is not None:
+            control = self._controlled(conditioning, (first.width, first.height))
+        shows = request is not None and request.shows_control
+        seen = Image.fromarray(to_image(control.picture)) if control is not None and shows else None
         legend = Legend(names, range(1, len(names) + 1), ImageFont.load_default)
         at_once = max(1, PIXELS_AT_ONCE // (first.width * first.height))
         drawn: list[GeneratedPicture] = []
@@ -123,7 +135,7 @@ class PortraitPipeline:
                 steps.extend(done)  # noqa: B023
                 self._notice(notices)
 
-            pixels = sample(self.model, batch, conditioning, routing, Progress(title), told)
+            pixels = sample(self.model, batch, conditioning, routing, Progress(title), told, control)
             pictures = [Image.fromarray(one) for one in pixels]
             mean = routing.mean() if routing is not None else None
             maps: Sequence[Image.Image | None] = [None] * len(pictures)
@@ -138,8 +150,35 @@ class PortraitPipeline:
                 maps = draw_routing(pictures, list(mean), legend=legend)
             if mean is not None and mean.shape[1] > 1:
                 owners = [owners_of(own) for own in mean]
-            drawn += [GeneratedPicture(*one) for one in zip(batch, pictures, maps, guided, owners, strict=True)]
+            drawn += [GeneratedPicture(*one, seen) for one in zip(batch, pictures, maps, guided, owners, strict=True)]
         return drawn
+
+    def show_pose(self, path: Path) -> None:
+        """Has the kit's ControlNet see this picture. Raises PortraitError for one that cannot be read."""
+        try:
+            data = path.read_bytes()
+        except OSError as error:
+            raise PortraitError(
+                "--pose", f"{path} cannot be read ({error.strerror})", "Give the path of a picture.", 404
+            ) from None
+        self.pose = decode_photo(data, "--pose", self.faces.limits)[0]
+
+    def _controlled(self, conditioning: Conditioning, size: tuple[int, int]) -> Control | None:
+        """The ControlNet that the kit names, and the pose with everybody's circles; None where there is neither.
+
+        Raises PortraitError for a pose of another shape than (width, height), one that nothing reads, and a ControlNet
+        that is not there.
+        """
+        if self.pose is None:
+            if conditioning.kit.manifest is not None and conditioning.kit.manifest.control is not None:
+                self._notice([Notice("--pose", "there is none, so people are carried by the UNet's attention alone")])
+            return None
+        height, width = self.pose.shape[:2]
+        if (width, height) != size:
+            raise PortraitError(
+                "--pose", f"it is {width}x{height}, the picture {size[0]}x{size[1]}", "Give one of the picture's size."
+            )
+        return self._controls.control(conditioning, self.store, self.model, self.pose, "--pose")
 
     def _notice(self, notices: Sequence[Notice]) -> None:
         for notice in notices:
@@ -184,11 +223,13 @@ class PortraitPipeline:
         conditions would find its own mark in every picture.
         """
         kit = self.conditioner.kit(request)
-        manifest = kit.manifest if request.declaration.has_adapter else self.store.trained_on(self.checkpoint)
+        manifest, home = kit.manifest, kit.home
+        if not request.declaration.has_adapter:
+            manifest, home = self.store.trained_on(self.checkpoint), self.checkpoint.parent
         if manifest is None or manifest.measuring is None or manifest.detector is None:
             whose = kit.name if request.declaration.has_adapter else self.checkpoint.name
             return Comparison(f"similarity not measured: {whose} comes without a network for it")
-        measuring, detector = (self.store.locate(file, kit.home) for file in (manifest.measuring, manifest.detector))
+        measuring, detector = (self.store.locate(file, home) for file in (manifest.measuring, manifest.detector))
         if measuring is None or detector is None:
             missing = manifest.measuring if measuring is None else manifest.detector
             return Comparison(f"similarity not measured: {missing.name} is not there; get the kit anew")
@@ -291,6 +332,9 @@ class Results:
         if drawn.guided is not None:
             entry["guided"] = f"{name}-guided.png"
             drawn.guided.save(self.folder / entry["guided"])
+        if drawn.control is not None:
+            entry["control"] = f"{name}-control.png"
+            drawn.control.save(self.folder / entry["control"])
         if measured:
             entry["similarity"] = [asdict(one) for one in measured]
         if len(measured) > 1:

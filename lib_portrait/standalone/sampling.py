@@ -12,13 +12,14 @@ import torch
 from diffusers import DDIMScheduler, DPMSolverMultistepScheduler, EulerDiscreteScheduler
 from torch import Tensor
 
-from lib_portrait.attention import NEGATIVE, POSITIVE, Injection, RoutingMaps, Row, find_sites, mark
+from lib_portrait.attention import NEGATIVE, POSITIVE, Injection, RoutingMaps, Row, control_sites, find_sites, mark
 from lib_portrait.attention.windows import check_window
 from lib_portrait.conditioning import Conditioning
 from lib_portrait.errors import Notice, PortraitError
 from lib_portrait.guidance.outcome import check_acted
 from lib_portrait.guidance.reference import GuidedStep, ReferenceGuidance
 from lib_portrait.methods.base import Rule, with_words
+from lib_portrait.standalone.control import Control
 from lib_portrait.standalone.host import DiffusersHost, as_pixels, encode_prompts
 from lib_portrait.standalone.model import Model
 
@@ -53,12 +54,14 @@ def sample(
     routing: RoutingMaps | None = None,
     on_step: Callable[[int, int], None] = lambda done, of: None,
     guided: Callable[[Sequence[GuidedStep], Sequence[Notice]], None] = lambda steps, notices: None,
+    control: Control | None = None,
 ) -> list[np.ndarray]:
     """The pictures, (height, width, 3) uint8 RGB, made as one batch with the same people in each.
 
     Size, steps and sampler must be the same for all; a row's noise depends on its seed alone. routing collects where
     the people went in each picture. on_step: told after every step how many of how many are done. guided: told what
-    reference guidance did, and what the user should know of that.
+    reference guidance did, and what the user should know of that. control: a ControlNet, whose picture has the people's
+    circles where it was trained with their adapter.
     Raises PortraitError for samplings that cannot be made, when the people do not fit the model, when it answers with
     infinities or NaN, and where reference guidance was asked for and did not act on somebody in any of the pictures.
     """
@@ -89,12 +92,13 @@ def sample(
     scheduler = scheduler_class(**model.schedule, steps_offset=1, **options)
     scheduler.set_timesteps(first.steps, device=model.device)
     latents = _noise(model, samplings) * scheduler.init_noise_sigma
-    with _injected(model, conditioning, rule, rows) as (injection, guidance):
+    with _injected(model, conditioning, rule, rows, control) as (injections, guidance):
         for step, t in enumerate(scheduler.timesteps):
-            if injection is not None:
+            for injection in injections:
                 injection.progress = step / first.steps
-            x = scheduler.scale_model_input(latents, t).repeat(len(kinds), 1, 1, 1)
-            predicted = model.unet(x.to(model.unet.dtype), t, context).sample.float()
+            x = scheduler.scale_model_input(latents, t).repeat(len(kinds), 1, 1, 1).to(model.unet.dtype)
+            added = control(x, t, context) if control is not None else {}
+            predicted = model.unet(x, t, context, **added).sample.float()
             if two_halves:
                 eps_uncond, eps_cond = predicted.chunk(2)
                 predicted = eps_uncond + cfg * (eps_cond - eps_uncond)
@@ -102,7 +106,7 @@ def sample(
             _check_finite(latents, "the UNet", f"at step {step + 1} of {first.steps}")
             on_step(step + 1, first.steps)
     if guidance is not None:
-        guided(guidance.record, check_acted(guidance, len(samplings)))
+        guided(guidance.record, [*guidance.notices, *check_acted(guidance, len(samplings))])
     return _decode(model, latents)
 
 
@@ -142,11 +146,16 @@ def _noise(model: Model, samplings: Sequence[Sampling]) -> Tensor:
 
 @contextlib.contextmanager
 def _injected(
-    model: Model, conditioning: Conditioning | None, rule: Rule[Any] | None, rows: Sequence[Row]
-) -> Iterator[tuple[Injection | None, ReferenceGuidance | None]]:
-    """The people in the UNet while this lasts, and what guides it; None where there are none, or nothing does."""
+    model: Model,
+    conditioning: Conditioning | None,
+    rule: Rule[Any] | None,
+    rows: Sequence[Row],
+    control: Control | None,
+) -> Iterator[tuple[list[Injection], ReferenceGuidance | None]]:
+    """The people in the UNet while this lasts, and in a ControlNet that knows them, and what guides it; nothing where
+    there are none, None where nothing does."""
     if conditioning is None or rule is None:
-        yield None, None
+        yield [], None
         return
     conditioning.check_fits(find_sites(model.unet))
     guidance = conditioning.guidance(rule)
@@ -156,8 +165,17 @@ def _injected(
     rule.prepare(host)
     if guidance is not None:
         guidance.prepare(host)
-    with Injection(model.unet, rule, rows=dict(enumerate(rows)), guidance=guidance) as injection:
-        yield injection, guidance
+    table = dict(enumerate(rows))
+    injections = [Injection(model.unet, rule, rows=table, guidance=guidance)]
+    if control is not None:
+        # A ControlNet that was not trained with the adapter sees the text alone; the marks are taken off all the same.
+        knows = rule.in_control and control.trained
+        sites = control_sites(control.network, model.unet)
+        injections.append(Injection(control.network, *([rule] if knows else []), rows=table, sites=sites))
+    with contextlib.ExitStack() as stack:
+        for injection in injections:
+            stack.enter_context(injection)
+        yield injections, guidance
 
 
 def _rows_with_words(rule: Rule[Any], host: DiffusersHost, prompts: Sequence[str]) -> list[Row]:

@@ -10,7 +10,7 @@ from typing import Any
 from lib_portrait.errors import PortraitError
 from lib_portrait.guidance.options import OPTIONS
 from lib_portrait.methods.declarations import Declaration, declarations
-from lib_portrait.options import Choice, Option, Switch
+from lib_portrait.options import Choice, Option, Switch, Word
 
 # Where the axes leave their values on the host's processing object, for the session to merge into the request.
 ATTRIBUTE = "portrait_overrides"
@@ -98,7 +98,7 @@ def _options(xyz: Any, identities: int) -> list[Any]:
             return axis(label, str, key, choices=lambda: list(SWITCHED))
         if isinstance(option, Choice):
             return axis(label, str, key, choices=lambda: list(option.choices))
-        return axis(label, float, key)
+        return axis(label, str if isinstance(option, Word) else float, key)
 
     def checkpoints() -> list[str]:
         from lib_portrait.webui import instances

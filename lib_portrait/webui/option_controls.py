@@ -9,7 +9,7 @@ from typing import Any
 
 from lib_portrait.guidance.options import BEGIN, GUIDED, OPTIONS, SHOW, STRENGTH
 from lib_portrait.methods.declarations import Declaration, declarations
-from lib_portrait.options import Choice, Number, Option, by_name
+from lib_portrait.options import Choice, Number, Option, Word, by_name
 from lib_portrait.webui import panel_values
 from lib_portrait.webui.paste import UNCHANGED
 
@@ -21,7 +21,7 @@ ADAPTERS = "checkpoint"
 GUIDANCE = "guidance"
 
 GUIDANCE_HELP = "Brings more of the photos into the faces while the picture is drawn (RB-Guidance). Takes longer."
-GUIDANCE_FRONT = (STRENGTH, BEGIN, SHOW)
+GUIDANCE_FRONT = (STRENGTH, BEGIN)
 OPTIONS_A_ROW = 2
 
 
@@ -72,6 +72,8 @@ def _build_option(gr: Any, option: Option, whose: str, elem_id: str, visible: bo
     if isinstance(option, Choice):
         choices = [(title, value) for value, title in option.choices.items()]
         return gr.Radio(choices, value=option.default, label=label, elem_id=elem_id, tooltip=_tooltip(option))
+    if isinstance(option, Word):
+        return gr.Textbox(option.default, label=label, max_lines=1, elem_id=elem_id, tooltip=_tooltip(option))
     return gr.Checkbox(option.default, label=label, elem_id=elem_id, tooltip=_tooltip(option), visible=visible)
 
 
@@ -131,6 +133,7 @@ def build_guidance(gr: Any, top: dict[str, Any], blocks: Sequence[dict[str, Any]
                     elem_id=name(f"{number - 1}_{made}"),
                 )
         top["guidance_references"] = gr.HTML(elem_id=name("guidance_references"))
+        build([SHOW])
         with gr.Row(elem_classes=["portrait-weights"]):
             top["guidance_kit"] = gr.HTML(elem_id=name("guidance_kit"))
             top["guidance_settings"] = gr.Button(
@@ -141,7 +144,7 @@ def build_guidance(gr: Any, top: dict[str, Any], blocks: Sequence[dict[str, Any]
                 tooltip="Sets what the makers of the kit found to work, here and below.",
             )
         with gr.Accordion("Details of reference guidance", open=False, elem_id=name("guidance_details")):
-            rest = [option for option in OPTIONS if option not in GUIDANCE_FRONT]
+            rest = [option for option in OPTIONS if option not in (*GUIDANCE_FRONT, SHOW)]
             for first in range(0, len(rest), OPTIONS_A_ROW):
                 build(rest[first : first + OPTIONS_A_ROW])
 

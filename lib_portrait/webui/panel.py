@@ -72,6 +72,7 @@ def build(script: Any, is_img2img: bool) -> list[Any]:
         option_controls.build_guidance(gr, top, blocks, lambda part: f"{tab}_portrait_{part}")
     _connect_spread(blocks)
     _connect_guidance(top, blocks)
+    _connect_layout(gr, tab, top, blocks)
     script.portrait_settings_button = top["kit_settings"]
     _connect_settings(script)
     for block in blocks:
@@ -428,6 +429,58 @@ def references_html(enabled: bool, *values: Any) -> str:
             )
     told = "".join(message_html(f"{text[0].upper()}{text[1:]}.", "info") for text in dict.fromkeys(notes))
     return (f'<div class="portrait-cards">{"".join(cards)}</div>' if cards else "") + told
+
+
+def _connect_layout(gr: Any, tab: str, top: dict[str, Any], blocks: list[dict[str, Any]]) -> None:
+    """A picture whose faces become the boxes of the people, who keep their order: they can be changed there."""
+    upload = gr.File(
+        label=panel_values.CONTROL_NAMES["layout"],
+        file_types=IMAGE_TYPES,
+        type="file",
+        height=64,
+        elem_id=f"{tab}_portrait_layout",
+        elem_classes=["portrait-uploads"],
+    )
+    upload.do_not_save_to_config = True
+    said = gr.HTML(elem_id=f"{tab}_portrait_layout_found")
+    outputs = [upload, said, *(block[name] for block in blocks for name in ("region", "box"))]
+    upload.upload(
+        lambda file, *kept: places_from(file, kept),
+        [upload, *(block["photos"] for block in blocks)],
+        outputs,
+        show_progress=False,
+    )
+
+
+def places_from(file: Any, kept: Sequence[str]) -> list[Any]:
+    """Empties the place of the upload, says what was found, and gives everybody in use a box, from the left.
+
+    kept: the stored photos of each tab.
+    """
+    used = [tab for tab, text in enumerate(kept) if inputs.stored_photos(text, "photos")]
+    boxes: dict[int, Any] = {}
+    try:
+        data = inputs.uploaded_bytes(file, panel_values.CONTROL_NAMES["layout"], settings.limits())
+        faces, _ = instances.faces().places(Photo.of(data), panel_values.CONTROL_NAMES["layout"])
+        if len(used) > len(faces):
+            raise PortraitError(
+                panel_values.CONTROL_NAMES["layout"],
+                f"it shows {len(faces)} faces, and there are {len(used)} people",
+                "Use a picture with as many faces, or leave people out.",
+            )
+        boxes = dict(zip(used, faces))
+        text = f"{len(faces)} faces, given from the left to {len(boxes)} people: change it at each person's Region."
+        said = message_html(text, "info")
+    except Exception as error:
+        said = message_html(_said(error).detail)
+    found: list[Any] = [None, said]
+    for tab in range(len(kept)):
+        if tab in boxes:
+            inner = [round(min(max(edge, 0.0), 1.0), 3) for edge in boxes[tab]]
+            found += [inputs.BOX, inputs.box_to_text(inner)]
+        else:
+            found += [paste.UNCHANGED, paste.UNCHANGED]
+    return found
 
 
 def _connect_region(gr: Any, block: dict[str, Any], tab: str) -> None:

@@ -67,6 +67,7 @@ CONTROL_NAMES = {
     "checkpoint": "Checkpoint",
     "identities": "Identities",
     "guidance": "Reference guidance",
+    "layout": "Places from a picture",
 }
 IDENTITY_CONTROL_NAMES = {"mix": "mixed-in people", "weight": "share"}
 
@@ -361,6 +362,8 @@ def values_from_request(request: PortraitRequest, identities: int) -> tuple[list
             f"It has {len(request.identities)} people, this panel {identities}; the others are left out. "
             "Raise the number in Settings > Portrait."
         )
+    if request.layout is not None:
+        lost.append(f"It takes places from a picture; put that into {CONTROL_NAMES['layout']} again.")
     for index, identity in enumerate(request.identities[:identities]):
         if len(identity.mix) > len(MIXES):
             text = f"Identity {index + 1} mixes {len(identity.mix)} people, this panel {len(MIXES)}; "
@@ -378,8 +381,10 @@ def values_from_request(request: PortraitRequest, identities: int) -> tuple[list
     for control in controls(identities):
         owner = declaration(control.method) if control.method is not None else DEFAULT
         person = people[control.tab - 1] if control.tab is not None else None
-        if control.guidance and control.tab is None:
-            values.append({"enabled": request.guidance.enabled, **request.guidance.values({})}[control.name])
+        if control.guidance:
+            for_all_guided = {"enabled": request.guidance.enabled, **request.guidance.values({})}
+            of_person = {GUIDED.name: person.guided if person is not None else GUIDED.default}
+            values.append((for_all_guided if control.tab is None else of_person)[control.name])
             continue
         if control.tab is None:
             given = {**for_all, **defaults(owner.options)}
@@ -405,7 +410,6 @@ def identity_values(identity: Identity | None) -> dict[str, Any]:
         **identity.options,
         "start": identity.start,
         "end": identity.end,
-        GUIDED.name: identity.guided,
         "region": inputs.BOX if region.box else inputs.MASK if region.mask else inputs.ROUTED,
         "box": inputs.box_to_text(region.box) if region.box else "",
         "drawing": None,

@@ -101,6 +101,7 @@ def check_script(p: Any, request: PortraitRequest) -> None:
     """Raises PortraitError for regions together with a script under which they would lie elsewhere."""
     title = script_title(p)
     field = next((f"identities[{i}].region" for i, one in enumerate(request.identities) if one.region is not None), "")
+    field = field or ("layout" if request.layout is not None else "")
     if field and title.lower() in PIECEMEAL:
         raise PortraitError(
             field,
@@ -124,6 +125,12 @@ def pictures(p: Any, processed: Any) -> list[Image.Image]:
 def notices(p: Any, request: PortraitRequest) -> list[Notice]:
     if shows_maps(p):
         return []
-    wanted = {request.declaration.maps: request.shows_maps, "guidance.show": request.guidance.options.get(SHOW.name)}
-    text = f"the script {script_title(p)} has no place for such pictures, so none is shown"
-    return [Notice(field, text) for field, asked in wanted.items() if asked]
+    wanted = []
+    if request.shows_maps:
+        wanted.append((request.declaration.maps, "routing maps"))
+    if request.guidance.options.get(SHOW.name):
+        wanted.append((f"guidance.{SHOW.name}", "pictures of reference guidance"))
+    return [
+        Notice(field, f"the script {script_title(p)} has no place for {what}, so none is shown")
+        for field, what in wanted
+    ]

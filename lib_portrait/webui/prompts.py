@@ -22,6 +22,8 @@ def at_step(denoiser: Any) -> list[list[tuple[str, int]]]:
     """
     composed = denoiser.sampler.sampler_extra_args["cond"].batch
     schedules = _schedules(denoiser.p)
+    if [len(own) for own in schedules] != [len(own) for own in composed]:
+        raise _changed()
     found = []
     for conditions, texts in zip(composed, schedules):
         own = []
@@ -34,8 +36,6 @@ def at_step(denoiser: Any) -> list[list[tuple[str, int]]]:
             context = condition.schedules[now].cond
             own.append((schedule[now][1], len(context["crossattn"] if isinstance(context, dict) else context)))
         found.append(own)
-    if [len(own) for own in found] != [len(own) for own in composed]:
-        raise _changed()
     return found
 
 

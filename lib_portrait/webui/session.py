@@ -20,7 +20,16 @@ from typing import TYPE_CHECKING, Any
 import torch
 from modules import devices, errors, images, shared
 
-from lib_portrait.attention import NEGATIVE, POSITIVE, Injection, RoutingMaps, Row, find_sites, mark_conditions
+from lib_portrait.attention import (
+    NEGATIVE,
+    POSITIVE,
+    Injection,
+    RoutingMaps,
+    Row,
+    control_sites,
+    find_sites,
+    mark_conditions,
+)
 from lib_portrait.attention.regions import WHOLE, Box, check_takes_part
 from lib_portrait.attention.windows import check_window
 from lib_portrait.checkpoints.store import AUTOMATIC
@@ -32,6 +41,7 @@ from lib_portrait.webui import (
     adetailer,
     axes,
     checkpoint,
+    control,
     instances,
     jobs,
     panel_values,
@@ -82,6 +92,9 @@ class Session:
         self._rule: Rule[Any] | None = None
         self._guidance: ReferenceGuidance | None = None
         self._injection: Injection | None = None
+        self._controls: list[Injection] = []
+        self._hints: control.Hints | None = None
+        self._shown = False
         self._pre_hook: Any = None
         self._sampling = False
         self._latent = (0, 0)
@@ -129,7 +142,9 @@ class Session:
     def infotext(self) -> str:
         """The request as the pictures' parameters hold it, with the adapter that was used, and a kit's values."""
         assert self.request is not None and self._conditioning is not None
-        used = dataclasses.replace(self.request, guidance=self._conditioning.request.guidance)
+        # Where people are, in place of a picture that says it.
+        made = self._conditioning.request
+        used = dataclasses.replace(self.request, identities=made.identities, layout=None, guidance=made.guidance)
         return to_infotext(used, self._conditioning.kit.name)
 
     def notices(self) -> list[Notice]:
@@ -196,8 +211,46 @@ class Session:
             self._guidance.prepare(host)
         self._injection.calls.clear()
         self._injection.inject()
+        if self._rule.in_control:
+            self._enter_control(p, unet)
+
+    def _enter_control(self, p: Any, unet: torch.nn.Module) -> None:
+        """Has the rule stand in the ControlNet too that the kit names, where one of the enabled units runs it."""
+        assert self._conditioning is not None and self._rule is not None
+        kit = self._conditioning.kit
+        wanted = kit.manifest.control if kit.manifest is not None else None
+        units = control.trained_with(p, wanted) if wanted is not None else []
+        for unit in units:
+            sites = control_sites(unit.network, unet)
+            one = Injection(unit.network, self._rule, host_state=lora_state, sites=sites, within=self._injection)
+            self._controls.append(one.inject())
+        self._hints = control.Hints(units, self._rule.circles, places.sampled(p))
+        if self.request is not None and self.request.shows_control and not self._shown:
+            for unit in units:
+                control.show(p, unit)
+                self._shown = True
+        if not units and not places.is_detail(p):
+            name = f"{wanted.name}, which it was trained with" if wanted is not None else "one that its kit names"
+            text = f"no enabled unit runs {name}: people are carried by the UNet's attention alone"
+            self.tell(p, [Notice("ControlNet", text)])
+
+    def tell(self, p: Any, notices: Sequence[Notice]) -> None:
+        """Has the user know of these, each once: in the picture's parameters and below the gallery."""
+        known = p.extra_generation_params.get(NOTICES_KEY, "")
+        for notice in map(str, notices):
+            if notice not in known:
+                # The parameters reach the API's answer and the picture's file; comments stand below the gallery.
+                known = f"{known} {notice}".strip()
+                p.comment(f"Portrait: {notice}")
+        if known:
+            p.extra_generation_params[NOTICES_KEY] = known
 
     def _leave(self) -> None:
+        if self._hints is not None:
+            self._hints.restore()
+            self._hints = None
+        while self._controls:
+            self._controls.pop().eject()
         if self._pre_hook is not None:
             self._pre_hook.remove()
             self._pre_hook = None
@@ -290,7 +343,7 @@ class Session:
             return
         from lib_portrait.guidance.outcome import check_acted
 
-        for notice in check_acted(guidance, p.batch_size):
+        for notice in [*guidance.notices, *check_acted(guidance, p.batch_size)]:
             p.comment(f"Portrait: {Notice(self.said(notice.field), notice.text)}")
 
     def _calls(self) -> int:
@@ -459,12 +512,7 @@ def prepare(p: Any) -> None:
     try:
         session.prepare(p)
         p.extra_generation_params[INFOTEXT_KEY] = session.infotext()
-        notices = [str(notice) for notice in [*session.notices(), *adetailer.notices(p)]]
-        if notices:
-            # The parameters reach the API's answer and the picture's file; the comments stand below the gallery.
-            p.extra_generation_params[NOTICES_KEY] = " ".join(notices)
-            for notice in notices:
-                p.comment(f"Portrait: {notice}")
+        session.tell(p, [*session.notices(), *adetailer.notices(p)])
     except Exception as error:
         session.fail(_known(error, session.tabs, session.method))
 

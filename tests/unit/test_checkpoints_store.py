@@ -136,6 +136,15 @@ def manifest(name: str = "mine", **entries: Any) -> Manifest:
     return Manifest(**{"name": name, "method": "uniportrait", "adapter": {"faceid": f"{name}.bin"}, **entries})
 
 
+def test_the_hosts_face_parser_is_found_beside_its_restoration_networks(store: Store, tmp_path: Path) -> None:
+    folder = tmp_path / "GFPGAN"
+    store = Store(Folders([tmp_path / "Portrait"], {"parser": [folder]}), [FILES])
+    assert store.published("parser") is None and not store.list("parser")
+    put(folder, "GFPGANv1.4.pth", "detection_Resnet50_Final.pth", "parsing_parsenet.pth")
+    assert store.published("parser") == folder / "parsing_parsenet.pth"
+    assert [entry.name for entry in store.list("parser")] == ["parsing_parsenet.pth"]
+
+
 def stored(path: Path, content: bytes) -> StoredFile:
     """Writes a file, and what a manifest says of it."""
     path.parent.mkdir(parents=True, exist_ok=True)

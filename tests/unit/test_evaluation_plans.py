@@ -13,6 +13,7 @@ pytest.importorskip("skia", reason="the world is drawn with skia", exc_type=Impo
 from lib_portrait.errors import PortraitError
 from trainer.attribute_network import HEADS
 from trainer.dataset import training_person
+from trainer.evaluation.layouts import layout_of
 from trainer.evaluation.plans import BASE, BRIEF, PROTOCOLS, REAL, ProtocolSettings, make_plan
 from trainer.evaluation.populations import HELD_OUT, TRAINED, UNSEEN_PHOTO, Subject, WorldPopulation, scene_following
 from trainer.evaluation.prompts import MULTI, SINGLE
@@ -150,3 +151,27 @@ def test_captions_count_people_as_the_world_s_do() -> None:
         "style": "photo",
         "background": "park",
     }
+
+
+def test_methods_that_need_places_have_them_in_every_row_and_others_where_asked_for() -> None:
+    people = [Subject(str(number), "woman") for number in range(3)]
+    counts = ProtocolSettings(number=3, prompts=1, pictures=1, sides=True, layouts=True)
+    rows = {row.name: row for row in make_plan("multi", people, ["free", "bound"], counts, ["bound"]).variants}
+    assert {name for name, row in rows.items() if row.laid_out} == {"bound", "free, laid out"}
+    assert {name for name, row in rows.items() if row.sides} == {"free, side by side"}
+    for protocol in ("single", "references", "beta"):
+        for label in ("free", "bound"):
+            plan = make_plan(protocol, people, [label], counts, ["bound"])
+            assert {row.laid_out for row in plan.variants if row.adapter} == {label == "bound"}
+
+
+@pytest.mark.parametrize("people", [1, 2, 4, 7])
+def test_a_layout_has_faces_from_the_left_with_their_poses(people: int) -> None:
+    layout = layout_of(5, people)
+    assert len(layout.boxes) == len(layout.poses) == people and layout_of(5, people) == layout
+    assert [box[0] for box in layout.boxes] == sorted(box[0] for box in layout.boxes)
+    for (left, top, right, bottom), pose in zip(layout.boxes, layout.poses):
+        assert 0 <= left < right <= 1 and 0 <= top < bottom <= 1
+        assert left < pose[0, 0] < right and top < pose[0, 1] < bottom
+    assert layout.picture(64).shape == (64, 64, 3) and layout.picture(64).any()
+    assert people == 1 or layout_of(6, people).boxes != layout.boxes

@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from diffusers import ControlNetModel
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
@@ -21,6 +22,7 @@ pytest.importorskip("skia", reason="the world is drawn with skia", exc_type=Impo
 import portrait as command_line
 from lib_portrait.attention import find_sites
 from lib_portrait.checkpoints.formats import read_tensors
+from lib_portrait.checkpoints.kit import Manifest, write_manifest
 from lib_portrait.checkpoints.store import Folders, Store
 from lib_portrait.conditioning import Conditioner
 from lib_portrait.errors import PortraitError
@@ -30,12 +32,15 @@ from lib_portrait.faces.heatmap_detector import DetectorNetwork, faces_in, heatm
 from lib_portrait.faces.service import FaceService
 from lib_portrait.methods.declarations import adapter_files
 from lib_portrait.methods.fusion import FaceFusion, Properties
+from lib_portrait.methods.instantfamily import FaceProjections
 from lib_portrait.request import Identity, Photo, PortraitRequest
 from lib_portrait.standalone import sampling
+from lib_portrait.standalone.control import save_control
 from lib_portrait.standalone.model import save_model
 from tests.parity.unets import diffusers_unet
 from tests.small_networks import small_kit, small_manifest, small_model, tiny_backbone, tiny_vision
 from trainer.attribute_network import AttributeNetwork
+from trainer.companions import stored_file
 from trainer.evaluation import generators, run
 from trainer.evaluation.instruments import find_faces, fingerprint, open_recogniser, refuse_conditioning_network
 from trainer.evaluation.plans import ProtocolSettings
@@ -101,6 +106,17 @@ def generated(monkeypatch: pytest.MonkeyPatch) -> list[int]:
 
     monkeypatch.setattr(sampling, "sample", counted)
     return batches
+
+
+def test_another_world_is_measured_by_its_own_kit(world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where the shipped one is not even there."""
+    own = run.of_kit(world)
+    assert own == {"checkpoint": world / "world.safetensors", "adapters": ("world",)}
+    asked = settings(world, tmp_path / "out", kit=world, **own)
+    monkeypatch.setattr(run, "WORLD", tmp_path / "nowhere")
+    evaluate(asked, lambda text: None)
+    told = json.loads((tmp_path / "out" / "single.json").read_text("utf-8"))
+    assert set(told["weights"]["instruments"]) >= {"recogniser", "clip", "attributes"}
 
 
 def test_an_adapter_of_any_method_is_evaluated_by_its_own_options(
@@ -362,3 +378,49 @@ def test_an_adapter_trained_on_the_global_feature_is_given_that(world: Path, tmp
     assert conditioner.prepare(request, (64, 64)).people[0].tokens
     local = Store(Folders([world]), adapter_files()).kit("world")
     assert type(run._face_service(local, tmp_path / "cache", "mtcnn")) is FaceService
+
+
+def test_places_and_poses_reach_the_methods_that_need_them(
+    world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model, backbone, folder = small_model(), tiny_backbone(), tmp_path / "family"
+    folder.mkdir()
+    projections = FaceProjections.for_sites(find_sites(model.unet), backbone.embedding_width, backbone.widths[-1])
+    file = folder / "instantfamily_family.safetensors"
+    save_file(dict(projections.state_dict()), file, projections.properties.to_metadata())
+    network = save_control(ControlNetModel.from_unet(model.unet), folder, "control_family")
+    encoders = {"backbone": stored_file(world / "small_backbone.safetensors")}
+    manifest = Manifest("family", "instantfamily", {"instantfamily": file.name}, encoders, control=stored_file(network))
+    write_manifest(folder / "family.kit.json", manifest)
+    seen: list[tuple[Any, Any]] = []
+    sample = sampling.sample
+
+    def watched(model: Any, samplings: Sequence[Any], conditioning: Any, routing: Any, control: Any = None) -> Any:
+        if conditioning is not None:
+            assert len(samplings) == 1, "each has a layout of its own"
+            seen.append((conditioning, control))
+        return sample(model, samplings, conditioning, routing, control=control)
+
+    monkeypatch.setattr(sampling, "sample", watched)
+    counts = ProtocolSettings(number=2, prompts=1, pictures=2, layouts=True)
+    adapters = (f"family={folder}", "world")
+    asked = settings(world, tmp_path / "out", "multi", adapters=adapters, protocol_settings=counts)
+    evaluate(replace(asked, batch=1))
+    by_method = {
+        name: [(own, control) for own, control in seen if own.request.method == name]
+        for name in ("instantfamily", "uniportrait")
+    }
+    assert len(by_method["instantfamily"]) == 2 and len(by_method["uniportrait"]) == 4
+    boxes = {tuple(one.region.box for one in own.request.identities) for own, _ in by_method["instantfamily"]}
+    laid_out = [own.request for own, _ in by_method["uniportrait"] if own.request.identities[0].region is not None]
+    assert len(boxes) == 2 and boxes == {tuple(one.region.box for one in own.identities) for own in laid_out}
+    assert all(control is None for _, control in by_method["uniportrait"])
+    first, second = (control.picture for _, control in by_method["instantfamily"])
+    assert first.shape == (3, 64, 64) and not torch.equal(first, second)
+    lines = [json.loads(line) for line in (tmp_path / "out" / "multi.jsonl").read_text().splitlines()]
+    assert all(len(line["placed"]) == 2 for line in lines if line["row"] in ("family", "world, laid out"))
+    facts = json.loads((tmp_path / "out" / "multi.json").read_text())
+    assert facts["weights"]["family"]["control"] == manifest.control.sha256  # type: ignore[union-attr]
+    before = len(seen)
+    evaluate(replace(asked, batch=1))
+    assert len(seen) == before, "they were generated again"

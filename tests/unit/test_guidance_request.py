@@ -4,27 +4,35 @@ from __future__ import annotations
 
 import argparse
 import hashlib
+import io
 import json
 import types
 from pathlib import Path
 from typing import Any
 
 import jsonschema
+import numpy as np
 import pytest
+import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from PIL import Image
 
+from lib_portrait.attention import POSITIVE, Row
 from lib_portrait.attention.injection import Call
 from lib_portrait.checkpoints import Folders, Store
 from lib_portrait.checkpoints.kit import Manifest, Sampling, StoredFile, dump, parse, write_manifest
 from lib_portrait.commands import generate
+from lib_portrait.conditioning import Conditioner
 from lib_portrait.errors import PortraitError
+from lib_portrait.faces.service import FaceService
 from lib_portrait.guidance.options import OPTIONS
+from lib_portrait.guidance.reference import GuidedPerson, ReferenceGuidance
 from lib_portrait.infotext import from_infotext, to_infotext
 from lib_portrait.methods.base import Placement, method
 from lib_portrait.methods.declarations import ADAPTED, NAMES, adapter_files, declaration
 from lib_portrait.options import Choice, Number, defaults
-from lib_portrait.request import Guidance, Identity, Photo, PortraitRequest, json_schema, parse_request, to_json
+from lib_portrait.request import Guidance, Identity, Photo, PortraitRequest, Region, json_schema, parse_request, to_json
 from lib_portrait.webui import api, axes, panel_values, paste
 from trainer.companions import of_base
 
@@ -328,6 +336,76 @@ def test_the_adapters_kit_comes_before_the_one_of_the_checkpoint(tmp_path: Path)
 
 
 TEXT = types.SimpleNamespace(hidden_size=8, num_hidden_layers=1, num_attention_heads=1, max_position_embeddings=77)
+
+
+# ------------------------------------------------------------------------------------------------------- conditioning
+
+
+def photo(seed: int) -> Photo:
+    pixels = np.random.default_rng(seed).integers(0, 255, (224, 224, 3), dtype=np.uint8)
+    stream = io.BytesIO()
+    Image.fromarray(pixels).save(stream, "PNG")
+    return Photo.of(stream.getvalue(), aligned=True)
+
+
+def test_everybody_is_ready_to_guide_with_their_own_photos_where_and_when_they_belong(tmp_path: Path) -> None:
+    """Without any weights; references about as large as what is sampled."""
+    conditioner = Conditioner(FaceService([], tmp_path / "cache"), Store(Folders(own=[tmp_path]), adapter_files()))
+    left = Region(box=(0.0, 0.0, 0.5, 1.0))
+    people = (
+        Identity((photo(1), photo(2)), start=0.25, end=0.75, region=left),
+        Identity((photo(3),), guided=False),
+    )
+    request = PortraitRequest(people, method=ADAPTED[0], guidance=Guidance(True, {"strength": 3.0}))
+    guided, notices = conditioner._guided(request, [left.box, None], 130)
+    ada, ben = guided
+    assert [one.shape for one in ada.references] == [(128, 128, 3)] * 2 and ada.region == left.box
+    assert all(one.shape == (128, 128) and 0.1 < one.mean() < 0.9 for one in ada.masks)
+    assert not np.array_equal(*ada.references) and (ada.start, ada.end, ada.guided) == (0.25, 0.75, True)
+    assert (ben.references, ben.guided) == ((), False)
+    assert [one.field for one in notices] == ["guidance"] and "no face parser" in notices[0].text
+
+    alone = PortraitRequest(people[:1], method=ALONE, guidance=Guidance(True, {"strength": 0.0}))
+    made = conditioner.prepare(alone, (512, 256), sampled=(64, 192))
+    assert made.kit.name == "automatic" and made.adapter is None and made.people[0].strength == 0
+    assert made.guided[0].references[0].shape == (64, 64, 3)
+    assert "guidance.strength: a strength of 0 leaves reference guidance out." in map(str, made.notices)
+    guidance = made.guidance(made.rule())
+    assert guidance is not None and guidance.options == {**defaults(OPTIONS), "strength": 0.0}
+    off = conditioner.prepare(PortraitRequest(method=ALONE), (64, 64))
+    assert off.guidance(off.rule()) is None and off.guided == ()
+
+
+def test_a_kit_says_what_the_request_leaves_open_and_all_of_it_is_told(tmp_path: Path) -> None:
+    conditioner = Conditioner(FaceService([], tmp_path / "cache"), Store(Folders(own=[tmp_path]), adapter_files()))
+    base = tmp_path / "base.safetensors"
+    base.write_bytes(b"a checkpoint")
+    stored = StoredFile(base.name, hashlib.sha256(b"a checkpoint").hexdigest(), len(b"a checkpoint"))
+    found = {"strength": 8.5, "gradient": "share", "block": 2.0}
+    write_manifest(tmp_path / "a.kit.json", Manifest("a", ADAPTED[0], {"a": "x.bin"}, base=stored, guidance=found))
+    request = PortraitRequest(method=ALONE, guidance=Guidance(True, {"block": 3.0, "every": 1.0}))
+    # A default that was given says nothing, one of the kit's says that it is meant.
+    told = {"strength": 8.5, "gradient": "share", "block": 3.0}
+    assert conditioner.resolved(request, base).guidance == Guidance(True, told)
+    assert conditioner.resolved(request, None).guidance == Guidance(True, {"block": 3.0})
+    again = conditioner.resolved(request, base)
+    assert conditioner.resolved(again, base) == again
+    assert conditioner.resolved(PortraitRequest(), base) == PortraitRequest()
+
+
+def test_a_person_guides_within_their_window_only() -> None:
+    """As in the attention: what a face has to say outside of it is not heard."""
+    person = GuidedPerson(
+        (np.zeros((8, 8, 3), np.uint8),), (np.ones((8, 8), bool),), (0.0, 0.0, 1.0, 1.0), True, 0.5, 1.0
+    )
+    guidance = ReferenceGuidance([person], {**defaults(OPTIONS), "where": "region"})
+    guidance._references = {0: [torch.ones(4, 2, 2)]}
+    current: Any = types.SimpleNamespace(z=torch.zeros(1, 4, 4, 4), marks=[Row(POSITIVE)])
+    energies = []
+    for progress in (0.25, 0.5):
+        guidance.active(progress)
+        energies.append(float(guidance.energy(torch.ones(1, 4, 2, 2), current)))
+    assert energies[0] == 0 and energies[1] > 0
 
 
 # -------------------------------------------------------------------------------------------------------- by itself

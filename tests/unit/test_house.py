@@ -222,7 +222,7 @@ def test_the_test_command_hands_its_words_to_pytest_unchanged():
 def test_the_test_command_runs_every_check_and_fails_with_any(monkeypatch, capfd):
     ran = []
 
-    def run(command, cwd):
+    def run(command, cwd, env):
         ran.append(command[2])
         return subprocess.CompletedProcess(command, 1 if command[2] == "mypy" else 0)
 
@@ -301,7 +301,7 @@ def test_download_fetches_what_was_named_into_the_folder(tmp_path, monkeypatch, 
     assert "vision: 1.0 of 1.0 MiB, 100 %" in said.err
     asked.clear()
     assert portrait.run(portrait.parse(["download", "all", "--into", str(tmp_path)])) == 0
-    assert asked == ["uniportrait", "insightface", "facexlib"]
+    assert asked == ["uniportrait", "omniportrait", "insightface", "facexlib"]
     assert portrait.parse(["download"]).what == ["uniportrait"]
     assert portrait.run(portrait.parse(["download", "unknown"])) == 1
 

@@ -45,7 +45,7 @@ WEBUI = Room(
     "lib_portrait.errors lib_portrait.options lib_portrait.request lib_portrait.infotext lib_portrait.attention "
     "lib_portrait.faces lib_portrait.checkpoints lib_portrait.methods lib_portrait.methods.declarations "
     "lib_portrait.guidance lib_portrait.guidance.options lib_portrait.conditioning lib_portrait.routing_picture "
-    "lib_portrait.guidance_picture",
+    "lib_portrait.guidance_picture lib_portrait.control_picture",
 )
 ROOMS = {
     "portrait": Room(
@@ -64,15 +64,15 @@ ROOMS = {
         f"{SERIALISED} {PICTURES} accelerate diffusers transformers tqdm",
         "lib_portrait.errors lib_portrait.options lib_portrait.request lib_portrait.attention lib_portrait.faces "
         "lib_portrait.checkpoints lib_portrait.methods lib_portrait.methods.declarations lib_portrait.picture_files "
-        "lib_portrait.routing_picture lib_portrait.standalone trainer.world",
+        "lib_portrait.routing_picture lib_portrait.control_picture lib_portrait.standalone trainer.world",
     ),
     "trainer.commands": Room(own="lib_portrait.methods.declarations trainer trainer.evaluation"),
     "trainer.evaluation": Room(
-        f"{SERIALISED} {PICTURES} transformers tqdm open_clip facenet_pytorch",
+        f"{SERIALISED} {PICTURES} diffusers transformers tqdm open_clip facenet_pytorch",
         "lib_portrait.errors lib_portrait.request lib_portrait.attention lib_portrait.faces lib_portrait.checkpoints "
         "lib_portrait.methods lib_portrait.methods.declarations lib_portrait.options lib_portrait.conditioning "
-        "lib_portrait.standalone trainer.attribute_network trainer.dataset trainer.features trainer.shards "
-        "trainer.world",
+        "lib_portrait.control_picture lib_portrait.standalone trainer.architectures trainer.attribute_network "
+        "trainer.dataset trainer.features trainer.shards trainer.world",
     ),
     "trainer.world": Room("numpy skia cv2 PIL", "lib_portrait.errors trainer.world"),
     "lib_portrait": Room(),
@@ -101,12 +101,13 @@ ROOMS = {
     ),
     "lib_portrait.faces": Room(
         f"{SERIALISED} {PICTURES} transformers facenet_pytorch insightface onnxruntime",
-        "lib_portrait.errors lib_portrait.request lib_portrait.checkpoints",
+        "lib_portrait.errors lib_portrait.request lib_portrait.checkpoints lib_portrait.attention "
+        "lib_portrait.control_picture",
     ),
     "lib_portrait.methods": Room(
         "torch numpy einops",
         "lib_portrait.errors lib_portrait.options lib_portrait.attention lib_portrait.faces lib_portrait.checkpoints "
-        "lib_portrait.methods.declarations",
+        "lib_portrait.control_picture lib_portrait.methods.declarations",
     ),
     # What is to be known of a method where there is no torch.
     "lib_portrait.methods.declarations": Room(
@@ -120,6 +121,7 @@ ROOMS = {
     ),
     "lib_portrait.picture_files": Room(),
     "lib_portrait.routing_picture": Room("torch numpy PIL", "lib_portrait.attention"),
+    "lib_portrait.control_picture": Room("torch numpy cv2", "lib_portrait.attention"),
     "lib_portrait.guidance_picture": Room(
         "torch numpy PIL", "lib_portrait.attention lib_portrait.guidance lib_portrait.routing_picture"
     ),
@@ -127,7 +129,8 @@ ROOMS = {
         f"{SERIALISED} {PICTURES} diffusers transformers yaml",
         "lib_portrait.errors lib_portrait.request lib_portrait.attention lib_portrait.faces lib_portrait.checkpoints "
         "lib_portrait.methods lib_portrait.methods.declarations lib_portrait.guidance lib_portrait.guidance.options "
-        "lib_portrait.conditioning lib_portrait.routing_picture lib_portrait.guidance_picture",
+        "lib_portrait.conditioning lib_portrait.routing_picture lib_portrait.guidance_picture "
+        "lib_portrait.control_picture",
     ),
     "lib_portrait.commands": Room(
         own="lib_portrait.errors lib_portrait.options lib_portrait.request lib_portrait.picture_files "

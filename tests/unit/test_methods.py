@@ -34,7 +34,7 @@ __all__ = ["toy"]
 
 HASH = "a" * 64
 OPTIONS = {"scale": 2.5, "side": "both_sides", "mirrored": True, "show_places": True}
-OWN = {"depth": 0.25, "style": "both_sides", "kept": False}
+OWN = {"depth": 0.25, "style": "both_sides", "kept": False, "called": "old knight"}
 FULL = {"method": "toy", **OPTIONS, "identities": [{"photos": [f"sha256:{HASH}"], **OWN, "start": 0.1}]}
 DEFAULT = declarations.NAMES[0]
 
@@ -49,7 +49,7 @@ def test_json_has_its_options_beside_what_all_have(toy: Declaration) -> None:
     assert request().shows_maps and not request(options={}).shows_maps and request(options={}).with_maps().shows_maps
     plain = parse_request({"method": "toy", "identities": [{"photos": [f"sha256:{HASH}"]}]})
     assert plain.options == {"scale": 3.0, "side": "left", "mirrored": False, "show_places": False}
-    assert plain.identities[0].options == {"depth": 0.5, "style": "left", "kept": True}
+    assert plain.identities[0].options == {"depth": 0.5, "style": "left", "kept": True, "called": ""}
 
 
 @pytest.mark.parametrize(
@@ -58,6 +58,7 @@ def test_json_has_its_options_beside_what_all_have(toy: Declaration) -> None:
         ({"scale": 0.5}, "scale", "1 to 9"),
         ({"side": "up"}, "side", "left, both_sides"),
         ({"mirrored": 1}, "mirrored", "true or false"),
+        ({"identities": [{"photos": [HASH], "called": "a;b"}]}, "identities[0].called", "as it stands in the prompt"),
         ({"lora_scale": 1.0}, "lora_scale", "Known with Toy: .*, scale, side, mirrored, show_places"),
         ({"identities": [{"photos": [HASH], "structure": 1}]}, "identities[0].structure", "Known with Toy: .*depth"),
         ({"identities": [{"photos": [HASH], "mix": []}]}, "identities[0].mix", "Known with Toy"),
@@ -90,7 +91,7 @@ def test_an_infotext_says_what_differs_and_is_read_back(toy: Declaration) -> Non
     text = to_infotext(request(), "mine")
     assert text == (
         "toy; adapter mine (automatic); scale 2.5; side both_sides; mirrored; show_places"
-        f" | {HASH[:12]}; depth 0.25; style both_sides; kept off; start 0.1"
+        f" | {HASH[:12]}; depth 0.25; style both_sides; kept off; called old knight; start 0.1"
     )
     read = from_infotext(text)
     assert (read.options, read.identities[0].options) == (OPTIONS, OWN)
@@ -110,7 +111,14 @@ def test_an_infotext_says_what_differs_and_is_read_back(toy: Declaration) -> Non
         }
     ),
     st.lists(
-        st.fixed_dictionaries({"depth": st.floats(0, 1), "style": st.sampled_from(list(SIDES)), "kept": st.booleans()}),
+        st.fixed_dictionaries(
+            {
+                "depth": st.floats(0, 1),
+                "style": st.sampled_from(list(SIDES)),
+                "kept": st.booleans(),
+                "called": st.sampled_from(["", "knight", "l'enfant terrible"]),
+            }
+        ),
         min_size=1,
         max_size=3,
     ),
@@ -135,7 +143,7 @@ def test_controls_of_other_methods_are_not_read(toy: Declaration) -> None:
     values, _ = panel_values.values_from_request(request(), 2)
     values[1] = declarations.declaration(DEFAULT).title
     _, form = panel_values.read_form(values, Limits())
-    common = {"enabled", "method", "checkpoint", "identities"}
+    common = {"enabled", "method", "checkpoint", "identities", "guidance"}
     assert form is not None and set(form) == {*common, *panel_values.GLOBAL_FIELDS}
     assert parse_request(form).method == DEFAULT
     mixing = panel_values.IDENTITY_FIELDS.index("mix1_photos") + len(panel_values.GLOBAL_FIELDS)
@@ -194,7 +202,7 @@ def test_the_panel_shows_the_options_of_the_chosen_method_alone(toy: Declaration
 
     for_all = ("scale", "toy_scale", "toy_side", "toy_mirrored", "toy_show_places")
     assert [top[name].kind for name in for_all] == ["Slider", "Slider", "Radio", "Checkbox", "Checkbox"]
-    assert [block[f"toy_{name}"].kind for name in OWN] == ["Slider", "Radio", "Checkbox"]
+    assert [block[f"toy_{name}"].kind for name in OWN] == ["Slider", "Radio", "Checkbox", "Textbox"]
     labels = [f"{one.how['label']}" for one in {*top.values(), *block.values()} if "label" in one.how]
     assert len(labels) == len(set(labels)), "the host saves defaults by them"
 
@@ -219,16 +227,15 @@ def test_the_panel_shows_the_options_of_the_chosen_method_alone(toy: Declaration
 def test_axes_are_made_of_its_options(toy: Declaration, monkeypatch: pytest.MonkeyPatch) -> None:
     made = {one.label: one for one in axes._options(types.SimpleNamespace(AxisOption=Axis), 2)}
     own = [label for label in made if "Toy" in label]
-    assert own == [
-        f"[Portrait] Toy: {name}" for name in ("scale", "side", "mirrored", "depth of 1", "depth of 2", "style", "kept")
-    ]
+    names = ("scale", "side", "mirrored", "depth of 1", "depth of 2", "style", "kept", "called")
+    assert own == [f"[Portrait] Toy: {name}" for name in names]
     p = types.SimpleNamespace()
-    cell = {"scale": 4.0, "side": "both_sides", "mirrored": "on", "depth of 1": 1.0, "kept": "off"}
+    cell = {"scale": 4.0, "side": "both_sides", "mirrored": "on", "depth of 1": 1.0, "kept": "off", "called": "ada"}
     for label, value in cell.items():
         made[f"[Portrait] Toy: {label}"].apply(p, value, [value])
     changed = parse_request(axes.apply_overrides(FULL, p.portrait_overrides))
     assert changed.options == {**OPTIONS, "scale": 4.0, "side": "both_sides", "mirrored": True}
-    assert changed.identities[0].options == {**OWN, "depth": 1.0, "kept": False}
+    assert changed.identities[0].options == {**OWN, "depth": 1.0, "kept": False, "called": "ada"}
     assert made["[Portrait] Toy: side"].choices() == list(SIDES)
 
 
@@ -250,10 +257,13 @@ def test_the_command_line_has_its_options(toy: Declaration, tmp_path: Path) -> N
     photo = tmp_path / "ada.png"
     photo.write_bytes(b"photo")
     words = "--method toy --scale 2.5 --side both_sides --mirrored --show-places"
-    person = f"--face {photo} --depth 0.25 --style both_sides --no-kept --start 0.1"
+    person = f"--face {photo} --depth 0.25 --style both_sides --no-kept --called knight --start 0.1"
     made = generate.request_of(parser.parse_args(f"{words} {person} --face {photo}".split()))
     assert made is not None and (made.method, made.options) == ("toy", OPTIONS)
-    assert [one.options for one in made.identities] == [OWN, {"depth": 0.5, "style": "left", "kept": True}]
+    assert [one.options for one in made.identities] == [
+        {**OWN, "called": "knight"},
+        {"depth": 0.5, "style": "left", "kept": True, "called": ""},
+    ]
     help = " ".join(parser.format_help().split())
     assert "Toy: how much; 1 to 9, default: 3" in help and "UniPortrait: strength of all people" in help
 

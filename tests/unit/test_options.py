@@ -12,12 +12,13 @@ from hypothesis import strategies as st
 from lib_portrait import options
 from lib_portrait.errors import PortraitError
 from lib_portrait.methods import declarations
-from lib_portrait.options import Choice, Number, Switch
+from lib_portrait.options import Choice, Number, Switch, Word
 
 DEPTH = Number(name="depth", title="Depth", help="how deep", default=1.0, low=0.0, high=3.0, unit="layers")
 ROUNDS = Number(name="rounds", title="Rounds", help="how many", default=3, low=0, high=9, whole=True)
 SIDE = Choice(name="side", title="Side", help="which", default="left", choices={"left": "Left", "right": "Right"})
 ON = Switch(name="on", title="On", help="whether", default=True)
+WORD = Word(name="word", title="Word", help="which one")
 OFF = Switch(name="off", title="Off", help="whether")
 
 
@@ -35,6 +36,12 @@ OFF = Switch(name="off", title="Off", help="whether")
         (SIDE, ["left"], "left, right"),
         (ON, 1, "true or false"),
         (ON, None, "true or false"),
+        (WORD, 3, "as it stands in the prompt"),
+        (WORD, "x" * 41, "up to 40"),
+        (WORD, "(woman:1.2)", "without brackets"),
+        (WORD, "wo;man", "without brackets"),
+        (WORD, "wo\nman", "without brackets"),
+        (WORD, "wo\\man", "without brackets"),
     ],
 )
 def test_what_is_no_value_of_an_option_is_refused_by_its_path(option, value, remedy):
@@ -45,7 +52,7 @@ def test_what_is_no_value_of_an_option_is_refused_by_its_path(option, value, rem
         jsonschema.validate(value if value == value else "NaN", option.schema())
 
 
-@pytest.mark.parametrize("option", [DEPTH, ROUNDS, SIDE, ON, OFF])
+@pytest.mark.parametrize("option", [DEPTH, ROUNDS, SIDE, ON, OFF, WORD])
 def test_a_default_is_a_value_by_check_and_by_schema(option):
     assert option.check(option.default, "x") == option.default == option.schema()["default"]
     jsonschema.validate(option.default, option.schema())
@@ -56,6 +63,7 @@ def test_a_default_is_a_value_by_check_and_by_schema(option):
         *(st.tuples(st.just(option), st.booleans()) for option in (ON, OFF)),
         st.tuples(st.just(DEPTH), st.floats(0, 3)),
         st.tuples(st.just(SIDE), st.sampled_from(["left", "right"])),
+        st.tuples(st.just(WORD), st.sampled_from(["woman", "red-haired Zoë", "l'enfant", "woman of 80 %"])),
     )
 )
 def test_an_infotexts_clause_says_the_value_exactly(pair):
@@ -71,6 +79,10 @@ def test_an_infotexts_clause_says_the_value_exactly(pair):
 def test_a_clause_that_says_nothing_is_refused(option, text):
     with pytest.raises(ValueError):
         option.from_text(text)
+
+
+def test_spaces_around_a_word_do_not_count():
+    assert WORD.check(" old  man ", "x") == "old  man"
 
 
 def test_what_could_not_be_written_down_cannot_be_declared():

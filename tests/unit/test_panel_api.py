@@ -215,5 +215,5 @@ def test_models_say_what_is_missing_and_where_it_goes(tmp_path):
     assert {gap["role"] for gap in kit["missing"]} == {"faceid", "router", "backbone", "vision"}
     assert all(gap["folder"] == str(tmp_path) and gap["source"].startswith("https://") for gap in kit["missing"])
     parts = {part.role for files in adapter_files() for part in files.parts}
-    assert set(answer["roles"]) == parts | {"backbone", "vision", "detector"}
+    assert set(answer["roles"]) == parts | {"backbone", "vision", "detector", "parser"}
     assert answer["roles"]["router"]["use"] == "ID router and LoRA for several people"

@@ -67,6 +67,12 @@ class Faces:
             raise NoSuchFace(f"{field}.face", photo.face, len(found))
         return found[photo.face]
 
+    def reference(self, photo, field, size):
+        mask = np.zeros((size, size), bool)
+        mask[size // 4 : size // 2] = True
+        picture = np.broadcast_to(self.chosen(photo, field).crop[:1, :1], (size, size, 3))
+        return types.SimpleNamespace(picture=picture, mask=mask, parsed=False, how="there is no parser")
+
     def mask(self, photo, field):
         self.find(photo, field)
         return np.ones((16, 8), np.float32)
@@ -479,6 +485,48 @@ def test_the_settings_of_a_kit_go_to_the_hosts_controls(panel, host, monkeypatch
         panel.kit_settings()
 
 
+FOUND = {"strength": 0.3, "gradient": "share"}
+
+
+def test_what_was_found_to_work_is_told_of_the_adapters_kit_or_the_checkpoints(panel, host, tmp_path, monkeypatch):
+    base = tmp_path / "base.safetensors"
+    base.write_bytes(b"a base")
+    made_on = StoredFile(base.name, file_sha256(base), 6)
+    complete(host.store, "own")
+    adapter = {"faceid": "uniportrait-faceid_own.bin"}
+    write_manifest(
+        host.store.home / "on.kit.json", Manifest("on", "fusion", {"fusion": "x"}, base=made_on, guidance=FOUND)
+    )
+    write_manifest(host.store.home / "own.kit.json", Manifest("own", "uniportrait", adapter, guidance={"block": 2.0}))
+    monkeypatch.setattr(panel.checkpoint, "loaded", lambda: loaded(panel, file=base))
+    assert panel.kit_guidance("own", "UniPortrait") == {"block": 2.0}
+    assert panel.kit_guidance("not there", "UniPortrait") == FOUND
+    assert panel.kit_guidance("left over", "Reference guidance only") == FOUND
+    assert "Strength (p) 0.3, Gradient Share of the noise" in panel.guidance_html(FOUND)
+    monkeypatch.setattr(panel.checkpoint, "loaded", lambda: loaded(panel))
+    assert panel.kit_guidance("automatic", "Reference guidance only") == {} and panel.guidance_html({}) == ""
+
+
+def test_without_adapters_every_family_will_do_and_nothing_is_missing(panel, host):
+    for family in ("SD1.5", "SD2", "SDXL"):
+        assert panel.weights_html("automatic", loaded(panel, family), "none") == ("", False)
+    assert panel.checkpoint_choices("none") == ["automatic"]
+    complete_world(host.store)
+    assert "128 × 128 px" in panel.weights_html("automatic", loaded_world(panel, host), "none")[0]
+
+
+def test_what_of_the_photos_guides_is_shown_while_it_is_on_and_for_whom(panel, host):
+    ada, ben = "a" * 64, "b" * 64
+    host.faces.counts = {ada: 1, ben: 0}
+    lists = [json.dumps([f"sha256:{ada}"] * 2), "", json.dumps([f"sha256:{ben}"]), "[ nothing"]
+    assert panel.references_html(False, True, True, True, True, *lists) == ""
+    html = panel.references_html(True, True, True, False, True, *lists)
+    assert html.count("<img") == 2 and html.count("Identity 1") >= 2 and "There is no parser" in html
+    assert html.count("There is no parser") == 1, "once for all"
+    told = panel.references_html(True, False, False, True, False, *lists)
+    assert "<img" not in told and "Identity 3, photo 1: no face was found" in told
+
+
 def test_settings_are_offered_of_any_kit_that_was_made_on_the_loaded_checkpoint(panel, host, tmp_path):
     complete(host.store, "mine")
     base = tmp_path / "renamed.safetensors"
@@ -610,3 +658,26 @@ def test_the_panel_says_how_adetailer_is_told_of_it(panel, there, options, told)
     html = panel.neighbours_html()
     assert bool(html) == told
     assert not told or "add &quot;portrait&quot; to the script names in Settings &gt; ADetailer" in html
+
+
+def test_a_picture_gives_everybody_in_use_a_box_from_the_left(host, panel, monkeypatch):
+    seen = []
+
+    def places(photo, field):
+        seen.append((photo.data, field))
+        return [(0.1, 0.2, 0.3, 0.4), (0.5, -0.1, 1.1, 0.6)], (512, 512)
+
+    host.faces.places = places
+    upload = host.upload("group.png", b"group")
+    ada, ben = (panel.inputs.stored_text([f"sha256:{digit * 64}"]) for digit in "ab")
+    emptied, said, *controls = panel.places_from(upload, [ada, "", ben])
+    assert emptied is None and "2 faces" in said and "2 people" in said
+    unchanged = panel.paste.UNCHANGED
+    assert controls == [panel.inputs.BOX, "10, 20, 30, 40", unchanged, unchanged, panel.inputs.BOX, "50, 0, 100, 60"]
+    assert seen == [(b"group", "Places from a picture")]
+    for kept, told in (([ada, ben, ada], "2 faces, and there are 3 people"),):
+        _, said, *controls = panel.places_from(upload, kept)
+        assert told in said and controls == [unchanged] * 6
+    host.faces.places = lambda photo, field: host.faces.find(photo, field)
+    _, said, *controls = panel.places_from(upload, [ada])
+    assert "not kept here" in said and controls == [unchanged] * 2

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import copy
+import importlib
 import io
 import sys
 from collections.abc import Callable, Iterator
@@ -911,7 +912,7 @@ def test_a_cell_of_several_batches_shows_its_fault_in_each(host: Host) -> None:
 
 
 def test_the_axes_values_are_checked_before_the_plot(host: Host) -> None:
-    session = sys.modules["lib_portrait.webui.session"]
+    session = importlib.import_module("lib_portrait.webui.session")
     p = Processing(host, one(), PLOT)
     session.check_axis(p, [{"scale": 0.5}, {"scale": 1}])
     for cell, field in (
@@ -963,7 +964,7 @@ def test_a_fault_that_a_neighbour_swallows_is_raised_at_the_end(host: Host) -> N
 
 
 def test_automatic_is_the_adapter_that_was_made_for_the_loaded_text_encoder(host: Host) -> None:
-    session, request = sys.modules["lib_portrait.webui.session"], sys.modules["lib_portrait.request"]
+    session, request = importlib.import_module("lib_portrait.webui.session"), sys.modules["lib_portrait.request"]
     asked = request.parse_request(ask({"photos": [ADA]}, checkpoint=AUTOMATIC)[0])
     assert session.resolved(asked).checkpoint == "small"
     sizes = {"hidden_size": 96, "num_hidden_layers": 4, "num_attention_heads": 4, "max_position_embeddings": 77}
@@ -977,7 +978,7 @@ def test_automatic_is_the_adapter_that_was_made_for_the_loaded_text_encoder(host
 def test_loras_that_come_or_go_or_change_their_strength_are_noticed(
     host: Host, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    session = sys.modules["lib_portrait.webui.session"]
+    session = importlib.import_module("lib_portrait.webui.session")
     assert session.lora_state() == ()
     network = SimpleNamespace(name="style", te_multiplier=1.0, unet_multiplier=1.0, dyn_dim=None)
     monkeypatch.setitem(sys.modules, "networks", SimpleNamespace(loaded_networks=[network]))

@@ -132,6 +132,30 @@ def test_without_arguments_the_world_s_people_are_shown(
     assert all(one["placed"] is not None for entry in made["pictures"][4:] for one in entry["similarity"])
 
 
+def test_reference_guidance_alone_needs_a_photo_and_nothing_else(
+    world: Path, photos: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    arguments: list[str | Path] = ["--checkpoint", world / "world.safetensors", "--prompt", "a woman", *FAST]
+    plain = [*arguments, "--output", tmp_path / "plain"]
+    assert run(*plain) == 0
+    arguments += ["--method", "none", "--face", photos / "eve.png", "--region", "0,0,0.5,1", "--output", tmp_path]
+    guidance = ["--guidance-begin", "1", "--guidance-gradient", "share", "--guidance-strength", "0.5"]
+    assert run(*arguments, *guidance, "--guidance-show") == 0
+    made = settings(tmp_path)
+    (entry,) = made["pictures"]
+    assert made["method"] == "none" and "adapter" not in made and made["request"]["guidance"]["strength"] == 0.5
+    shown = Image.open(tmp_path / "0001" / entry["guided"])
+    assert shown.width == 64 and shown.height > 64
+    guided, alone = (
+        np.asarray(Image.open(folder / "0001" / "001.png")).astype(int) for folder in (tmp_path, tmp_path / "plain")
+    )
+    assert np.abs(guided - alone).max() > 5
+    # Measured all the same: the checkpoint's kit brings a network for it.
+    assert "measured by world-measuring.safetensors" in made["measuring"] and len(entry["similarity"]) == 1
+    assert run(*arguments) == 1 and "Switch reference guidance on" in capsys.readouterr().err
+    assert run(*arguments, "--guidance-begin", "0") == 1 and "no step of the sampling" in capsys.readouterr().err
+
+
 def test_people_of_one_s_own_in_a_checkpoint_of_one_s_own(world: Path, photos: Path, tmp_path: Path) -> None:
     arguments: list[str | Path] = ["--checkpoint", world / "world.safetensors", "--prompt", "two women, 1"]
     arguments += ["--prompt", "two women, 2", "--count", "2", "--seed", "40", "--negative-prompt", "blurry"]

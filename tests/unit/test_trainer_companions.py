@@ -259,9 +259,9 @@ def test_a_manifest_takes_from_the_base_s_kit_what_goes_with_its_pictures(tmp_pa
     assert companions.of_base(base, model, None, [models]) == {**alone, "licence": None}
     shared = {name: StoredFile(f"{name}.bin") for name in ("detector", "measuring", "attributes")}
     kit = Manifest("first", "fusion", {"fusion": "x"}, base=stored_file(base), licence="CC0", **shared)
-    kit = dataclasses.replace(kit, sampling=Sampling("DDIM", 20, 5), picture=(128, 96))
+    kit = dataclasses.replace(kit, sampling=Sampling("DDIM", 20, 5), picture=(128, 96), guidance={"block": 2.0})
     write_manifest(models / "first.kit.json", kit)
-    known = {**alone, **shared, "sampling": kit.sampling}
+    known = {**alone, **shared, "sampling": kit.sampling, "guidance": {"block": 2.0}}
     assert companions.of_base(base, model, None, [models]) == {**known, "licence": "CC0"}
     assert companions.of_base(base, model, "mine", [models]) == {**known, "licence": "mine"}
 

@@ -16,7 +16,7 @@ from lib_portrait.checkpoints import read_tensors, write_tensors
 from lib_portrait.checkpoints.kit import StoredFile, read_manifest, write_manifest
 from lib_portrait.errors import PortraitError
 from tests.parity.unets import diffusers_unet
-from trainer.frozen import frozen_networks
+from trainer.frozen import NetworkFiles, frozen_networks
 from trainer.recipes.uniportrait_start import begin_with_faceid, begin_with_router, second_stage
 from trainer.recipes.vision import VisionRecipe
 from trainer.release import interpolate_adapters, reduce_rank, renew_manifest, write_checkpoint
@@ -46,7 +46,7 @@ READERS: dict[str, tuple[str, str, Callable[[Path], object]]] = {
     "stage 1": ("faceid", "latents", lambda file: begin_with_faceid(WithLora(), file)),
     "stage 2": ("faceid", "to_v_faceid", lambda file: second_stage(file, [])),
     "router": ("router", "aggr_router", lambda file: begin_with_router(nn.Module(), file)),
-    "VAE": ("faceid", "latents", lambda file: frozen_networks(None, file, None, None, "cpu")),
+    "VAE": ("faceid", "latents", lambda file: frozen_networks(NetworkFiles(vae=file), "cpu")),
     "between": (
         "faceid",
         "latents",

@@ -26,7 +26,7 @@ from lib_portrait.errors import PortraitError
 from lib_portrait.methods.declarations import NAMES
 from tests.tiny_recipe import Numbers, Tiny, settings
 from trainer.dataset import world_sample
-from trainer.loop import _Watch, rate_at, seeded, train
+from trainer.loop import _Watch, progress, rate_at, seeded, train
 from trainer.shards import writing
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -256,6 +256,34 @@ def test_the_rate_rises_and_falls_as_asked(tmp_path):
     assert rates[:5] == [0.25, 0.5, 0.75, 1.0, 1.0]
     assert rates[9:11] == [1.0, 1.0] and rates[15] == pytest.approx(0.5)
     assert all(later < earlier for earlier, later in itertools.pairwise(rates[10:])) and 0 < rates[19] < 0.05
+
+
+def test_under_a_budget_the_rate_falls_by_the_clock(tmp_path):
+    chosen = settings(tmp_path, steps=10**6, warmup=4, budget=10.0, cooldown=0)
+    assert [rate_at(step, chosen, 0.0) for step in (0, 3, 5)] == [0.25, 1.0, 1.0]
+    assert rate_at(50, chosen, 300.0) == 1.0
+    assert rate_at(50, chosen, 450.0) == pytest.approx(0.5)
+    assert rate_at(50, chosen, 600.0) == rate_at(50, chosen, 700.0) == pytest.approx(0.0)
+
+
+def test_a_budget_is_spent_over_all_starts_and_then_the_run_is_done(tmp_path):
+    """Broken off once by the minutes of a start, then gone on with, then left alone."""
+    chosen = {"steps": 10**6, "budget": 0.05, "save_every": 10**6, "log_every": 10**6}
+    first = run(tmp_path, minutes=0.02, **chosen)
+    broken = progress(settings(tmp_path, **chosen))
+    assert (broken.step, broken.done) == (first, False) and 1.2 <= broken.seconds < 3
+    second = run(tmp_path, **chosen)
+    ended = progress(settings(tmp_path, **chosen))
+    assert second > first and (ended.step, ended.done) == (second, True) and ended.seconds >= 3
+    assert run(tmp_path, **chosen) == second
+    # More of it, and it goes on; steps end a run as well.
+    assert not progress(settings(tmp_path, **{**chosen, "budget": 5.0})).done
+    assert progress(settings(tmp_path, **{**chosen, "budget": 5.0, "steps": second})).done
+
+
+def test_runs_of_several_precisions_follow_one_another_in_a_process(tmp_path):
+    for number, precision in enumerate(("no", "bf16", "no")):
+        assert run(tmp_path / str(number), precision=precision, steps=2) == 2
 
 
 def test_the_seed_decides_the_first_weights_and_all_losses(tmp_path):

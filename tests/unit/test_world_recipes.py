@@ -27,6 +27,7 @@ from lib_portrait.standalone.sampling import Sampling, sample
 from trainer import release
 from trainer.architectures import world_measuring, world_recognition, world_vae
 from trainer.recipes.base import latent_scale
+from trainer.recipes.vae import detail_difference
 
 QUICK = "--steps 2 --batch 4 --warmup 0 --log-every 1 --save-every 2 --ema 0 --optimizer muon"
 NUMBER = 40
@@ -81,6 +82,60 @@ def test_the_fine_pass_of_the_autoencoder_keeps_the_coarse_ones_latents(runs: Pa
         for name in ("decoder.conv_in.weight", "decoder.conv_out.weight", "encoder.conv_in.weight")
     ]
     assert changed == [True, True, False]
+
+
+def test_the_detail_term_is_the_difference_of_high_passes_where_there_is_detail() -> None:
+    """Pixel by pixel as it is written down: a picture minus its 5 x 5 mean, weighted 1 + 1.6 h / mean(h)."""
+    torch.manual_seed(0)
+    made, pixels, weight = torch.randn(2, 3, 9, 8), torch.randn(2, 3, 9, 8), torch.rand(2, 1, 9, 8) + 0.5
+
+    def passed(picture: torch.Tensor) -> torch.Tensor:
+        out = picture.clone()
+        for y in range(9):
+            for x in range(8):
+                near = picture[:, :, max(y - 2, 0) : y + 3, max(x - 2, 0) : x + 3]
+                out[:, :, y, x] -= near.mean(dim=(2, 3))
+        return out
+
+    total = 0.0
+    for one in range(2):
+        true, drawn = passed(pixels[one : one + 1])[0], passed(made[one : one + 1])[0]
+        strength = true.abs().mean(dim=0)
+        for y in range(9):
+            for x in range(8):
+                counts = float(weight[one, 0, y, x]) * (1 + 1.6 * float(strength[y, x] / strength.mean()))
+                total += counts * float((true[:, y, x] - drawn[:, y, x]).abs().sum())
+    wanted = total / (3 * float(weight.sum()))
+    assert float(detail_difference(made, pixels, weight)) == pytest.approx(wanted, rel=1e-5)
+    assert float(detail_difference(pixels, pixels, weight)) == 0
+    # A level that is wrong everywhere is no detail, and a picture without any is no reason to divide by nothing.
+    assert float(detail_difference(pixels + 0.3, pixels, weight)) == pytest.approx(0, abs=1e-5)
+    assert float(detail_difference(pixels, torch.zeros_like(pixels), weight)) > 0
+
+
+def test_an_autoencoder_and_a_base_model_of_other_widths_and_sizes(runs: Path, tmp_path: Path) -> None:
+    """As of 256 pixels: the latents are the pictures' eighth, and all is read off the files."""
+    portrait(f"dataset world --output {tmp_path}/shards --number 8 --identities 6 --size 256 --kind bmp --processes 1")
+    line = f"--data {tmp_path}/shards --output {tmp_path}/%s {QUICK}"
+    widths = "--channels 32 64 64 32 --layers 1 --crop 64 --absolute 4 --gradient 1 --detail 2 --on-faces 0.75"
+    portrait(f"train vae {line % 'vae'} {widths}")
+    vae = tmp_path / "vae" / "export" / "vae.safetensors"
+    recognition = runs / "recognition" / "export" / "world-recognition.safetensors"
+    portrait(
+        f"train vae {line % 'decoder'} --crop 64 --detail 2 --decoder-only --initial {vae} --recognition {recognition}"
+    )
+    portrait(f"dataset features {tmp_path}/shards --vae {vae} --processes 2")
+    portrait(f"train base {line % 'base'} --vae {vae} --channels 32 32 64 32 --heads 1")
+    base = tmp_path / "base" / "export" / "base.safetensors"
+    assert {name: read_header(base)[1][name] for name in ("heads", "latent")} == {"heads": "1", "latent": "32"}
+    # Begun with that file, a run has its widths whatever the defaults are.
+    portrait(f"train base {line % 'again'} --vae {vae} --initial {base}")
+    release.write_checkpoint(tmp_path / "decoder" / "export" / "vae.safetensors", base, tmp_path / "world.safetensors")
+    model = load_model(tmp_path / "world.safetensors")
+    assert model.size == 256 and model.unet.config.block_out_channels == (32, 32, 64, 32)
+    assert model.unet.config.attention_head_dim == 1 and model.vae.config.block_out_channels == (32, 64, 64, 32)
+    losses = (tmp_path / "vae" / "losses.jsonl").read_text().splitlines()
+    assert '"detail": 0.0' not in losses[-1] and '"detail": ' in losses[-1]
 
 
 def test_the_networks_of_faces_load_as_they_were_trained(runs: Path) -> None:

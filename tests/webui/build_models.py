@@ -3,7 +3,8 @@
     build_models.py FOLDER WEBUI
 
 FOLDER gets text/ (tokenizer and a small text model's config), first.safetensors, second.safetensors (SD1 layout, other
-weights), sdxl.safetensors (SDXL layout), each with its .yaml beside it, and control.safetensors (a control network for
+weights), vpred.safetensors and inpaint.safetensors (the first one's, of a model that predicts v, and of one that
+inpaints), sdxl.safetensors (SDXL layout), each with its .yaml beside it, and control.safetensors (a control network for
 the SD1 layout). Nothing is downloaded; the tokenizer is made of open_clip's list of byte pairs.
 """
 
@@ -148,6 +149,17 @@ def main() -> None:
     for seed, name in enumerate(("first", "second")):
         save_file(random(state, seed, shared), folder / f"{name}.safetensors", metadata={"format": "pt"})
         OmegaConf.save(sd1, folder / f"{name}.yaml")
+    first = random(state, 0, shared)
+    entry = "model.diffusion_model.input_blocks.0.0.weight"
+    inpaint = OmegaConf.merge(sd1, OmegaConf.load(webui / "configs" / "v1-inpainting-inference.yaml"))
+    inpaint.model.params.merge_with({**sd1.model.params, "conditioning_key": "hybrid"})
+    inpaint.model.params.unet_config.params.in_channels = 9
+    more = torch.randn(CHANNELS, 5, 3, 3, generator=torch.Generator().manual_seed(9)) * 81**-0.5
+    wider = {**first, entry: torch.cat([first[entry], more], dim=1).contiguous()}
+    save_file(wider, folder / "inpaint.safetensors", metadata={"format": "pt"})
+    OmegaConf.save(inpaint, folder / "inpaint.yaml")
+    save_file(first, folder / "vpred.safetensors", metadata={"format": "pt"})
+    OmegaConf.save(OmegaConf.merge(sd1, {"model": {"params": {"parameterization": "v"}}}), folder / "vpred.yaml")
 
     unet = {
         name[len("model.diffusion_model.") :]: tensor

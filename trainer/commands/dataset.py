@@ -40,6 +40,8 @@ def configure(parser: argparse.ArgumentParser) -> None:
     world.add_argument("--first", type=int, default=0, help="number of the first scene, a multiple of --shard")
     world.add_argument("--identities", type=int, default=6000, help="people that appear, default 6000")
     world.add_argument("--size", type=int, default=128, help="side of the pictures, default 128")
+    world.add_argument("--poses", action="store_true", help="with everybody's pose, for methods with a ControlNet")
+    world.add_argument("--kind", choices=("png", "bmp"), default="png", help="bmp is larger, and read faster")
     for name, parser in (("photos", photos), ("world", world)):
         parser.add_argument("--output", type=Path, required=True, metavar="SHARDS", help="folder for the shards")
         parser.add_argument("--name", default=name, help=f"of the shards, NAME-00000.tar; default {name}")
@@ -57,8 +59,18 @@ def configure(parser: argparse.ArgumentParser) -> None:
         metavar="SIZE",
         help="also the latents of the square about each face, of so many pixels; default: none",
     )
+    features.add_argument(
+        "--image", type=Path, metavar="FILE", help="image encoder whose embedding of each whole face is wanted"
+    )
+    features.add_argument(
+        "--parser",
+        type=Path,
+        metavar="FILE",
+        help="face parser that says where --image's faces are in pictures without masks; default: their landmarks",
+    )
     features.add_argument("--batch", type=int, default=16, help="pictures at once, default 16")
     features.add_argument("--device", help="default: cuda where there is one")
+    features.add_argument("--processes", type=int, default=1, help="shards at once, each with its networks; default 1")
     check = _kind(kinds, "check", _check, "what shards hold")
     check.add_argument("data", type=Path, metavar="SHARDS", help="a shard, or a folder of shards")
     check.add_argument("--list", type=Path, metavar="FILE", help="where to write a line for each fault")
@@ -104,22 +116,23 @@ def _photos(options: argparse.Namespace) -> int:
 def _world(options: argparse.Namespace) -> int:
     from trainer.dataset import WorldSettings, make_world
 
-    world = WorldSettings(options.first, options.number, options.identities, options.size, options.shard)
+    world = WorldSettings(
+        options.first, options.number, options.identities, options.size, options.shard, options.poses, options.kind
+    )
     made = make_world(options.output, world, options.name, options.processes)
     print(f"{made} shards were made, {-(-options.number // options.shard) - made} were there already")
     return 0
 
 
 def _features(options: argparse.Namespace) -> int:
-    from trainer.features import precompute
-    from trainer.frozen import default_device, frozen_networks
+    from trainer.frozen import NetworkFiles, default_device, precompute_shards
     from trainer.shards import Shards
 
-    device = options.device or default_device()
-    frozen = frozen_networks(
-        options.checkpoint, options.vae, options.backbone, options.vision, device, options.references
+    files = NetworkFiles(
+        options.checkpoint, options.vae, options.backbone, options.vision, options.image, options.parser
     )
-    counts = precompute(Shards.under(options.data).paths, frozen, options.batch)
+    device, paths = options.device or default_device(), Shards.under(options.data).paths
+    counts = precompute_shards(paths, files, device, options.references, options.batch, options.processes)
     print(f"{counts['shards']} shards: {counts['pictures']} pictures, {counts['faces']} faces")
     if counts["unusable"]:
         print(f"{counts['unusable']} pictures cannot be used; portrait.py dataset check {options.data} says why")

@@ -22,6 +22,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--output", type=Path, required=True, metavar="RESULTS", help="folder for everything")
     made = parser.add_argument_group("what makes the pictures")
     made.add_argument("--checkpoint", type=Path, metavar="FILE", help="any SD 1.5 single file; default: the world's")
+    made.add_argument("--kit", type=Path, metavar="FOLDER", help="another world's kit, with what measures its people")
     made.add_argument(
         "--adapter",
         action="append",
@@ -49,6 +50,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
     whom.add_argument("--gallery", type=int, help="people of the world in the gallery, at least; default 100")
     whom.add_argument("--references", type=int, nargs="+", metavar="N", help="numbers of photos, default 1 2 4")
     whom.add_argument("--sides", action="store_true", help="multi: also with a region for each person, side by side")
+    whom.add_argument("--layouts", action="store_true", help="multi: also with a place for each face")
     whom.add_argument("--betas", type=float, nargs="+", metavar="β", help="default 0 0.1 0.3 0.6 1")
     parser.epilog = (
         "People x prompts x pictures: for photos 15 x 40 x 4 and 15 x 21 x 4 (pairs) as in the paper; for the world "
@@ -66,12 +68,14 @@ def run(options: argparse.Namespace) -> int:
     import dataclasses
 
     from trainer.evaluation.plans import ProtocolSettings
-    from trainer.evaluation.run import EvaluationSettings, evaluate
+    from trainer.evaluation.run import EvaluationSettings, evaluate, of_kit
     from trainer.frozen import default_device
 
     given = {name: value for name, value in vars(options).items() if value is not None}
     given |= {"adapters": given.pop("adapter", None), "options": given.pop("option", None)}
     given |= {"device": options.device or default_device()}
+    if options.kit is not None:
+        given = {**of_kit(options.kit), **{name: value for name, value in given.items() if value is not None}}
     values = {name: tuple(value) if isinstance(value, list) else value for name, value in given.items()}
 
     def part(form: type) -> dict[str, object]:

@@ -20,22 +20,28 @@ from torch import Tensor, nn
 
 from lib_portrait import __version__
 from lib_portrait.attention import RoutingMaps
+from lib_portrait.attention.regions import Box, coverage
 from lib_portrait.conditioning import Conditioner
-from lib_portrait.faces.features import FaceEncoder, FaceFeatures
+from lib_portrait.faces.features import Encoder, FaceFeatures
 from lib_portrait.faces.recognition import Backbone
 from lib_portrait.faces.service import FaceService
+from lib_portrait.methods.base import Person
 from lib_portrait.methods.declarations import declaration
 from lib_portrait.options import Option, Value
 from lib_portrait.request import Identity, Photo, PortraitRequest, Region, to_json
 from lib_portrait.standalone import sampling
+from lib_portrait.standalone.control import KitControls
 from lib_portrait.standalone.measuring import owners_of
 from lib_portrait.standalone.model import Model
 from lib_portrait.standalone.sampling import Sampling
+from trainer.evaluation.layouts import layout_of
 from trainer.evaluation.plans import Sample, Variant
 from trainer.evaluation.populations import Population
 from trainer.features import global_feature
 from trainer.world.render import Image
 
+# How many different layouts there are.
+LAYOUTS = 2**31
 # The entry of a picture's file that says to whom its parts were routed.
 OWNERS = "routing"
 
@@ -49,11 +55,13 @@ class Generator(Protocol):
         """Hashes, by role, of all files that decide a picture with so many injected people."""
 
     def generate(
-        self, samplings: Sequence[Sampling], request: PortraitRequest | None
+        self, samplings: Sequence[Sampling], request: PortraitRequest | None, pose: Image | None = None
     ) -> list[tuple[Image, Tensor | None]]:
         """The pictures (H, W, 3) uint8 as one batch, with the request's people in each, or nobody.
 
-        Of several people each comes with the person that each of its parts was routed to (`owners_of`).
+        pose: skeletons of the pictures' size, for methods with a ControlNet. Of several people each picture comes with
+        the person that each of its parts was routed to (`owners_of`); where all have regions and nothing is routed,
+        with whose region it is.
         """
 
 
@@ -62,11 +70,11 @@ class GlobalFeatureService(FaceService):
 
     backbone: Backbone
 
-    def features(self, photo: Photo, field: str, encoder: FaceEncoder) -> FaceFeatures:
+    def features(self, photo: Photo, field: str, encoder: Encoder) -> FaceFeatures:
         local = super().features(photo, field, encoder)
         return dataclasses.replace(local, intrinsic=global_feature(self.backbone, local.intrinsic[None]))
 
-    def zero(self, encoder: FaceEncoder) -> FaceFeatures:
+    def zero(self, encoder: Encoder) -> FaceFeatures:
         unconditional = super().zero(encoder)
         last = cast(nn.Linear, self.backbone.output_layer[3])
         return dataclasses.replace(unconditional, intrinsic=torch.zeros(1, last.out_features))
@@ -88,6 +96,7 @@ class StandaloneGenerator:
         self.model, self.hashes, self.conditioner = model, dict(hashes), conditioner
         self.name, self.method = name, method
         self._prepared: tuple[object, Any] = (None, None)
+        self._controls = KitControls()
 
     def weights(self, people: int) -> dict[str, str]:
         if self.conditioner is None or not people:
@@ -97,23 +106,40 @@ class StandaloneGenerator:
         # What several people need is not read for one.
         unread = {part.role for files in self.conditioner.store.methods for part in files.parts if part.people > people}
         files = {role: path for role, path in kit.files.items() if role not in unread}
-        return {**self.hashes, **{role: self.conditioner.store.sha256(path) for role, path in files.items()}}
+        control = kit.manifest.control if kit.manifest is not None else None
+        hashes = {"control": str(control.sha256)} if control is not None else {}
+        return {**self.hashes, **hashes, **{role: self.conditioner.store.sha256(path) for role, path in files.items()}}
 
     def generate(
-        self, samplings: Sequence[Sampling], request: PortraitRequest | None
+        self, samplings: Sequence[Sampling], request: PortraitRequest | None, pose: Image | None = None
     ) -> list[tuple[Image, Tensor | None]]:
         conditioning, routing = None, None
+        control: dict[str, Any] = {}
         if request is not None and self.conditioner is not None:
             size, request = (samplings[0].width, samplings[0].height), replace(request, checkpoint=self.name)
             if self._prepared[0] != (request, size):
                 self._prepared = (request, size), self.conditioner.prepare(request, size, self.model.device)
             conditioning = self._prepared[1]
             routing = RoutingMaps() if len(request.identities) > 1 else None
-        images = [
-            np.asarray(image, np.uint8) for image in sampling.sample(self.model, samplings, conditioning, routing)
-        ]
+            if pose is not None:
+                store = self.conditioner.store
+                control = {"control": self._controls.control(conditioning, store, self.model, pose, "pose")}
+        drawn = sampling.sample(self.model, samplings, conditioning, routing, **control)
+        images = [np.asarray(image, np.uint8) for image in drawn]
         mean = routing.mean() if routing is not None else None
+        if mean is None and routing is not None and conditioning is not None:
+            mean = _places(conditioning.people, samplings[0])
+            mean = None if mean is None else mean.expand(len(images), -1, -1, -1)
         return [(image, None if mean is None else owners_of(mean[row])) for row, image in enumerate(images)]
+
+
+def _places(people: Sequence[Person], sampling: Sampling) -> Tensor | None:
+    """Whose region each part of a picture is in, (1, N, h, w); None where somebody has none."""
+    regions = [person.region for person in people if person.region is not None]
+    if len(regions) < len(people):
+        return None
+    shape = (sampling.height // 8, sampling.width // 8)
+    return torch.stack([coverage(region, shape) for region in regions])[None]
 
 
 class PictureCache:
@@ -197,11 +223,13 @@ class SampleProvider:
             if self.cache.path(facts[number]).is_file():
                 progress(1)
             else:
-                missing[None if variant.adapter is None else sample.people].append(number)
-        for people, numbers in missing.items():
-            request = self._request(variant, people) if people is not None else None
+                missing[None if variant.adapter is None else self._group(variant, sample)].append(number)
+        for group, numbers in missing.items():
+            request = self._request(variant, *group) if group is not None else None
+            pose = self._pose(variant, samples[numbers[0]])
+            shown = {} if pose is None else {"pose": pose}
             for batch in _batches(numbers, self.settings.batch):
-                pictures = generator.generate([self._sampling(samples[number]) for number in batch], request)
+                pictures = generator.generate([self._sampling(samples[number]) for number in batch], request, **shown)
                 for number, (image, owners) in zip(batch, pictures, strict=True):
                     self.cache.put(image, facts[number], owners)
                 progress(len(batch))
@@ -242,36 +270,55 @@ class SampleProvider:
     def _facts(self, variant: Variant, samples: Sequence[Sample]) -> list[dict[str, Any]]:
         """All that decides each picture of a variant."""
         generator = self.generators[variant.adapter]
-        groups = dict.fromkeys(sample.people for sample in samples)
-        requests = {people: self._request(variant, people) for people in groups}
-        plain = {people: None if request is None else to_json(request) for people, request in requests.items()}
-        injected = {people: 0 if variant.adapter is None else len(people) for people in groups}
+        groups = dict.fromkeys(self._group(variant, sample) for sample in samples)
+        requests = {group: self._request(variant, *group) for group in groups}
+        plain = {group: None if request is None else to_json(request) for group, request in requests.items()}
+        injected = {group: 0 if variant.adapter is None else len(group[0]) for group in groups}
         weights = {number: dict(generator.weights(number)) for number in set(injected.values())}
-        return [
-            {
-                "weights": weights[injected[sample.people]],
+        found = []
+        for sample in samples:
+            group, pose = self._group(variant, sample), self._pose(variant, sample)
+            facts = {
+                "weights": weights[injected[group]],
                 "sampling": dataclasses.asdict(self._sampling(sample)),
-                "request": plain[sample.people],
+                "request": plain[group],
                 "version": __version__,
             }
-            for sample in samples
-        ]
+            found.append(facts if pose is None else {**facts, "pose": hashlib.sha256(pose.tobytes()).hexdigest()})
+        return found
 
-    def _request(self, variant: Variant, people: Sequence[int]) -> PortraitRequest | None:
+    @staticmethod
+    def _group(variant: Variant, sample: Sample) -> tuple[tuple[int, ...], int]:
+        """What decides a sample's request: the people, and the number of their layout where they have one."""
+        return sample.people, sample.seed % LAYOUTS if variant.laid_out else 0
+
+    def _pose(self, variant: Variant, sample: Sample) -> Image | None:
+        """What the ControlNet is shown; None for methods without."""
+        if variant.adapter is None or not declaration(self.generators[variant.adapter].method).control:
+            return None
+        people, seed = self._group(variant, sample)
+        return layout_of(seed, len(people)).picture(self.settings.size)
+
+    def _request(self, variant: Variant, people: Sequence[int], layout: int) -> PortraitRequest | None:
         if variant.adapter is None:
             return None
         method = self.generators[variant.adapter].method
         declared, count = declaration(method), len(people)
         # What reads no network of faces sees the photo itself, and more of it than an aligned face.
         whole = not declared.encoders
+        boxes: Sequence[Box | None] = [None] * count
+        if variant.laid_out:
+            boxes = layout_of(layout, count).boxes
+        elif variant.sides:
+            boxes = [(place / count, 0.0, (place + 1) / count, 1.0) for place in range(count)]
         own = _values(declared.identity_options, {"structure": variant.structure, **self.settings.options})
         identities = tuple(
             Identity(
                 tuple(self.population.photo(person, number).to_request(whole) for number in range(variant.photos)),
-                region=Region((place / count, 0.0, (place + 1) / count, 1.0)) if variant.sides else None,
+                region=Region(box) if box is not None else None,
                 options=own,
             )
-            for place, person in enumerate(people)
+            for person, box in zip(people, boxes)
         )
         options = _values(declared.options, {"scale": self.settings.scale, **self.settings.options})
         return PortraitRequest(identities, method=method, options=options)

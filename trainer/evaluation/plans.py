@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -35,7 +35,7 @@ class Variant:
 
     adapter: label of the adapter, or None where nobody is injected; real: not generated at all, but the population's
     own pictures. photos: references of each person. structure: β. sides: whether each person has a region, side by
-    side.
+    side. laid_out: whether each face has its place, see `layouts`, and the ControlNet of the adapter's kit their poses.
     """
 
     name: str
@@ -44,6 +44,7 @@ class Variant:
     photos: int = 1
     structure: float = 0.1
     sides: bool = False
+    laid_out: bool = False
 
 
 @dataclass(frozen=True)
@@ -82,7 +83,8 @@ BRIEF = {
 @dataclass(frozen=True)
 class ProtocolSettings:
     """The size of protocols, and what they vary. number, prompts, pictures: see `Counts`; 0: the protocol's `defaults`.
-    structure: β where it is not what varies. sides: whether pairs are also made with a region for each person."""
+    structure: β where it is not what varies. sides: whether pairs are also made with a region for each person. layouts:
+    whether they are also made with a place for each face."""
 
     number: int = 0
     prompts: int = 0
@@ -91,6 +93,7 @@ class ProtocolSettings:
     betas: tuple[float, ...] = (0.0, 0.1, 0.3, 0.6, 1.0)
     structure: float = 0.1
     sides: bool = False
+    layouts: bool = False
     defaults: Mapping[str, Counts] = field(default_factory=lambda: PAPER)
 
     def __post_init__(self) -> None:
@@ -115,17 +118,22 @@ class ProtocolSettings:
 
 
 def make_plan(
-    protocol: str, people: Sequence[Subject], adapters: Sequence[str], settings: ProtocolSettings
+    protocol: str,
+    people: Sequence[Subject],
+    adapters: Sequence[str],
+    settings: ProtocolSettings,
+    placed: Collection[str] = (),
 ) -> EvaluationPlan:
     """The protocol for the first of the people.
 
-    adapters: their labels; the protocols that vary something else use the first one. Raises PortraitError for a
+    adapters: their labels; the protocols that vary something else use the first one. placed: those whose method cannot
+    do without places of faces, which they have in every row. Raises PortraitError for a
     protocol that does not exist, and for pairs of fewer than two people.
     """
     counts = settings.counts(protocol)
     numbers = range(min(counts.people, len(people)))
     base, real = Variant(BASE), Variant(REAL, real=True)
-    adapted = [Variant(label, label, structure=settings.structure) for label in adapters]
+    adapted = [Variant(label, label, structure=settings.structure, laid_out=label in placed) for label in adapters]
     if protocol == "single":
         # UniPortrait, tables 1 and 3, after FastComposer: people x prompts x 4 pictures.
         samples = _samples([(number,) for number in numbers], SINGLE, people, counts)
@@ -135,19 +143,22 @@ def make_plan(
         pairs = list(itertools.combinations(numbers, 2))
         if not pairs:
             raise PortraitError("number", "one person makes no pair", "Give at least two people.")
+        free = [one for one in adapted if not one.laid_out]
         if settings.sides:
-            adapted += [dataclasses.replace(one, name=f"{one.name}, side by side", sides=True) for one in adapted]
+            adapted += [dataclasses.replace(one, name=f"{one.name}, side by side", sides=True) for one in free]
+        if settings.layouts:
+            adapted += [dataclasses.replace(one, name=f"{one.name}, laid out", laid_out=True) for one in free]
         return EvaluationPlan(protocol, "Two people", _samples(pairs, MULTI, people, counts), [base, *adapted, real])
     samples = _samples([(number,) for number in numbers], SINGLE, people, counts)
     if protocol == "references":
         # UniPortrait, table I: compared with another photo of the person than the ones given.
         variants = [
-            Variant(f"{n} reference{'s' if n > 1 else ''}", adapters[0], photos=n, structure=settings.structure)
+            dataclasses.replace(adapted[0], name=f"{n} reference{'s' if n > 1 else ''}", photos=n)
             for n in settings.references
         ]
         return EvaluationPlan(protocol, "Several references", samples, [base, *variants, real], UNSEEN_PHOTO)
     # UniPortrait, appendix A.
-    variants = [Variant(f"β = {beta:g}", adapters[0], structure=beta) for beta in settings.betas]
+    variants = [dataclasses.replace(adapted[0], name=f"β = {beta:g}", structure=beta) for beta in settings.betas]
     return EvaluationPlan(protocol, "Face structure scale", samples, [base, *variants, real])
 
 

@@ -101,13 +101,7 @@ class WorldPopulation(Population):
         return self._photos[person, number]
 
     def _render(self, person: int, number: int) -> SubjectPhoto:
-        """A clear photograph: no art style, age, accessories or large turn."""
-        index = self.numbers[person]
-        scene = sample_scene(_seed(index, number), [world_person(index)])
-        sampled = scene.people[0].situation
-        plain = replace(sampled, yaw=min(max(sampled.yaw, -25), 25), hat=None, glasses=False, scarf=False)
-        scene = replace(_with_situation(scene, plain), style="photo", blur=0.0, noise=0.0, fade=0.0)
-        picture = render(scene, self.size)
+        picture = render(photograph(self.numbers[person], number), self.size)
         return SubjectPhoto(picture.image, picture.faces[0].landmarks)
 
     def real(self, people: Sequence[int], prompt: Prompt, seed: int, size: int) -> Image:
@@ -116,6 +110,14 @@ class WorldPopulation(Population):
 
     def revision(self, people: Sequence[int]) -> str:
         return ""
+
+
+def photograph(index: int, number: int) -> Scene:
+    """The scene of photo `number` of a person of the world: no art style, age, accessories or large turn."""
+    scene = sample_scene(_seed(index, number), [world_person(index)])
+    sampled = scene.people[0].situation
+    plain = replace(sampled, yaw=min(max(sampled.yaw, -25), 25), hat=None, glasses=False, scarf=False)
+    return replace(_with_situation(scene, plain), style="photo", blur=0.0, noise=0.0, fade=0.0)
 
 
 def scene_following(scene: Scene, prompt: Prompt) -> Scene:

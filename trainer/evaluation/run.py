@@ -63,7 +63,7 @@ class EvaluationSettings:
     a folder of photos. gallery: at least how many people of the world. size: 0 for the checkpoint's own. detector,
     recogniser, clip, attributes: see `instruments`; for people of the world the world's own by default; attributes ""
     for none. fid: whose features, CLIP or FACE. processes: how many generate at once, 0 for as many as suit the machine
-    and the model.
+    and the model. kit: the folder of the world's kit.
     """
 
     output: Path
@@ -88,6 +88,12 @@ class EvaluationSettings:
     fid: str = CLIP
     device: str = "cpu"
     processes: int = 0
+    kit: Path = field(default_factory=lambda: WORLD)
+
+
+def of_kit(folder: Path) -> dict[str, Any]:
+    """What a world's kit decides of the settings: its checkpoint, and its adapter. Raises PortraitError."""
+    return {"checkpoint": _named_file("base", folder), "adapters": (read_manifest(folder / ALONE).name,)}
 
 
 def evaluate(settings: EvaluationSettings, say: Callable[[str], object] = print) -> list[Table]:
@@ -136,7 +142,7 @@ def _prepare(settings: EvaluationSettings) -> _Prepared:
     description = settings.checkpoint.with_suffix(".yaml")
     if description.is_file():
         hashes["yaml"] = file_sha256(description)
-    stores = dict(_adapter(text, cache) for text in settings.adapters)
+    stores = dict(_adapter(text, cache, settings.kit) for text in settings.adapters)
     if len(stores) < len(settings.adapters):
         raise PortraitError("adapter", "two have the same label", "Give them labels: --adapter LABEL=FOLDER.")
     generators: dict[str | None, Generator] = {None: StandaloneGenerator(model, hashes, None)}
@@ -156,9 +162,10 @@ def _prepare(settings: EvaluationSettings) -> _Prepared:
     )
     population = open_population(settings, sampling.size)
     provider = SampleProvider(population, generators, sampling, PictureCache(settings.output / "pictures"))
+    placed = [label for label, kit in kits.items() if declaration(kit.method).control]
     # Everything that could be wrong with one of the protocols comes to light before the first picture of any.
     plans = [
-        make_plan(protocol, population.people, list(stores), _protocol_settings(settings))
+        make_plan(protocol, population.people, list(stores), _protocol_settings(settings), placed)
         for protocol in settings.protocols
     ]
     people = 2 if "multi" in settings.protocols else 1
@@ -341,7 +348,7 @@ def open_instruments(settings: EvaluationSettings, model: Model) -> Instruments:
 def _detector(settings: EvaluationSettings) -> str:
     if settings.detector:
         return settings.detector
-    own = _named_file("detector") if _of_world(settings) else None
+    own = _named_file("detector", settings.kit) if _of_world(settings) else None
     return str(own) if own is not None and own.is_file() else "mtcnn"
 
 
@@ -356,25 +363,27 @@ def _clip(settings: EvaluationSettings) -> str:
 def _attributes(settings: EvaluationSettings) -> str:
     if settings.attributes is not None:
         return settings.attributes
-    return str(_named_file("attributes")) if _of_world(settings) else ""
+    return str(_named_file("attributes", settings.kit)) if _of_world(settings) else ""
 
 
-def _named_file(role: str) -> Path:
-    """The file that the world's kit names for a role: an entry of the manifest, or one of its encoders.
+def _named_file(role: str, folder: Path | None = None) -> Path:
+    """The file that the world's kit, in that folder or where it ships, names for a role: an entry of the manifest, or
+    one of its encoders.
 
     Raises PortraitError where it names none, and where the manifest cannot be read."""
-    kit = read_manifest(WORLD / ALONE)
+    folder = folder or WORLD
+    kit = read_manifest(folder / ALONE)
     file: StoredFile | None = kit.encoders.get(role) or getattr(kit, role, None)
     if file is None:
         raise PortraitError(role, f"the kit {kit.name} names none", "Get the kit anew: `git checkout models`.")
-    return WORLD / file.name
+    return folder / file.name
 
 
 def _world_file(settings: EvaluationSettings, name: str, role: str, real: str) -> str:
     """The file of the world's kit for a role. Raises PortraitError where the people are not the world's."""
     if not _of_world(settings):
         raise PortraitError(name, "the world's own does not know photographs", f"Give one that does, such as {real}.")
-    return str(_named_file(role))
+    return str(_named_file(role, settings.kit))
 
 
 def _reference_detector(settings: EvaluationSettings) -> str | Detector:
@@ -383,19 +392,21 @@ def _reference_detector(settings: EvaluationSettings) -> str | Detector:
     return chosen if chosen in DETECTORS else open_detector(chosen, [MODELS])
 
 
-def _adapter(text: str, cache: Path) -> tuple[str, tuple[Store, str, str]]:
-    """The label of an adapter, the store that finds its files, its name there and its method. cache: for hashes."""
+def _adapter(text: str, cache: Path, world: Path) -> tuple[str, tuple[Store, str, str]]:
+    """The label of an adapter, the store that finds its files, its name there and its method. cache: for hashes.
+
+    world: the folder of the world's kit."""
     label, _, place = text.rpartition("=")
     folder = Path(place)
     if not folder.is_dir():
-        store = Store(Folders([WORLD, MODELS]), adapter_files(), cache)
+        store = Store(Folders([world, MODELS]), adapter_files(), cache)
         return label or place, (store, place, store.kit(place).method)
     alone = Store(Folders([folder]), adapter_files())
     found = {(name, files.method) for files in adapter_files() for name in alone.names(files.method)}
     if len(found) != 1:
         what = f"holds {', '.join(sorted(name for name, _ in found))}" if found else "holds no adapter"
         raise PortraitError("adapter", f"{folder} {what}", "Give a folder with one adapter's files.")
-    store = Store(Folders([folder, WORLD, MODELS]), adapter_files(), cache)
+    store = Store(Folders([folder, world, MODELS]), adapter_files(), cache)
     return label or folder.name, (store, *found.pop())
 
 

@@ -7,7 +7,7 @@ classifier-free guidance. Needs the latents and tokens of `portrait.py dataset f
 from __future__ import annotations
 
 import argparse
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import torch
@@ -16,13 +16,13 @@ from torch import Tensor
 from lib_portrait.checkpoints.formats import read_header, read_tensors, write_tensors
 from lib_portrait.errors import PortraitError
 from lib_portrait.faces.weights import fitting
-from trainer.architectures import world_text_encoder, world_unet, world_vae
+from trainer.architectures import HEADS, UNET_CHANNELS, unet_like, vae_like, world_text_encoder, world_unet
 from trainer.diffusion import NoiseSchedule, add_face_weight, face_weighted
 from trainer.drawing import STEPS, ddim_sample, guided
 from trainer.draws import Draws
 from trainer.faces import faces_of, region_of
 from trainer.features import Features, uncaptioned
-from trainer.loop import Recipe, Settings
+from trainer.loop import Recipe, Settings, fast_on_gpu
 from trainer.shards import FaceRecord, Shards
 
 
@@ -69,14 +69,23 @@ class BaseRecipe(Recipe):
         initial: Path | None = None,
         face_weight: float = 0.0,
         fixed_text: bool = False,
+        channels: Sequence[int] = UNET_CHANNELS,
+        layers: int = 1,
+        heads: int = HEADS,
     ):
         super().__init__()
         self.scale = latent_scale(vae)
         self.data = Latents(Shards.under(data), self.scale)
         self.dropped, self.gamma, self.face_weight, self.schedule = dropped, gamma, face_weight, NoiseSchedule()
-        self.unet, self.text_encoder = world_unet(), world_text_encoder()
-        if initial is not None:
-            tensors = read_tensors(initial).tensors
+        self.heads, self.latent = heads, self.data.features.latents.shape[-1]
+        self.text_encoder = world_text_encoder()
+        if initial is None:
+            self.unet = world_unet(channels, layers, heads, self.latent)
+        else:
+            tensors, facts = (stored := read_tensors(initial)).tensors, stored.metadata
+            own = {k.removeprefix("unet."): v for k, v in tensors.items() if k.startswith("unet.")}
+            self.unet = unet_like(own, facts, initial.name)
+            self.heads = int(facts.get("heads", HEADS))
             for name, network in self.networks().items():
                 own = {k.removeprefix(f"{name}."): v for k, v in tensors.items() if k.startswith(name)}
                 network.load_state_dict(fitting(network, own, initial.name, f"{name}."))
@@ -88,8 +97,11 @@ class BaseRecipe(Recipe):
         return {"unet": self.unet, "text_encoder": self.text_encoder}
 
     def prepare(self, device: torch.device, dtype: torch.dtype, settings: Settings) -> None:
+        fast_on_gpu(self.unet, device)
         if settings.checkpointing:
             self.unet.enable_gradient_checkpointing()
+        if settings.compile:
+            self.unet.compile()
 
     def samples(self) -> Latents:
         return self.data
@@ -116,19 +128,24 @@ class BaseRecipe(Recipe):
         noise = draws.randn(*self.data.features.latents.shape[1:])[:8]
         end = torch.zeros(8, dtype=torch.long, device=draws.device)
         latent = ddim_sample(noise, end, STEPS, self.schedule, predict)
-        vae = world_vae()
-        vae.load_state_dict(fitting(vae, read_tensors(self._vae[0]).tensors, self._vae[0].name))
+        tensors = read_tensors(self._vae[0]).tensors
+        vae = vae_like(tensors, self._vae[0].name)
+        vae.load_state_dict(fitting(vae, tensors, self._vae[0].name))
         pictures = vae.eval().to(draws.device).decode(latent / self.scale).sample / 2 + 0.5
         return {"captions": torch.cat([torch.cat(list(half), dim=2) for half in pictures.chunk(2)], dim=1)}
 
     def export(self, folder: Path, facts: Mapping[str, str]) -> None:
-        """base.safetensors: unet.* and text_encoder.* in diffusers' and transformers' names."""
+        """base.safetensors: unet.* and text_encoder.* in diffusers' and transformers' names.
+
+        Its metadata say what the weights do not: the number of heads, and the side of the latents.
+        """
         tensors = {
             f"{name}.{key}": tensor.contiguous().cpu()
             for name, network in self.networks().items()
             for key, tensor in network.state_dict().items()
         }
-        write_tensors(folder / "base.safetensors", tensors, facts)
+        own = {"heads": str(self.heads), "latent": str(self.latent)}
+        write_tensors(folder / "base.safetensors", tensors, {**facts, **own})
 
 
 def latent_scale(vae: Path) -> float:
@@ -143,7 +160,17 @@ def configure(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--vae", type=Path, required=True, help="vae.safetensors, as exported by the recipe vae")
     parser.add_argument("--dropped", type=float, default=0.1, help="share of samples without their caption")
     parser.add_argument("--gamma", type=float, default=5.0, help="Min-SNR's gamma")
-    parser.add_argument("--initial", type=Path, help="base.safetensors of another run to begin with")
+    parser.add_argument("--initial", type=Path, help="base.safetensors of another run to begin with, of its widths")
+    parser.add_argument(
+        "--channels",
+        type=int,
+        nargs=4,
+        default=UNET_CHANNELS,
+        metavar="N",
+        help=f"of the UNet's levels, multiples of the first; default {' '.join(map(str, UNET_CHANNELS))}",
+    )
+    parser.add_argument("--layers", type=int, default=1, help="residual blocks of a level, default 1")
+    parser.add_argument("--heads", type=int, default=HEADS, help=f"of every attention, default {HEADS}")
     parser.add_argument(
         "--fixed-text", action="store_true", help="leave the text encoder of --initial as it is; a vision tower fits on"
     )
@@ -161,4 +188,7 @@ def build(options: argparse.Namespace) -> Recipe:
         options.initial,
         options.face_weight,
         options.fixed_text,
+        options.channels,
+        options.layers,
+        options.heads,
     )

@@ -32,6 +32,8 @@ from trainer.loop import Recipe, Settings
 from trainer.references import PicturesWithReferences
 from trainer.shards import Shards
 
+# How the adapter of the embedded world is trained.
+WORLD_RUNS = ("--gamma 5 --face-weight 5",)
 CAPTION_DROPPED = REFERENCE_DROPPED = 0.1
 
 

@@ -79,11 +79,11 @@ def _factors(name: str) -> Tensor:
 class RecognitionRecipe(Recipe):
     """See the module."""
 
-    def __init__(self, data: Path, network: str, factors: float = 0.0):
+    def __init__(self, data: Path, network: str, factors: float = 0.0, side: int | None = None):
         super().__init__()
         self.name = f"recognition {network}"
         self.kind = network
-        self.network = NETWORKS[network]()
+        self.network = NETWORKS[network]() if side is None else NETWORKS[network](side)
         self.data = LabelledFaces(Shards.under(data), self.network.image_size, factors > 0)
         self.head = CurricularFace(EMBEDDING, self.data.classes, margin=0.4, scale=32.0)
         self.factors = factors
@@ -120,7 +120,10 @@ def configure(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--factors", type=float, default=0.0, help="the world only: weight of telling a person's factors"
     )
+    parser.add_argument(
+        "--side", type=int, help="of the faces it sees, a multiple of 16; default 80, and 64 to measure, for 128 px"
+    )
 
 
 def build(options: argparse.Namespace) -> Recipe:
-    return RecognitionRecipe(options.data, options.network, options.factors)
+    return RecognitionRecipe(options.data, options.network, options.factors, options.side)

@@ -60,6 +60,16 @@ COMPONENTS = ("global", "local", "structure", "shallow")
 FACES_DROPPED = CAPTION_DROPPED = 0.05
 # Lambda of eq. 4, and the LoRA's share of the rate in stage 2 (sec. 3.4).
 ROUTE_WEIGHT = LORA_RATE = 0.1
+# How the adapter of the embedded world is trained, run after run: stage 1, the same with the identity loss, stage 2.
+_FACES = "--gamma 0.5 --face-weight 5"
+_FIRST = f"{_FACES} --width 192 --depth 4 --rank 40 --backbone {{backbone}} --vision {{vision}}"
+WORLD_RUNS = (
+    _FIRST,
+    f"{_FIRST} --initial {{previous}}/uniportrait-faceid_{{name}}.safetensors --identity-weight 0.04 --last-below 600 "
+    "--recognition {backbone} --detector {detector}",
+    f"{_FACES} --stage 2 --faceid {{previous}}/uniportrait-faceid_{{name}}.safetensors --route-weight 0.3 "
+    "--lora-rate 0.6",
+)
 # The ID scale of what is drawn, that of a request that does not say, as is TensorBoard's structure scale.
 SCALE = float(defaults(DECLARATION.options)["scale"])
 STRUCTURE = float(defaults(DECLARATION.identity_options)["structure"])

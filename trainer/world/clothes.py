@@ -45,12 +45,23 @@ def _neckline(path: skia.Path, neck: float, lowest: float, pointed: bool) -> Non
         path.cubicTo(-neck * 0.8, lowest, neck * 0.8, lowest, neck * 1.02, 1.26)
 
 
+def half_shoulders(person: WorldPerson) -> float:
+    """Half the width of the shoulders."""
+    return 1.28 if person.woman else 1.58
+
+
+def joints(person: WorldPerson) -> list[tuple[float, float]]:
+    """Where the neck meets the body, and the left and the right shoulder as seen in the picture."""
+    across = 0.82 * half_shoulders(person)
+    return [(0.0, 1.55), (-across, 1.9), (across, 1.9)]
+
+
 def draw_body(
     raster: Raster, person: WorldPerson, situation: Situation, light: Light, skin: Colour, chin: tuple[float, float]
 ) -> None:
     """Draw in head units around the head's centre; `chin` is where the neck begins."""
     neck = lerp(person.jaw, 0.34, 0.46) + (0.0 if person.woman else 0.06)
-    shoulder = 1.28 if person.woman else 1.58
+    shoulder = half_shoulders(person)
     _draw_neck(raster, light, multiply(skin, (0.86, 0.80, 0.79)), neck, chin)
     colour = CLOTHES_COLOURS[situation.clothes_colour]
     jacket, lowest = situation.garment == "jacket", LOWEST_COLLAR[situation.garment]

@@ -11,7 +11,7 @@ import numpy as np
 import skia
 
 from . import hair, skin
-from .clothes import draw_body
+from .clothes import draw_body, joints
 from .curves import feature_curves
 from .head import Array, Real, View, face_layout, lerp, longitude, rotation, surface
 from .light import Light, column, mix, multiply, ramp
@@ -31,6 +31,10 @@ IRIS = (
 SIGNS = {-1: "-", 1: "+"}  # of the left and the right side, as seen in the picture
 FACE_TRIANGLES = skin.face_triangles()
 _BEFORE_EYE = np.array([[0], [0], [0.02]], Real)
+POSE_POINTS = 18
+# How far a side of the head may be turned from the viewer before its eye, or its ear, is no longer seen.
+EYE_HIDDEN, EAR_HIDDEN = -0.05, -0.25
+_EAR_SIDES = np.array([[-1, 1], [0, 0], [0, 0]], Real)
 EYE_STEP = 0.05  # along an eye's own axes, to see where they point in the picture
 
 _ROUND = np.linspace(0, 2 * np.pi, 18, endpoint=False, dtype=Real)
@@ -46,6 +50,10 @@ _RIM_SQUARE = np.sign(_RIM_ROUND) * np.abs(_RIM_ROUND) ** 0.55
 _NECK_TOP = np.array([[0.0], [0.55], [-0.2]], Real)
 
 Line = tuple[list[float], list[float]]  # x, y in pixels
+
+# Radii of freckles in head units, in turn. Spots that face the viewer less than this are not seen.
+FRECKLES = (0.010, 0.016, 0.022)
+FACING = 0.02
 
 FOREHEAD = [f"forehead {index}" for index in range(3)]
 FOLDS, BAGS, NOSTRILS, WINGS = ([f"{name} {sign}" for sign in "-+"] for name in ("fold", "bag", "nostril", "wing"))
@@ -140,6 +148,22 @@ class PersonRenderer:
         eyes = [[a * x + b * y + c for a, b, c in self.frames[side]] for side in SIGNS]
         return np.concatenate([eyes, self.outline_of("nose tip")[:2].T, self.outline_of("mouth corners")[:2].T])
 
+    def pose(self) -> Array:
+        """(18, 2) pixels: the points of a body in OpenPose's order, NaN for those that are not in sight.
+
+        Right and left are the person's own. Of the body there are neck and shoulders: arms and hips are never drawn.
+        """
+        points = np.full((POSE_POINTS, 2), np.nan, Real)
+        left_eye, right_eye, nose = self.landmarks()[:3]
+        points[0], points[14], points[15] = nose, left_eye, right_eye
+        points[[1, 2, 5]] = np.array(joints(self.person), Real) * self.view.scale + np.array(self.view.centre, Real)
+        x, sight = self.layout.ear_x, self.view.turn[2] @ _EAR_SIDES
+        points[16:] = self._pixels(np.array([[-x, x], [0.12, 0.12], [0, 0]], Real)).T
+        # Of a head that turns away, the far ear and then the far eye are hidden.
+        points[16:][sight < EAR_HIDDEN] = np.nan
+        points[14:16][[self._facing_of(f"brow {SIGNS[side]}") < EYE_HIDDEN for side in SIGNS]] = np.nan
+        return points
+
     def box(self) -> Array:
         """(4,) pixels x0, y0, x1, y1 around the face as far as it is turned to the viewer."""
         return self.meshes.bounds("head", self.meshes.front_of("head") & FACE_TRIANGLES)
@@ -191,23 +215,30 @@ class PersonRenderer:
     def _fill(self, colour: Colour, factor: float = 1.0, alpha: float = 1.0) -> skia.Paint:
         return skia.Paint(AntiAlias=True, Color=self.light.tone(colour, factor, alpha))
 
+    def spots(self, kind: str) -> Array:
+        """The "moles" or "freckles" (M, 5): where they are in the picture, half their width and height there, all in
+        pixels, and how much each faces the viewer, below FACING not at all.
+        """
+        radii = [mole.radius for mole in self.person.moles] if kind == "moles" else FRECKLES
+        where = self._slices[kind]
+        rows = []
+        for px, py, facing, radius in zip(self._x[where], self._y[where], self._facing[where], cycle(radii or [0.0])):
+            tall = radius * self.view.scale
+            rows.append((px, py, tall * max(facing, 0.15), tall, facing))
+        return np.array(rows, float).reshape(-1, 5)
+
     def _spots(self, raster: Raster, on_nose: bool) -> None:
         """Freckles and moles; those on the nose are drawn after it, the others may hide behind it."""
         freckles, moles = lerp(self.person.freckles, 0.25, 0.7), 0.95
-        for name, tint, alpha, radii in (
-            ("freckles", (0.70, 0.50, 0.40), freckles, (0.010, 0.016, 0.022)),
-            ("moles", (0.36, 0.26, 0.24), moles, [mole.radius for mole in self.person.moles]),
-        ):
+        for name, tint, alpha in (("freckles", (0.70, 0.50, 0.40), freckles), ("moles", (0.36, 0.26, 0.24), moles)):
             where = self._slices[name]
             if where.start == where.stop:
                 continue
-            places = zip(self._face_x[where], self._face_y[where], self._x[where], self._y[where], self._facing[where])
+            places = zip(self._face_x[where], self._face_y[where], self.spots(name).tolist())
             paint = self._fill(multiply(self.skin, tint), 1, alpha)
-            for (x, y, px, py, facing), radius in zip(places, cycle(radii)):
+            for x, y, (px, py, thin, tall, facing) in places:
                 near = abs(x) < self.layout.nose_width * 1.3 and y < self.layout.nose_y + 0.1
-                if near == on_nose and facing > 0.02:
-                    tall = radius * self.view.scale
-                    thin = tall * max(facing, 0.15)
+                if near == on_nose and facing > FACING:
                     raster.canvas.drawOval(skia.Rect(px - thin, py - tall, px + thin, py + tall), paint)
 
     def _lines(self, raster: Raster, names: Iterable[str], colour: Colour, width: float, alpha: float) -> None:
@@ -243,7 +274,7 @@ class PersonRenderer:
     def _eye(self, raster: Raster, side: int) -> None:
         """An eye in its own flat coordinates: x outward on both sides' own half, lids, iris at `_iris`, lashes."""
         person, situation, tone, canvas = self.person, self.situation, self.light.tone, raster.canvas
-        if self._facing_of(f"brow {SIGNS[side]}") < -0.05:
+        if self._facing_of(f"brow {SIGNS[side]}") < EYE_HIDDEN:
             return
         size = self.eye_size
         opening = size * lerp(person.eye_opening, 0.34, 0.66) * max(situation.eyes_open, 0.15)

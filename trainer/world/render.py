@@ -28,7 +28,8 @@ class FaceTruth:
 
     id: the identity's number. box: (4,) float32 x0, y0, x1, y1 of the whole face, forehead to chin, cut at the
     picture's edge. landmarks: (5, 2) float32 irises, nose tip, mouth corners, each left before right as seen in the
-    picture. mask: (H, W) bool, the face's visible pixels: not those under hair, hat or another person.
+    picture. mask: (H, W) bool, the face's visible pixels: not those under hair, hat or another person. pose: (18, 2)
+    float32, see `PersonRenderer.pose`.
     Coordinates are continuous: pixel i covers [i, i + 1].
     """
 
@@ -36,6 +37,7 @@ class FaceTruth:
     box: NDArray[np.float32]
     landmarks: NDArray[np.float32]
     mask: NDArray[np.bool_]
+    pose: NDArray[np.float32]
 
 
 @dataclass(frozen=True)
@@ -98,6 +100,7 @@ def render(scene: Scene, size: int) -> Picture:
             box=np.clip(renderer.box() / OVERSAMPLING, 0, size).astype(np.float32),
             landmarks=(renderer.landmarks() / OVERSAMPLING).astype(np.float32),
             mask=np.asarray(raster.label_pixels[:, :, 0] == index + 1),
+            pose=(renderer.pose() / OVERSAMPLING).astype(np.float32),
         )
         for index, (placement, renderer) in enumerate(zip(scene.people, renderers))
     )

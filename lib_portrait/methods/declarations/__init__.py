@@ -17,7 +17,7 @@ from lib_portrait.errors import PortraitError
 from lib_portrait.options import Option, shown
 
 # Those with weights of their own. The first is the one that requests mean where they name none.
-ADAPTED = ("uniportrait", "fusion")
+ADAPTED = ("uniportrait", "fusion", "instantfamily", "omniportrait")
 # And the one without: people are in the picture by reference guidance alone, or by what is no part of this project.
 NAMES = (*ADAPTED, "none")
 
@@ -30,6 +30,7 @@ class Declaration:
     options: what may be chosen for a whole request. identity_options: for each of its people.
     mixes: whether people can be mixed into an identity.
     maps: the switch among its options that asks for maps of where people were put; "" where it makes none.
+    control: the switch that asks for the picture that the ControlNet saw; "" where none is told of people.
     """
 
     files: AdapterFiles
@@ -37,6 +38,7 @@ class Declaration:
     identity_options: tuple[Option, ...] = ()
     mixes: bool = False
     maps: str = ""
+    control: str = ""
 
     @property
     def name(self) -> str:

@@ -82,6 +82,7 @@ class Recorder:
         self.fail = wishes.get("fail")
         self.interrupt = wishes.get("interrupt")
         self.callback_fails = bool(wishes.get("callback_fails"))
+        self.foreigners = bool(wishes.get("foreigners"))
         self.tiles = bool(wishes.get("tiles"))
         self.tensors: dict[str, torch.Tensor] = {}
         self.calls: list[dict[str, Any]] = []
@@ -148,8 +149,13 @@ class Recorder:
         x = args[0] if args else kwargs["x"]
         context = kwargs.get("context", args[1] if len(args) > 1 else None)
         if site is None:
+            seen = f"foreign.{len(self.foreign)}"
             self.foreign.append({"tokens": context.shape[1] if context is not None else 0, "rows": len(x)})
-            return call(module, *args, **kwargs)
+            out = call(module, *args, **kwargs)
+            if self.foreigners and context is not None:
+                for name, tensor in (("in", x), ("out", out), ("context", context)):
+                    self.tensors[f"{seen}.{name}"] = kept(tensor)
+            return out
         number = len(self.calls) - 1
         if self.fail and self.fail["call"] == number and self.fail.get("site", 1) == site:
             raise RuntimeError("planted by the probe inside a step")

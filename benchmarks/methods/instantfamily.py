@@ -1,0 +1,32 @@
+"""InstantFamily at the sizes of SD1.5 and an IR-101, with random weights: both masks, and none."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import torch
+from torch import nn
+
+from lib_portrait.attention import find_sites
+from lib_portrait.methods.instantfamily import EXCLUDE, MULTIPLY, NONE, FaceProjections, FamilyMember, FamilyRule
+
+TRAINING: dict[str, tuple[str, ...]] = {}
+WIDTH, SIDE = 512, 7
+# Of a face in a row of people, in shares of what each has of the picture's width.
+FACE = 0.6
+
+
+def rules(
+    unet: nn.Module, counts: Sequence[int], latent: int
+) -> Iterator[tuple[dict[str, Any], Callable[[], FamilyRule]]]:
+    """People stand side by side, each with a square face."""
+    adapter = FaceProjections.for_sites(find_sites(unet), WIDTH, WIDTH).requires_grad_(False)
+    for count in counts:
+        tokens = adapter(torch.randn(count, WIDTH), torch.randn(count, SIDE**2, WIDTH))
+        half = FACE / count / 2
+        boxes = [((i + 0.5) / count - half, 0.5 - half, (i + 0.5) / count + half, 0.5 + half) for i in range(count)]
+        people = [FamilyMember(own, box) for own, box in zip(tokens, boxes)]
+        for mask in (MULTIPLY, EXCLUDE, NONE):
+            yield {"ids": count, "mask": mask}, functools.partial(FamilyRule, adapter, people, mask)

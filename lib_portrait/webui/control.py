@@ -1,0 +1,100 @@
+"""sd-webui-controlnet's networks, for methods that have trained one together with their adapter (as of 1.1.455).
+
+Its script keeps what its enabled units run in `latest_network.control_params`, in their order, from `process` (with a
+refiner `before_process_batch`) until the pictures are done; its hook on the UNet's forward calls these networks with
+the context that the UNet got.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from lib_portrait.attention.regions import Box
+
+if TYPE_CHECKING:
+    from lib_portrait.checkpoints.kit import StoredFile
+    from lib_portrait.control_picture import Circle
+
+TITLE = "controlnet"
+# The folder that the extension saves them in.
+SHOWN_AS = "portrait"
+_HINTS = ("hint_cond", "hr_hint_cond")
+
+
+@dataclass(frozen=True)
+class Unit:
+    """An enabled unit that runs a network. name: of its model, as the panel shows it. file: the model's, None where
+    that is not known. parameters: the extension's own of this unit."""
+
+    name: str
+    file: Path | None
+    parameters: Any
+
+    @property
+    def network(self) -> torch.nn.Module:
+        return self.parameters.control_model.control_model
+
+
+def show(p: Any, unit: Unit) -> None:
+    """Puts the picture that a unit's network sees among those that the extension shows, and saves where its settings
+    say so, as those of its preprocessors."""
+    from lib_portrait.control_picture import to_image
+
+    hint = unit.parameters.hint_cond
+    if isinstance(hint, torch.Tensor) and hint.ndim == 4 and hint.shape[1] == 3:
+        _script(p).detected_map.append((to_image(hint[0]), SHOWN_AS))
+
+
+def _script(p: Any) -> Any:
+    scripts = getattr(p.scripts, "alwayson_scripts", ())
+    return next((one for one in scripts if one.title().lower() == TITLE), None)
+
+
+def units(p: Any) -> list[Unit]:
+    """The enabled units whose model is a ControlNet, for the sampling that is about to begin."""
+    script = _script(p)
+    hook = getattr(script, "latest_network", None)
+    if script is None or hook is None:
+        return []
+    # Its files by the names of the models: in a module of its own, which has no name here that is ours to use.
+    state = type(script).title.__globals__.get("global_state")
+    files = getattr(state, "cn_models", {})
+    found = []
+    for unit, parameters in zip(script.enabled_units, hook.control_params or ()):
+        if getattr(parameters.control_model_type, "is_controlnet", False):
+            name = str(unit.model)
+            file = files.get(name)
+            found.append(Unit(name, Path(str(file).strip('"')) if file else None, parameters))
+    return found
+
+
+def trained_with(p: Any, file: StoredFile) -> list[Unit]:
+    """Of `units` those that run this very network. Each network is there once, however many units run it."""
+    from lib_portrait.webui import instances
+
+    found = [unit for unit in units(p) if unit.file is not None and instances.store().matches(unit.file, file)]
+    return list({id(unit.network): unit for unit in reversed(found)}.values())[::-1]
+
+
+class Hints:
+    """The pictures that units show their networks, with circles on them while this is in place."""
+
+    def __init__(self, units: Sequence[Unit], circles: Sequence[Circle], place: Box):
+        from lib_portrait.control_picture import with_circles
+
+        self._before: list[tuple[Any, str, torch.Tensor]] = []
+        for unit in units:
+            for name in _HINTS:
+                hint = getattr(unit.parameters, name, None)
+                if isinstance(hint, torch.Tensor) and hint.ndim == 4 and hint.shape[1] == 3:
+                    self._before.append((unit.parameters, name, hint))
+                    setattr(unit.parameters, name, with_circles(hint, circles, place))
+
+    def restore(self) -> None:
+        while self._before:
+            setattr(*self._before.pop())
