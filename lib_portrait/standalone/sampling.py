@@ -106,7 +106,7 @@ def sample(
             _check_finite(latents, "the UNet", f"at step {step + 1} of {first.steps}")
             on_step(step + 1, first.steps)
     if guidance is not None:
-        guided(guidance.record, [*guidance.notices, *check_acted(guidance, len(samplings))])
+        guided(guidance.record, check_acted(guidance, len(samplings)))
     return _decode(model, latents)
 
 

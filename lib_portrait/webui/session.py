@@ -343,7 +343,7 @@ class Session:
             return
         from lib_portrait.guidance.outcome import check_acted
 
-        for notice in [*guidance.notices, *check_acted(guidance, p.batch_size)]:
+        for notice in check_acted(guidance, p.batch_size):
             p.comment(f"Portrait: {Notice(self.said(notice.field), notice.text)}")
 
     def _calls(self) -> int:

@@ -10,7 +10,7 @@ import pytest
 import torch
 from PIL import Image, ImageFont
 
-from lib_portrait.errors import PortraitError
+from lib_portrait.errors import Notice, PortraitError
 from lib_portrait.guidance.outcome import check_acted
 from lib_portrait.guidance.reference import GuidedPerson, GuidedStep
 from lib_portrait.guidance_picture import TITLE, draw_guidance, shares
@@ -84,7 +84,7 @@ def test_the_plot_rises_and_falls_as_the_energy_does() -> None:
 def guidance(*record: GuidedStep, reached: bool = True, guided: tuple[bool, ...] = (True, True), **options: Any) -> Any:
     values = {"strength": 8.5, "begin": 0.6, **options}
     people = [GuidedPerson(guided=one) for one in guided]
-    return types.SimpleNamespace(people=people, record=list(record), reached=reached, options=values)
+    return types.SimpleNamespace(people=people, record=list(record), reached=reached, options=values, notices=[])
 
 
 def both(picture: int = 0) -> GuidedStep:
@@ -96,6 +96,14 @@ def test_where_somebody_is_in_some_pictures_only_the_others_are_told() -> None:
     (notice,) = check_acted(guidance(both(0), step(1)), 2)
     assert notice.field == "identities[1]" and "picture 2 of the batch" in notice.text
     assert check_acted(guidance(step(), guided=(True, False)), 1) == []
+
+
+def test_what_is_said_of_the_host_is_told_once_before_the_others() -> None:
+    found, of_host = guidance(both(0), step(1)), Notice("guidance", "no backward pass")
+    found.notices.append(of_host)
+    first, other = check_acted(found, 2)
+    assert first == of_host and other.field == "identities[1]"
+    assert check_acted(found, 2) == [other]
 
 
 @pytest.mark.parametrize(
