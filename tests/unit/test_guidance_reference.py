@@ -165,7 +165,7 @@ def plainly(
                 nearest = generated[(generated - point).square().sum(dim=1).argmin()]
                 s, count = s + (torch.dot(nearest, point) / nearest.norm() / point.norm() + 1) / 2, count + 1
             s = s / count if given["reduction"] == "mean" else s
-            sums.append(float(s))
+            sums.append(float(s.detach()))
             energy = energy + p / (1 + s)
         (gradient,) = torch.autograd.grad(energy, leaf)
     union = torch.stack([mask(number, z.shape[-1]) for number in range(len(people))]).any(dim=0)

@@ -500,6 +500,7 @@ def test_a_control_net_is_told_of_people_in_standalone_sampling_where_it_was_tra
     people = members(model.unet, [(0.0, 0.0, 0.5, 1.0), (0.5, 0.0, 1.0, 1.0)])
     conditioning: Any = SimpleNamespace(
         people=people,
+        guidance=lambda rule: None,
         check_fits=lambda sites: None,
         rule=lambda routing: FamilyRule(adapter(model.unet), people),
     )
