@@ -29,7 +29,7 @@ from lib_portrait.guidance.options import SHOW
 from lib_portrait.guidance.reference import GuidedStep
 from lib_portrait.guidance_picture import draw_guidance
 from lib_portrait.methods.declarations import adapter_files, declaration
-from lib_portrait.request import AUTOMATIC, Limits, PortraitRequest, to_json
+from lib_portrait.request import AUTOMATIC, Limits, PortraitRequest, Region, to_json
 from lib_portrait.routing_picture import Legend, draw_routing
 from lib_portrait.standalone.control import Control, KitControls
 from lib_portrait.standalone.measuring import FaceSimilarity, Measurer, owners_of, shows_everybody
@@ -42,6 +42,8 @@ CACHE = Path(__file__).resolve().parents[2] / ".cache"
 # Four pictures of SD1.5's size.
 PIXELS_AT_ONCE = 4 * 512 * 512
 ACROSS = 4
+# Boxes of two people side by side.
+HALVES = ((0.0, 0.0, 0.5, 1.0), (0.5, 0.0, 1.0, 1.0))
 
 
 @dataclass(frozen=True)
@@ -454,7 +456,7 @@ def generate_samples(
     ask: Callable[[list[dict[str, Any]]], PortraitRequest],
 ) -> None:
     """The sample people of the kit beside the checkpoint: each alone with several prompts, and pairs with their routing
-    maps.
+    maps, or, where the method makes none, each in a half of the picture.
 
     ask: the request for people in their JSON form. Raises PortraitError.
     """
@@ -481,10 +483,13 @@ def generate_samples(
         prompts = [prompt.format(word=person.word) for prompt in samples.one]
         drawn = pipeline.generate(request, [pipeline.sampling(prompt, settings) for prompt in prompts])
         singles.append([*row, *(Cell(one.picture, measured(one, [i])) for one in drawn)])
-    pairs = []
+    pairs, routed = [], bool(everyone.declaration.maps)
     for i, j in zip(range(0, len(people), 2), range(1, len(people), 2)):
-        request = replace(everyone, identities=(everyone.identities[i], everyone.identities[j])).with_maps()
-        both = both_words(people[i].word, people[j].word)
+        pair = [everyone.identities[i], everyone.identities[j]]
+        if not routed:
+            pair = [replace(one, region=Region(box=half)) for one, half in zip(pair, HALVES)]
+        request = replace(everyone, identities=tuple(pair)).with_maps()
+        both = both_words(people[i].word, people[j].word, everyone.declaration.names_each)
         prompts = [prompt.format(both=both) for prompt in samples.two]
         row = [Cell(_opened(people[k].photos[0]), [f"reference: {people[k].name}"]) for k in (i, j)]
         names = [people[i].name, people[j].name]
@@ -497,7 +502,8 @@ def generate_samples(
     before = ["", "another photo of this person"] if again else [""]
     sections = [Section("One person", singles, [*before, *general])]
     if pairs:
-        general = [text for prompt in samples.two for text in (prompt.replace("{both}", "…"), "who was put where")]
+        maps = ["who was put where"] if routed else []
+        general = [text for prompt in samples.two for text in (prompt.replace("{both}", "…"), *maps)]
         sections.append(Section("Two people", pairs, ["", "", *general]))
     results.finish(samples.title, sections, _facts(pipeline, everyone, comparison))
 

@@ -86,9 +86,9 @@ def sample_people(folder: Path) -> list[SamplePerson]:
     return people
 
 
-def both_words(first: str, second: str) -> str:
-    """Two people in the words of a caption: "two women", "a woman and a man"."""
-    return f"two {PLURALS[first]}" if first == second else f"a {first} and a {second}"
+def both_words(first: str, second: str, each: bool = False) -> str:
+    """Two people in the words of a caption: "two women", "a woman and a man". each: never by one word for both."""
+    return f"two {PLURALS[first]}" if first == second and not each else f"a {first} and a {second}"
 
 
 def _word_of(file: Path) -> str:

@@ -380,7 +380,8 @@ def test_group_is_fetched_by_name_and_what_is_there_is_left(
 
 def test_unknown_names_and_one_hash_for_many_are_refused(tmp_path: Path) -> None:
     registry = Registry(adapter_files())
-    with pytest.raises(PortraitError, match="Use one of: uniportrait, insightface, uniportrait-faceid_sd15"):
+    groups = "uniportrait, omniportrait, insightface, facexlib, uniportrait-faceid_sd15"
+    with pytest.raises(PortraitError, match=f"Use one of: {groups}"):
         download.fetch_known("../etc", tmp_path, registry)
     with pytest.raises(PortraitError, match="one hash cannot be that of 4 files"):
         download.fetch_known("uniportrait", tmp_path, registry, sha256=SHA)

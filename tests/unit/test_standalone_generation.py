@@ -487,6 +487,7 @@ def test_sample_people_are_told_from_the_names_of_their_photos(tmp_path: Path) -
 )
 def test_two_people_are_told_as_captions_do(words: tuple[str, str], told: str) -> None:
     assert samples.both_words(*words) == told
+    assert samples.both_words(*words, each=True) == f"a {words[0]} and a {words[1]}"
 
 
 # -------------------------------------------------------------------------------------------------- measuring and sheet

@@ -31,6 +31,7 @@ class Declaration:
     mixes: whether people can be mixed into an identity.
     maps: the switch among its options that asks for maps of where people were put; "" where it makes none.
     control: the switch that asks for the picture that the ControlNet saw; "" where none is told of people.
+    names_each: whether everybody needs a word of the prompt to themselves: "a woman and a woman", not "two women".
     """
 
     files: AdapterFiles
@@ -39,6 +40,7 @@ class Declaration:
     mixes: bool = False
     maps: str = ""
     control: str = ""
+    names_each: bool = False
 
     @property
     def name(self) -> str:

@@ -49,4 +49,5 @@ DECLARATION = Declaration(
             "plurals, or not the next one of these",
         ),
     ),
+    names_each=True,
 )
