@@ -40,6 +40,9 @@ from trainer.recipes import recipe_module
 from trainer.shards import FaceRecord, Record, encode_png, writing
 
 SAMPLES = 64
+# Points of a pose, the length of an image encoder's embeddings, and a caption in CLIP's tokens.
+POINTS, IMAGE = 18, 768
+PHOTO_OF_A_PERSON = (320, 1125, 539, 320, 2533)
 
 
 @dataclass(frozen=True)
@@ -78,7 +81,9 @@ def random_data(shapes: Shapes, folder: Path) -> None:
     with writing(shard) as made:
         for number in range(SAMPLES):
             face = FaceRecord(str(number // 2), None, box, points)
-            made.add(f"{number:04d}", picture, "png", Record("a photo of a person", (face,), {}), None)
+            pose = [[x * side, y * side] for x, y in np.linspace((0.4, 0.3), (0.6, 0.9), POINTS)]
+            record = Record("a photo of a person", (face,), {"poses": [pose]})
+            made.add(f"{number:04d}", picture, "png", record, None)
     tensors = {
         "latents": torch.randn(SAMPLES, 4, shapes.latent, shapes.latent).half(),
         "tokens": torch.randint(49406, (SAMPLES, 77), dtype=torch.int32),
@@ -91,7 +96,13 @@ def random_data(shapes: Shapes, folder: Path) -> None:
         "references": torch.randn(SAMPLES, 4, shapes.latent, shapes.latent).half(),
         "reference_sample": torch.arange(SAMPLES, dtype=torch.int32),
         "reference_face": torch.zeros(SAMPLES, dtype=torch.int32),
+        "image": torch.randn(SAMPLES, IMAGE).half(),
+        "mask": torch.rand(SAMPLES, shapes.latent, shapes.latent).half(),
+        "image_sample": torch.arange(SAMPLES, dtype=torch.int32),
+        "image_face": torch.zeros(SAMPLES, dtype=torch.int32),
     }
+    # The word of a person in "a photo of a person", between the token that begins and the one that ends a text.
+    tensors["tokens"][:, :7] = torch.tensor([49406, *PHOTO_OF_A_PERSON, 49407], dtype=torch.int32)
     save_file(tensors, features_path(shard), metadata={"vae": "bench", "references": str(side)})
 
 
@@ -171,8 +182,10 @@ def recipe_of(folder: Path, options: argparse.Namespace) -> Any:
     module = recipe_module(options.method)
     module.configure(parser)
     words = ["--data", str(folder), "--checkpoint", str(folder / "model.safetensors"), "--name", "bench"]
-    chosen = importlib.import_module(f"benchmarks.methods.{options.method}").TRAINING.get(options.model, ())
-    return module.build(parser.parse_args([*words, *chosen]))
+    sizes = importlib.import_module(f"benchmarks.methods.{options.method}")
+    # What a recipe needs beside the data.
+    files = sizes.files(folder, options.model) if hasattr(sizes, "files") else ()
+    return module.build(parser.parse_args([*words, *sizes.TRAINING.get(options.model, ()), *files]))
 
 
 def settings_of(folder: Path, options: argparse.Namespace, steps: int) -> Settings:

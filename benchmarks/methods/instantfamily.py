@@ -4,18 +4,33 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors.torch import save_file
 from torch import nn
 
 from lib_portrait.attention import find_sites
+from lib_portrait.faces.recognition import Backbone
 from lib_portrait.methods.instantfamily import EXCLUDE, MULTIPLY, NONE, FaceProjections, FamilyMember, FamilyRule
+from trainer.architectures import world_recognition
 
 TRAINING: dict[str, tuple[str, ...]] = {}
 WIDTH, SIDE = 512, 7
+
+
 # Of a face in a row of people, in shares of what each has of the picture's width.
 FACE = 0.6
+
+
+def files(folder: Path, model: str) -> tuple[str, str]:
+    """A recognition network of random weights in the folder, and the recipe's option that names it."""
+    path = folder / "backbone.safetensors"
+    if not path.exists():
+        network = world_recognition() if model == "world" else Backbone()
+        save_file(network.state_dict(), path)
+    return "--backbone", str(path)
 
 
 def rules(
