@@ -20,8 +20,8 @@ CHECKS = {
     "ruff check": ["ruff", "check", "."],
     "ruff format": ["ruff", "format", "--check", "."],
     "mypy": ["mypy"],
-    # One process has the WebUI's tests, the other one the rest meanwhile (tests/conftest.py).
-    "pytest": ["pytest", "--numprocesses=2", "--dist=loadgroup"],
+    # A file's tests stay together; each process that has some of the WebUI's starts one of its own.
+    "pytest": ["pytest", "--numprocesses=2", "--dist=loadfile"],
 }
 
 

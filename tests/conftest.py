@@ -1,7 +1,6 @@
 """What holds for every test: nothing is fetched, two threads at most, one line for all skipped WebUI tests.
 
-At the end it is told how many of those that need a WebUI, or more beside it, ran. Where several processes share the
-tests (pytest-xdist), those of a file stay together, and so do all that need a WebUI, which one of them starts.
+At the end it is told how many of those that need a WebUI, or more beside it, ran.
 """
 
 from __future__ import annotations
@@ -35,15 +34,12 @@ NEEDS = {
 NEED = "need"
 
 
-def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
         fixtures = getattr(item, "fixturenames", ())
         need = next((name for fixture, name in NEEDS.items() if fixture in fixtures), None)
         if need is not None:
             item.user_properties.append((NEED, need))
-        if config.pluginmanager.has_plugin("xdist"):
-            group = item.path.parent if item.path.parent.name == "webui" else item.path
-            item.add_marker(pytest.mark.xdist_group(group.stem))
 
 
 def pytest_unconfigure(config: pytest.Config) -> None:

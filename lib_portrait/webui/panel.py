@@ -69,10 +69,10 @@ def build(script: Any, is_img2img: bool) -> list[Any]:
             for index in range(identities):
                 with gr.Tab(f"Identity {index + 1}", id=f"{tab}_portrait_{index}"):
                     blocks.append(_build_identity(gr, tab, index))
+        _build_layout(gr, tab, blocks)
         option_controls.build_guidance(gr, top, blocks, lambda part: f"{tab}_portrait_{part}")
     _connect_spread(blocks)
     _connect_guidance(top, blocks)
-    _connect_layout(gr, tab, top, blocks)
     script.portrait_settings_button = top["kit_settings"]
     _connect_settings(script)
     for block in blocks:
@@ -431,7 +431,7 @@ def references_html(enabled: bool, *values: Any) -> str:
     return (f'<div class="portrait-cards">{"".join(cards)}</div>' if cards else "") + told
 
 
-def _connect_layout(gr: Any, tab: str, top: dict[str, Any], blocks: list[dict[str, Any]]) -> None:
+def _build_layout(gr: Any, tab: str, blocks: list[dict[str, Any]]) -> None:
     """A picture whose faces become the boxes of the people, who keep their order: they can be changed there."""
     upload = gr.File(
         label=panel_values.CONTROL_NAMES["layout"],
