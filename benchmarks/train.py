@@ -184,7 +184,7 @@ def recipe_of(folder: Path, options: argparse.Namespace) -> Any:
     words = ["--data", str(folder), "--checkpoint", str(folder / "model.safetensors"), "--name", "bench"]
     sizes = importlib.import_module(f"benchmarks.methods.{options.method}")
     # What a recipe needs beside the data.
-    files = sizes.files(folder, options.model) if hasattr(sizes, "files") else ()
+    files = sizes.files(folder, SHAPES[options.model].intrinsic) if hasattr(sizes, "files") else ()
     return module.build(parser.parse_args([*words, *sizes.TRAINING.get(options.model, ()), *files]))
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import math
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -14,7 +15,6 @@ from torch import nn
 from lib_portrait.attention import find_sites
 from lib_portrait.faces.recognition import Backbone
 from lib_portrait.methods.instantfamily import EXCLUDE, MULTIPLY, NONE, FaceProjections, FamilyMember, FamilyRule
-from trainer.architectures import world_recognition
 
 TRAINING: dict[str, tuple[str, ...]] = {}
 WIDTH, SIDE = 512, 7
@@ -24,11 +24,15 @@ WIDTH, SIDE = 512, 7
 FACE = 0.6
 
 
-def files(folder: Path, model: str) -> tuple[str, str]:
-    """A recognition network of random weights in the folder, and the recipe's option that names it."""
+def files(folder: Path, intrinsic: tuple[int, int]) -> tuple[str, str]:
+    """A recognition network of random weights in the folder, and the recipe's option that names it.
+
+    intrinsic: positions and channels of its last tap, of which alone the embedding is made.
+    """
     path = folder / "backbone.safetensors"
     if not path.exists():
-        network = world_recognition() if model == "world" else Backbone()
+        positions, width = intrinsic
+        network = Backbone((1,) * 4, (16, 16, 32, 64, width), WIDTH, 16 * math.isqrt(positions))
         save_file(network.state_dict(), path)
     return "--backbone", str(path)
 

@@ -55,9 +55,9 @@ ROOMS = {
     "scripts": Room("modules gradio", "lib_portrait.webui lib_portrait.webui.panel"),
     "benchmarks": Room(
         "torch numpy einops ldm omegaconf diffusers transformers safetensors",
-        "lib_portrait.errors lib_portrait.options lib_portrait.request lib_portrait.attention lib_portrait.methods "
-        "lib_portrait.methods.declarations lib_portrait.guidance lib_portrait.guidance.options lib_portrait.standalone "
-        "trainer",
+        "lib_portrait.errors lib_portrait.options lib_portrait.request lib_portrait.attention lib_portrait.faces "
+        "lib_portrait.methods lib_portrait.methods.declarations lib_portrait.guidance lib_portrait.guidance.options "
+        "lib_portrait.standalone trainer",
     ),
     "tests.command": Room(),
     "trainer": Room(
