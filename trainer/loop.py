@@ -296,7 +296,12 @@ def train(recipe: Recipe, settings: Settings) -> int:
                 torch.manual_seed((settings.seed * 1_000_003 + step * 101 + micro) * 64 + accelerator.process_index)
                 with accelerator.accumulate(trained):
                     losses = trained(batch, draws)
-                    accelerator.backward(losses["loss"])
+                    loss = losses["loss"]
+                    if not loss.requires_grad:
+                        # All that conditions was dropped in this batch, and nothing in it depends on the weights; other
+                        # processes wait for the gradient all the same.
+                        loss = loss + 0 * sum(weight.sum() for weight in weights)
+                    accelerator.backward(loss)
                     if accelerator.sync_gradients:
                         norm = accelerator.clip_grad_norm_(weights, settings.clip)
                         losses["gradient"] = torch.as_tensor(norm)

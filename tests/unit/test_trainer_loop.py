@@ -469,6 +469,20 @@ def test_when_one_of_two_processes_is_asked_to_end_both_save_after_that_step(tmp
             assert shared[name] == pytest.approx(alone[name], rel=1e-4), (name, alone["step"])
 
 
+class Dropped(Tiny):
+    """Nothing of what it learns takes part in every other batch."""
+
+    def forward(self, batch, draws):
+        losses = super().forward(batch, draws)
+        return {name: one.detach() for name, one in losses.items()} if self.calls % 2 else losses
+
+
+def test_a_batch_in_which_everything_was_dropped_trains_nothing(tmp_path):
+    train(Dropped(), settings(tmp_path, steps=4, warmup=0, log_every=1, save_every=4))
+    lines = [json.loads(line) for line in (tmp_path / "losses.jsonl").read_text().splitlines()]
+    assert [line["gradient"] == 0 for line in lines] == [True, False, True, False]
+
+
 # -------------------------------------------------------------------------------------------------------------- bench
 
 

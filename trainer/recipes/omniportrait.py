@@ -138,10 +138,7 @@ class OmniPortraitRecipe(Recipe):
         attention = torch.stack([self.rule.attention[site] for site in self.located]).mean(dim=0)
         located = localization_loss(attention, batch["mask"], self.shapes[self.located[0]])
         location = (located * has).sum() / has.sum().clamp(min=1)
-        # A batch whose people are all dropped has no gradient by itself.
-        nothing = 0 * sum(weight.sum() for weight in self.parameters())
-        loss = diffusion + self.eta * location + nothing
-        return {"loss": loss, "diffusion": diffusion, "location": location}
+        return {"loss": diffusion + self.eta * location, "diffusion": diffusion, "location": location}
 
     def _predict(self, noisy: Tensor, t: Tensor, caption_ids: Tensor, e_ref: Tensor, words: Tensor) -> Tensor:
         """What the UNet predicts of `noisy` (B, 4, h, w), each row with its own e_mix where `words` (B, 77) says."""
