@@ -157,7 +157,7 @@ class Conditioner:
         ]
         used = method(request.method)
         notices = [*told, *used.notices(request.options, [identity.options for identity in request.identities])]
-        notices += regions.overlaps(places)
+        notices += regions.overlaps(places, used.declaration.overlap)
         for i, identity in enumerate(request.identities):
             for field, photo in _photos(identity, f"identities[{i}]"):
                 notices += self.faces.notices(photo, field)

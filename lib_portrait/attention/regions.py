@@ -118,8 +118,11 @@ def check_takes_part(region: Region, field: str, seen: Tensor, place: Box = WHOL
     raise PortraitError(field, problem, remedy)
 
 
-def overlaps(regions: Sequence[Region | None]) -> list[Notice]:
-    """One notice for each two people whose regions overlap: who they are and on how much of the picture."""
+def overlaps(regions: Sequence[Region | None], there: str) -> list[Notice]:
+    """One notice for each two people whose regions overlap: who they are and on how much of the picture.
+
+    there: a clause on what the method makes of such places.
+    """
     fields = [coverage(region, (MEASURED, MEASURED)) if region is not None else None for region in regions]
     notices = []
     for j, second in enumerate(fields):
@@ -132,8 +135,7 @@ def overlaps(regions: Sequence[Region | None]) -> list[Notice]:
                 notices.append(
                     Notice(
                         f"identities[{j}].region",
-                        f"it overlaps that of identities[{i}] on {share:.0%} of the picture, where routing decides "
-                        "between the two",
+                        f"it overlaps that of identities[{i}] on {share:.0%} of the picture, {there}",
                     )
                 )
     return notices

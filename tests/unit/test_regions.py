@@ -70,15 +70,15 @@ def test_a_region_in_which_nobody_fits_is_refused(region: torch.Tensor | Box) ->
 
 
 def test_overlaps_are_told_by_whom_and_how_much() -> None:
-    notices = overlaps([(0.0, 0.0, 0.6, 1.0), None, (0.4, 0.0, 1.0, 1.0), (0.0, 0.9, 0.1, 1.0)])
+    notices = overlaps([(0.0, 0.0, 0.6, 1.0), None, (0.4, 0.0, 1.0, 1.0), (0.0, 0.9, 0.1, 1.0)], "where both are")
     told = [str(notice) for notice in notices]
     assert len(told) == 2
-    assert told[0].startswith("identities[2].region: it overlaps that of identities[0] on 20%")
+    assert told[0] == "identities[2].region: it overlaps that of identities[0] on 20% of the picture, where both are."
     assert told[1].startswith("identities[3].region: it overlaps that of identities[0] on 1%")
 
 
 def test_outlines_that_meet_are_no_overlap() -> None:
     ramp = torch.linspace(0, 1, 64).expand(64, 64)
-    assert overlaps([ramp, 1 - ramp]) == []
-    assert overlaps([(0.0, 0.0, 0.5, 1.0), (0.5, 0.0, 1.0, 1.0)]) == []
-    assert overlaps([(0.0, 0.0, 0.502, 1.0), (0.5, 0.0, 1.0, 1.0)]) == []
+    assert overlaps([ramp, 1 - ramp], "where both are") == []
+    assert overlaps([(0.0, 0.0, 0.5, 1.0), (0.5, 0.0, 1.0, 1.0)], "where both are") == []
+    assert overlaps([(0.0, 0.0, 0.502, 1.0), (0.5, 0.0, 1.0, 1.0)], "where both are") == []

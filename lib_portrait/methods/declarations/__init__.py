@@ -32,6 +32,7 @@ class Declaration:
     maps: the switch among its options that asks for maps of where people were put; "" where it makes none.
     control: the switch that asks for the picture that the ControlNet saw; "" where none is told of people.
     names_each: whether everybody needs a word of the prompt to themselves: "a woman and a woman", not "two women".
+    overlap: a clause on who is seen where the regions of two people overlap.
     """
 
     files: AdapterFiles
@@ -41,6 +42,7 @@ class Declaration:
     maps: str = ""
     control: str = ""
     names_each: bool = False
+    overlap: str = "where both belong"
 
     @property
     def name(self) -> str:

@@ -20,4 +20,5 @@ DECLARATION = Declaration(
             axis="Face only",
         ),
     ),
+    overlap="where neither of the two is seen",
 )

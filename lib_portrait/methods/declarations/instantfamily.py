@@ -30,4 +30,5 @@ DECLARATION = Declaration(
         ),
     ),
     control="show_control",
+    overlap="where the faces of both are seen",
 )

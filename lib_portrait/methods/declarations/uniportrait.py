@@ -130,4 +130,5 @@ DECLARATION = Declaration(
     ),
     mixes=True,
     maps="show_routing",
+    overlap="where routing decides between the two",
 )
