@@ -20,6 +20,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from lib_portrait.attention import ip_adapters
 from lib_portrait.attention.arguments import LATENT, TIMESTEPS, predicted, rows_of, with_predicted
 from lib_portrait.attention.injection import Call, Injection, Wrapper
 from lib_portrait.attention.rows import NEGATIVE, POSITIVE, REFERENCE, Row
@@ -282,7 +283,9 @@ class FeatureGuidance(ABC):
                 return host(*args, **kwargs)
             if self.looks:
                 self.look(site, *site.arguments(args, kwargs), under_way[0])
-            out = _plain_attention(site, args, kwargs) if self._plain else host(*args, **kwargs)
+            # A layer that an IP-Adapter adds to runs PyTorch's own attention, and what is added would be missing.
+            plain = self._plain and not ip_adapters.adds_to(site.module)
+            out = _plain_attention(site, args, kwargs) if plain else host(*args, **kwargs)
             ran.add(site.index)
             if not out.requires_grad:
                 raise _Undifferentiable(f"{site.path} has no derivative")

@@ -28,6 +28,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from lib_portrait.attention import ip_adapters
 from lib_portrait.attention.injection import Call, Injection
 from lib_portrait.attention.maps import word_attention
 from lib_portrait.attention.regions import FAINTEST, WHOLE, Box, Region, coverage
@@ -114,6 +115,11 @@ class _Found:
     energies: list[float]
     similarities: list[tuple[float | None, ...]]
     masks: Tensor
+
+
+def forget() -> None:
+    """Drops the features of references that are kept from request to request."""
+    _kept.clear()
 
 
 class ReferenceGuidance(FeatureGuidance):
@@ -232,7 +238,7 @@ class ReferenceGuidance(FeatureGuidance):
         if any("face" in own for own in sources):
             self._find_faces(current, run, call.latent)
         if self._latents:
-            with injection.aside():
+            with injection.aside(), ip_adapters.left_out(injection.unet):
                 self._look_at_step(injection.unet, current)
 
     def _source(self, number: int, mark: Row) -> str:

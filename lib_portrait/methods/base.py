@@ -111,10 +111,13 @@ class Rule(ABC, Generic[P]):
     routing: collects where people are put, where that is asked for and the method's declaration has `maps`.
     reads_words: whether `words` is to be asked where people's words are, for `attention.Row`.
     in_control: whether it stands in the ControlNet too that was trained with the adapter.
+    replaces_attention: whether positive rows run without the host's own cross-attention, and so without what others
+    have added to it.
     """
 
     reads_words = False
     in_control = False
+    replaces_attention = False
 
     def __init__(self, people: Sequence[P], routing: RoutingMaps | None = None):
         self.people = list(people)

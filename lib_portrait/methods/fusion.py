@@ -319,6 +319,8 @@ class FusionRule(Rule[FusedIdentity]):
     so do rows of the kind REFERENCE, which are looked at: what enters every cross-attention of theirs is h_f.
     """
 
+    replaces_attention = True
+
     def __init__(self, adapter: FaceFusion, people: Sequence[FusedIdentity], routing: RoutingMaps | None = None):
         super().__init__(people, routing)
         self.adapter = adapter

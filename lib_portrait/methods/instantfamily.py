@@ -298,6 +298,7 @@ class FamilyRule(Rule[FamilyMember]):
     """
 
     in_control = True
+    replaces_attention = True
 
     def __init__(
         self,

@@ -16,6 +16,7 @@ import torch
 from modules import devices, lowvram, prompt_parser, sd_samplers_common, sd_vae, shared
 from torch import Tensor, nn
 
+from lib_portrait.attention import ip_adapters
 from lib_portrait.attention.rows import word_positions
 from lib_portrait.errors import PortraitError
 
@@ -165,11 +166,12 @@ class WebuiHost:
 
 @contextlib.contextmanager
 def _alone(unet: nn.Module) -> Iterator[None]:
-    """Without the `forward` that ControlNet and others put on the UNet's instance: what they do there is for the
-    pictures that are drawn, in calls that they have marked."""
+    """Without the `forward` that ControlNet and others put on the UNet's instance, and without its IP-Adapters: what
+    they do there is for the pictures that are drawn, in calls that they have marked."""
     theirs = vars(unet).pop("forward", None)
     try:
-        yield
+        with ip_adapters.left_out(unet):
+            yield
     finally:
         if theirs is not None:
             unet.forward = theirs

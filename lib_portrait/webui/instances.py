@@ -85,6 +85,9 @@ def named(photo: Photo) -> Photo:
 
 def drop_caches() -> None:
     """Forgets photos, features and loaded weights, in memory and on disk."""
+    from lib_portrait.guidance.reference import forget
+
+    forget()
     with _lock:
         if "faces" in _made:
             _made["faces"][1].drop()

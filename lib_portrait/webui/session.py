@@ -28,6 +28,7 @@ from lib_portrait.attention import (
     Row,
     control_sites,
     find_sites,
+    ip_adapters,
     mark_conditions,
 )
 from lib_portrait.attention.regions import WHOLE, Box, check_takes_part
@@ -202,6 +203,13 @@ class Session:
     def _enter(self, p: Any, unet: torch.nn.Module) -> None:
         self._pre_hook = unet.register_forward_pre_hook(self._check_call)
         assert self._conditioning is not None and self._rule is not None
+        if self._rule.replaces_attention and ip_adapters.are_on(unet):
+            raise PortraitError(
+                "ControlNet",
+                f"an IP-Adapter, InstantID or PuLID unit adds to the attention that {self.method.title} replaces, so "
+                "it would be left out",
+                "Switch this unit off, or choose a method that leaves the model's own attention in place.",
+            )
         if self._injection is None or self._injection.unet is not unet:
             self._conditioning.check_fits(find_sites(unet))
             self._injection = Injection(unet, self._rule, host_state=lora_state, guidance=self._guidance)
