@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import base64
-from collections.abc import Iterator
+import re
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import save_file
+import torch.nn.functional as F
+from safetensors.torch import load_file, save_file
+from torch import Tensor
 
+from lib_portrait.attention.sites import LAYOUTS
 from lib_portrait.methods.fusion import STEP, Properties
 from lib_portrait.request import HASH_DIGITS, Photo
 from tests.webui.oracle import NOBODY, Oracle, assert_nobody_is_seen, recorded_sites
@@ -208,3 +212,100 @@ def test_another_method_s_options_are_refused(server: Client, people: dict[str, 
     assert answer.status == 422 and "lora_scale" in answer.detail
     answer = server.generate(fused(people, "ada", adapter=KIT))
     assert answer.status == 422 and "a kit of uniportrait" in answer.detail
+
+
+# ----------------------------------------------------------------------------------------------- SDXL, in sgm's layout
+
+# Of a cross-attention of every width and depth: the first, the second of two in a row, and the last of all.
+SDXL_SITES = (1, 7, 33)
+HEAD_WIDTH = 8
+
+
+def sdxl_attentions(world: World) -> dict[int, str]:
+    """The paths of the cross-attentions in the checkpoint's file, by their numbers."""
+    parts = LAYOUTS["ldm"]
+    found = [
+        match[1]
+        for key in load_file(world.checkpoint("sdxl"))
+        if (match := re.fullmatch(r"(model\.diffusion_model\.(?:\w+_blocks?)\..*\.attn2)\.to_q\.weight", key))
+    ]
+
+    def place(path: str) -> tuple[int, list[int]]:
+        part = next(number for number, name in enumerate(parts) if f".{name}." in path)
+        return part, [int(digits) for digits in re.findall(r"\.(\d+)(?=\.)", path)]
+
+    return {2 * number + 1: path for number, path in enumerate(sorted(found, key=place))}
+
+
+def assert_halves_are_eq_2_to_7(
+    x: Tensor, context: Tensor, references: list[Tensor], out: Tensor, host: Mapping[str, Tensor], own: list[Tensor]
+) -> None:
+    """One row: x (n, C) and context (m, D) in, out (n, C). references: of each person h_f (m, C), seen in that person's
+    half of the picture. own: W_kf and W_vf."""
+
+    def heads(value: Tensor) -> Tensor:
+        return value.unflatten(-1, (-1, HEAD_WIDTH)).transpose(0, 1)
+
+    q = heads(x @ host["to_q.weight"].T)
+    side = round(len(x) ** 0.5)
+    left = (torch.arange(len(x)) % side) < side // 2
+    expected = torch.empty_like(out)
+    for positions, seen in ((left, references[:1]), (~left, references[1:])):
+        k, v = (
+            heads(torch.cat([context @ host[f"to_{part}.weight"].T, *(one @ own_part.T for one in seen)]))
+            for part, own_part in zip("kv", own)
+        )
+        attended = (q[:, positions] @ k.mT * HEAD_WIDTH**-0.5).softmax(dim=-1) @ v
+        merged = attended.transpose(0, 1).flatten(1)
+        expected[positions] = F.linear(merged, host["to_out.0.weight"], host["to_out.0.bias"])
+    assert (out - expected).norm() < 1e-4 * expected.norm()
+
+
+@pytest.mark.parametrize("reference_t", [0, STEP])
+def test_in_sdxl_positive_rows_are_eq_2_to_7_and_negative_ones_eq_1(
+    server: Client, world: World, people: dict[str, str], reference_t: int | str
+) -> None:
+    checkpoint, paths = load_file(world.checkpoint("sdxl")), sdxl_attentions(world)
+    generator = torch.Generator().manual_seed(5)
+    tensors = {}
+    for site, path in paths.items():
+        inner, channels = checkpoint[f"{path}.to_q.weight"].shape
+        for part in "kv":
+            weight = torch.randn(inner, channels, generator=generator) * (4 * channels**-0.5)
+            tensors[f"{site}.to_{part}_face.weight"] = weight
+    file = world.kit / "fusion_large.safetensors"
+    save_file(tensors, file, Properties(reference_t=reference_t, reference_size=128).to_metadata())
+    portrait = fused(people, "ada", "ben", adapter="large")
+    for identity, box in zip(portrait["identities"], ([0, 0, 0.5, 1], [0.5, 0, 1, 1])):
+        identity["region"] = {"box": box}
+    try:
+        with server.options(sd_model_checkpoint="sdxl.safetensors"):
+            vanilla = server.generate().images
+            recording = server.record(portrait, sites=SDXL_SITES, prompt="a person AND a hat", steps=2)
+            other = server.generate(fused(people, "ada"))
+            assert other.status == 422 and "another kind of model" in other.detail
+            assert server.generate().images == vanilla
+        wrong = server.generate(portrait)
+        assert wrong.status == 422 and "another kind of model" in wrong.detail
+    finally:
+        file.unlink()
+    assert recording.answer.status == 200, recording.answer.detail
+    steps = sampled(recording)
+    looks = [number for number in range(len(recording.calls)) if number not in steps]
+    assert len(looks) == (0 if reference_t == STEP else 2) and len(steps) == 2
+    for number in steps:
+        kinds = recording.calls[number]["kinds"]
+        assert kinds == ["positive", "positive", "negative"] and recording.calls[number]["checkpoint"] == "sdxl"
+        for site in SDXL_SITES:
+            x, context, out = (recording.tensors[f"{number}.{site}.0.{what}"] for what in ("in", "context", "out"))
+            # What rides along stands behind the rows of the picture.
+            seen = [recording.tensors[f"{look}.{site}.0.in"][0] for look in looks] or list(x[len(kinds) :])
+            assert len(seen) == 2
+            host = {
+                name: checkpoint[f"{paths[site]}.{name}"].float()
+                for name in ("to_q.weight", "to_k.weight", "to_v.weight", "to_out.0.weight", "to_out.0.bias")
+            }
+            own = [tensors[f"{site}.to_{part}_face.weight"] for part in "kv"]
+            for row, kind in enumerate(kinds):
+                references = seen if kind == "positive" else []
+                assert_halves_are_eq_2_to_7(x[row], context[row], references, out[row], host, own)
