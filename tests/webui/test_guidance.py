@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
@@ -11,10 +11,14 @@ import torch
 from tests.webui.server import Client, Recording, changes, unlike_new
 from tests.webui.test_controlnet import REFERENCE, beside, control  # noqa: F401
 from tests.webui.test_fusion import adapters, fused, sampled  # noqa: F401
+from tests.webui.test_instantfamily import adapters as families  # noqa: F401
+from tests.webui.test_instantfamily import family
 from tests.webui.test_left_behind import KEPT_BYTES
 from tests.webui.test_matrix import CELLS, LONG, Cell, difference, drawing, half_mask, one, rows, two
+from tests.webui.test_omniportrait import files as pivots  # noqa: F401
+from tests.webui.test_omniportrait import pivoted
 
-pytestmark = [pytest.mark.webui, pytest.mark.usefixtures("adapters")]
+pytestmark = pytest.mark.webui
 
 # Much and always, so that a random model shows it.
 GUIDANCE = {"begin": 1.0, "gradient": "share", "strength": 0.5}
@@ -29,16 +33,15 @@ def alone(people: dict[str, str], count: int = 1, **more: Any) -> dict[str, Any]
     return {"method": "none", "identities": identities, "guidance": GUIDANCE, **more}
 
 
-def with_method(people: dict[str, str], method: str) -> dict[str, Any]:
-    """One person with a method, in the left half, and guidance."""
-    if method == "none":
-        return alone(people)
-    portrait = one(people) if method == "uniportrait" else fused(people, "ada", adapter=method)
-    identities = [{**identity, "region": LEFT} for identity in portrait["identities"]]
-    return {**portrait, "identities": identities, "guidance": GUIDANCE}
-
-
-METHODS = ("none", "uniportrait", "fused", "riding")
+# One person with each method; what draws that person, and what stands around the UNet's call, differs.
+METHODS: dict[str, Callable[[dict[str, str]], dict[str, Any]]] = {
+    "none": alone,
+    "uniportrait": lambda people: one(people, method="uniportrait"),
+    "fused": lambda people: fused(people, "ada"),
+    "riding": lambda people: fused(people, "ada", adapter="riding"),
+    "omniportrait": pivoted,
+    "instantfamily": lambda people: family(people, "ada", kit="alone"),
+}
 
 
 def without(portrait: dict[str, Any]) -> dict[str, Any] | None:
@@ -47,8 +50,10 @@ def without(portrait: dict[str, Any]) -> dict[str, Any] | None:
 
 
 def request_of(people: dict[str, str], method: str) -> dict[str, Any]:
-    made = with_method(people, method)
-    return {"method": "uniportrait", **made}
+    """One person with a method, in the left half, and guidance."""
+    portrait = METHODS[method](people)
+    identities = [{**identity, "region": LEFT} for identity in portrait["identities"]]
+    return {**portrait, "identities": identities, "guidance": GUIDANCE}
 
 
 def first_step(recording: Recording, pictures: int) -> dict[tuple[str, int], torch.Tensor]:
@@ -107,8 +112,15 @@ def test_every_row_of_a_picture_gets_the_same_inside_of_the_mask(
         assert_eq_11(added(guided, plain, pictures), prompts, pictures, scale)
 
 
-@pytest.mark.parametrize("method", METHODS[1:])
-@pytest.mark.parametrize("name", ["txt2img", "inpaint", "AND in a batch", "cond and uncond apart", "NGMS"])
+# What a method has to do with is how the host splits rows.
+SPLIT = ("txt2img", "AND in a batch", "cond and uncond apart")
+ON_TOP = [
+    *((method, name) for method in METHODS if method != "none" for name in SPLIT),
+    *((method, name) for method in ("uniportrait", "fused", "riding") for name in ("inpaint", "NGMS")),
+]
+
+
+@pytest.mark.parametrize(("method", "name"), ON_TOP)
 def test_on_top_of_every_method(server: Client, people: dict[str, str], method: str, name: str) -> None:
     cell = next(one for one in CELLS if one.name == name)
     portrait = request_of(people, method)
@@ -120,6 +132,26 @@ def test_on_top_of_every_method(server: Client, people: dict[str, str], method: 
         prompts, pictures = SHAPES.get(name, (1, 1))
         scale = plain.tensors[f"{sampled(plain)[0]}.out"].std().item()
         assert_eq_11(added(guided, plain, pictures), prompts, pictures, scale)
+
+
+@pytest.mark.parametrize("where", ["attention", "routing"])
+def test_where_a_method_s_own_maps_tell_where_people_are(server: Client, people: dict[str, str], where: str) -> None:
+    """The words' attention (eq. 6), and the routing map, of which the parts of two people hardly overlap."""
+    portrait = pivoted(people, 2) if where == "attention" else two(people)
+    asked = {"prompt": "a man and a woman", "steps": 1}
+    plain = server.record(portrait, sites=(1,), **asked)
+    scale = plain.tensors["0.out"].std().item()
+    masks = []
+    for guided in range(2):
+        identities = [{**own, "guided": number == guided} for number, own in enumerate(portrait["identities"])]
+        told = {**portrait, "identities": identities, "guidance": {**GUIDANCE, "where": where}}
+        (value, *others) = added(server.record(told, sites=(1,), **asked), plain).values()
+        assert others and all((one - value).abs().max() < 1e-3 * scale for one in others)
+        masks.append(value.abs().amax(dim=0) > 1e-3 * scale)
+    assert all(0 < mask.float().mean() < 1 for mask in masks)
+    assert (masks[0] != masks[1]).any()
+    if where == "routing":
+        assert (masks[0] & masks[1]).float().mean() < 0.1
 
 
 @pytest.mark.parametrize("method", METHODS)
@@ -214,7 +246,7 @@ def test_nothing_is_left(server: Client, people: dict[str, str]) -> None:
         assert server.generate(portrait).status == 200
         # Within the guided rows' pass, and after it.
         for site in (1, 31):
-            recording = server.record(portrait, {"fail": {"call": len(METHODS), "site": site}}, steps=6)
+            recording = server.record(portrait, {"fail": {"call": 4, "site": site}}, steps=6)
             assert recording.answer.status == 500, recording.answer.detail
         assert server.record(portrait, {"interrupt": {"call": 1}}, steps=4).answer.status == 200
     assert server.generate().images == vanilla
@@ -223,16 +255,19 @@ def test_nothing_is_left(server: Client, people: dict[str, str]) -> None:
     assert unlike_new(server) == {}
 
 
-@pytest.mark.slow
-def test_fifty_requests_leave_no_memory(server: Client, people: dict[str, str]) -> None:
+@pytest.mark.parametrize("count", [12, pytest.param(50, marks=pytest.mark.slow)])
+def test_many_requests_leave_no_memory_no_gradient_and_no_graph(
+    server: Client, people: dict[str, str], count: int
+) -> None:
     portrait, middle = alone(people), None
-    for number in range(50):
+    for number in range(count):
         assert server.generate(portrait, steps=1).status == 200
-        if number == 9:
+        if number == min(9, count // 2):
             middle = server.state()
     after = server.state()
     assert middle is not None and changes(middle, after) == {}
     assert after["rss"] - middle["rss"] < KEPT_BYTES, (middle["rss"], after["rss"])
+    assert after["tensors"]["with a gradient"] == after["tensors"]["with a graph"] == 0
 
 
 @pytest.mark.parametrize("units", ["control", "reference", "both"])
@@ -258,6 +293,21 @@ def test_beside_control_networks_in_either_order(
     finally:
         assert client.call("/probe/first", {"extension": None}).status == 200
     assert difference(*found) < 1e-3
+    assert client.generate().images == vanilla
+
+
+def test_on_top_of_a_method_that_is_in_the_control_network_too(
+    server_with_controlnet: Client,
+    people: dict[str, str],
+    control: dict[str, Any],  # noqa: F811
+) -> None:
+    client, portrait = server_with_controlnet, {**family(people, "ada"), "guidance": GUIDANCE}
+    portrait["identities"][0]["region"] = LEFT
+    vanilla = client.generate().images
+    guided, plain = (client.record(one, sites=(1,), **beside(control)) for one in (portrait, without(portrait)))
+    assert guided.answer.status == 200, guided.answer.detail
+    assert_eq_11(added(guided, plain), 1, 1, plain.tensors["0.out"].std().item())
+    assert len(guided.foreign) == len(plain.foreign) > 0, "the control network is not run for guidance's sake"
     assert client.generate().images == vanilla
 
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import base64
 import dataclasses
 import re
-import shutil
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -42,33 +41,38 @@ def stored(path: Path) -> StoredFile:
 
 
 @pytest.fixture(scope="module", autouse=True)
-def adapters(world: World, server_with_controlnet: Client) -> Iterator[None]:
-    """Kits whose tensors are the same: one that names the control network, one with circles of other colours, and one
-    that names none; and another control network."""
+def adapters(world: World) -> Iterator[None]:
+    """Kits whose tensors are the same: one that names the control network, one with circles of other colours, one that
+    names none, one whose network is nowhere, and one that names another family's; and other control networks."""
     torch.manual_seed(0)
     properties = Properties(inner=tuple(width for _, width in BLOCKS))
     projections = FaceProjections(64, BACKBONE_WIDTHS[-1], CONTEXT, properties)
     for parameter in projections.parameters():
         parameter.data.add_(torch.randn_like(parameter) * 0.3)
     network = world.models / "ControlNet" / "control.safetensors"
+    other, wide = (network.with_name(f"{name}.safetensors") for name in ("depth", "wide"))
+    changed = load_file(network)
+    changed["middle_block_out.0.bias"] += 1
+    save_file(changed, other)
+    # As it would be for SD2, whose contexts are wider.
+    for name in changed:
+        if ".attn2.to_k." in name or ".attn2.to_v." in name:
+            changed[name] = changed[name].repeat(1, 2)
+    save_file(changed, wide)
     kits = {
         FAMILY: (properties, stored(network)),
         "blue": (dataclasses.replace(properties, colours=("0000ff",)), stored(network)),
         "alone": (properties, None),
+        "lost": (properties, StoredFile("gone.safetensors", "0" * 64, 1000)),
+        "strange": (properties, stored(wide)),
     }
-    files = []
+    files = [other, wide]
     for name, (own, named) in kits.items():
         files += [world.kit / f"instantfamily_{name}.safetensors", world.kit / f"{name}.kit.json"]
         save_file({**projections.state_dict()}, files[-2], own.to_metadata())
         backbone = {"backbone": stored(world.kit / "tiny_backbone.safetensors")}
         adapter = {"instantfamily": files[-2].name}
         write_manifest(files[-1], Manifest(name, "instantfamily", adapter, backbone, control=named))
-    other = network.with_name("depth.safetensors")
-    shutil.copy(network, other)
-    changed = load_file(other)
-    changed["middle_block_out.0.bias"] += 1
-    save_file(changed, other)
-    files.append(other)
     yield
     for file in files:
         file.unlink()
@@ -241,7 +245,10 @@ def test_the_control_picture_is_shown_on_request(
     assert 0.005 < changed.mean() < 0.05
 
 
-@pytest.mark.parametrize("case", ["another network", "no name in the kit", "no unit"])
+CASES = {"another network": FAMILY, "no unit": FAMILY, "no name in the kit": "alone", "no file of the kit's": "lost"}
+
+
+@pytest.mark.parametrize("case", CASES)
 def test_without_its_network_the_unet_alone_carries_people_and_a_notice_says_so(
     server_with_controlnet: Client,
     equations: Equations,
@@ -253,16 +260,50 @@ def test_without_its_network_the_unet_alone_carries_people_and_a_notice_says_so(
     models = client.call("/controlnet/model_list").body["model_list"]
     depth = next(name for name in models if name.startswith("depth"))
     unit = {**control, "model": depth} if case == "another network" else control
-    portrait = family(people, "ada", "ben", kit="alone" if case == "no name in the kit" else FAMILY)
+    portrait = family(people, "ada", "ben", kit=CASES[case])
     if case == "no unit":
         recording = client.record(portrait)
         assert not recording.foreign
     else:
         recording = recorded(client, portrait, unit)
         equations.check(recording, ("ada", "ben"), in_control=False)
-    assert "carried by the UNet's attention alone" in recording.answer.info["infotexts"][0]
+    told = recording.answer.info["infotexts"][0]
+    assert "carried by the UNet's attention alone" in told
+    assert case != "no file of the kit's" or "no enabled unit runs gone.safetensors" in told
     ours = client.record(family(people, "ada", "ben"), **beside(control)).answer
     assert "attention alone" not in ours.info["infotexts"][0]
+
+
+def test_a_control_network_of_another_family_is_refused(
+    server_with_controlnet: Client,
+    people: dict[str, str],
+    control: dict[str, Any],  # noqa: F811
+) -> None:
+    client = server_with_controlnet
+    models = client.call("/controlnet/model_list").body["model_list"]
+    wide = next(name for name in models if name.startswith("wide"))
+    refused = client.record(family(people, "ada", kit="strange"), **beside({**control, "model": wide}))
+    assert refused.answer.status == 422 and not refused.calls
+    assert "this ControlNet was made for another kind of model" in refused.answer.detail
+    assert client.generate(family(people, "ada"), **beside(control)).status == 200
+
+
+def test_faces_that_touch_are_taken_and_faces_that_overlap_are_told(
+    server_with_controlnet: Client, people: dict[str, str]
+) -> None:
+    client = server_with_controlnet
+
+    def said(*boxes: tuple[float, float, float, float]) -> str:
+        portrait = family(people, "ada", "ben")
+        for identity, box in zip(portrait["identities"], boxes):
+            identity["region"] = {"box": list(box)}
+        answer = client.generate(portrait, steps=1)
+        assert answer.status == 200, answer.detail
+        return answer.info["infotexts"][0]
+
+    assert "overlaps" not in said((0.1, 0.2, 0.5, 0.7), (0.5, 0.2, 0.9, 0.7))
+    told = "it overlaps that of identities[0] on 10% of the picture, where the faces of both are seen"
+    assert told in said((0.1, 0.2, 0.6, 0.7), (0.4, 0.2, 0.9, 0.7))
 
 
 @pytest.mark.parametrize("first", ["portrait", "sd-webui-controlnet"])

@@ -275,7 +275,12 @@ def state() -> dict[str, Any]:
         "optimization": getattr(host_hijack.current_optimizer, "name", None),
         "optimizations": [optimizer.title() for optimizer in host_hijack.optimizers],
         "checkpoint": shared.sd_model.sd_checkpoint_info.name_for_extra,
-        "tensors": {"count": len(live), "bytes": sum(item.numel() * item.element_size() for item in live)},
+        "tensors": {
+            "count": len(live),
+            "bytes": sum(item.numel() * item.element_size() for item in live),
+            "with a graph": sum(item.grad_fn is not None for item in live),
+            "with a gradient": sum(item.is_leaf and item.grad is not None for item in live),
+        },
         "rss": psutil.Process().memory_info().rss,
         "heavy": sorted({"cv2", "transformers", "insightface", "facenet_pytorch", "onnxruntime"} & set(sys.modules)),
         "portrait": sorted(name for name in sys.modules if name.split(".")[0] == "lib_portrait"),
