@@ -81,6 +81,28 @@ def trained_with(p: Any, file: StoredFile) -> list[Unit]:
     return list({id(unit.network): unit for unit in reversed(found)}.values())[::-1]
 
 
+class Frozen:
+    """The weights of what the enabled units run, without gradients while this is in place.
+
+    A guided step has the extension's networks run with a graph. Of their weights that would keep what entered every
+    layer, and where one is kept from call to call, as what a T2I-Adapter makes of its picture, it could not be copied.
+    """
+
+    def __init__(self, p: Any):
+        hook = getattr(_script(p), "latest_network", None)
+        run = [parameters.control_model for parameters in getattr(hook, "control_params", None) or ()]
+        networks = [network for network in run if isinstance(network, torch.nn.Module)]
+        self._weights = [weight for network in networks for weight in network.parameters() if weight.requires_grad]
+        self._set(False)
+
+    def restore(self) -> None:
+        self._set(True)
+
+    def _set(self, gradients: bool) -> None:
+        for weight in self._weights:
+            weight.requires_grad_(gradients)
+
+
 class Hints:
     """The pictures that units show their networks, with circles on them while this is in place."""
 

@@ -95,6 +95,7 @@ class Session:
         self._injection: Injection | None = None
         self._controls: list[Injection] = []
         self._hints: control.Hints | None = None
+        self._frozen: control.Frozen | None = None
         self._shown = False
         self._pre_hook: Any = None
         self._sampling = False
@@ -217,6 +218,7 @@ class Session:
         self._rule.prepare(host)
         if self._guidance is not None:
             self._guidance.prepare(host)
+            self._frozen = control.Frozen(p)
         self._injection.calls.clear()
         self._injection.inject()
         if self._rule.in_control:
@@ -254,9 +256,10 @@ class Session:
             p.extra_generation_params[NOTICES_KEY] = known
 
     def _leave(self) -> None:
-        if self._hints is not None:
-            self._hints.restore()
-            self._hints = None
+        for kept in (self._hints, self._frozen):
+            if kept is not None:
+                kept.restore()
+        self._hints = self._frozen = None
         while self._controls:
             self._controls.pop().eject()
         if self._pre_hook is not None:

@@ -224,5 +224,7 @@ def test_nothing_is_left(
     assert client.record(portrait, {"interrupt": {"call": 1}}, **others).answer.status == 200
     assert client.generate(**others).images == alone_here
     assert client.generate().images == vanilla
-    left = changes(before, client.state())
+    after = client.state()
+    left = changes(before, after)
     assert {name for name in left if name != "tensors"} == set(), left
+    assert after["tensors"]["with a graph"] == after["tensors"]["with a gradient"] == 0
