@@ -294,9 +294,10 @@ class FeatureGuidance(ABC):
         def block(host: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
             if not (under_way and under_way[0].running):
                 return host(*args, **kwargs)
-            # ControlNet walks through the encoder without gradients (scripts/hook.py).
-            with torch.enable_grad():
-                return host(*args, **kwargs)
+            # ControlNet walks through the encoder without gradients (scripts/hook.py), and between the blocks it adds
+            # what T2I-Adapters give. Who switched them off puts back what was.
+            torch.set_grad_enabled(True)
+            return host(*args, **kwargs)
 
         def checkpointed(module: nn.Module, host: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
             if not (under_way and under_way[0].running):

@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
+from ldm.modules.diffusionmodules.util import timestep_embedding
 from torch import Tensor, nn
 
 from lib_portrait.attention import Injection, find_sites, ip_adapters, mark
@@ -154,6 +155,43 @@ def test_it_stays_where_other_layers_have_no_backward_pass(
         out = run(unet, z, t, mark(context, [1, 2, 3, 4]))
     assert made.notices and made.record
     torch.testing.assert_close(out, expected, atol=1e-3, rtol=0)
+
+
+@pytest.mark.parametrize("added", [0.0, 0.5])
+def test_the_gradient_goes_through_an_encoder_that_is_run_without_gradients(unet: nn.Module, added: float) -> None:
+    """As ControlNet runs it, which between its blocks adds what T2I-Adapters give."""
+    z, t, context = inputs()
+    made, bare = (guidance(PictureHost(unet), [person(0)]) for _ in range(2))
+
+    def walk(x: Tensor, timesteps: Tensor, context: Tensor) -> Tensor:
+        kept = []
+        with torch.no_grad():
+            emb = unet.time_embed(timestep_embedding(timesteps, unet.model_channels))
+            h = x
+            for number, block in enumerate(unet.input_blocks):
+                h = block(h, emb, context)
+                if number in (2, 5):
+                    h = h + added
+                kept.append(h)
+            h = unet.middle_block(h, emb, context)
+        for block in unet.output_blocks:
+            h = block(torch.cat([h, kept.pop()], dim=1), emb, context)
+        return unet.out(h)
+
+    unet.forward = walk
+    try:
+        plain = run(unet, z, t, context)
+        with Injection(unet, guidance=made, rows=ROWS):
+            out = run(unet, z, t, mark(context, [1, 2, 3, 4]))
+    finally:
+        del unet.forward
+    assert not torch.is_grad_enabled() and not out.requires_grad
+    assert (out - plain)[..., :8].abs().max() > 1e-3
+    if not added:
+        expected = run(unet, z, t, context)
+        with Injection(unet, guidance=bare, rows=ROWS):
+            expected = run(unet, z, t, mark(context, [1, 2, 3, 4])) - expected
+        torch.testing.assert_close(out - plain, expected, atol=1e-4, rtol=0)
 
 
 # ----------------------------------------------------------------------------------------------------- in the WebUI
