@@ -167,7 +167,8 @@ def test_references_are_seen_without_the_units(
         if asked_before:
             assert client.generate(alone(people)).status == 200
         found.append(client.record(alone(people), sites=(), **beside(*units.values())).latents())
-    assert torch.equal(*found)
+    # A layer that has had an IP-Adapter runs PyTorch's attention, others the host's: their last digits differ.
+    assert difference(*found) < 1e-3
 
 
 @pytest.mark.parametrize("options", [{"noise": "step"}, {"checkpointing": True}, {"every": 2}], ids=str)
