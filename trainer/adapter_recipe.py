@@ -174,6 +174,18 @@ def side_by_side(pictures: Tensor) -> Tensor:
     return torch.cat(list(pictures), dim=2)
 
 
+def with_share(
+    groups: Sequence[Mapping[str, Any]], some: Sequence[Tensor], share: float, rate: float
+) -> list[dict[str, Any]]:
+    """Parameter groups in which `some` of the parameters learn at a share of the rate."""
+    chosen, split = {id(parameter) for parameter in some}, []
+    for group in groups:
+        for theirs in (True, False):
+            params = [p for p in group["params"] if (id(p) in chosen) is theirs]
+            split.append({**group, "params": params, "lr": rate * (share if theirs else 1.0)})
+    return [group for group in split if group["params"]]
+
+
 def add_adapter_options(parser: argparse.ArgumentParser, files: AdapterFiles) -> None:
     stems = sorted({part.stem.format(name="NAME") for part in files.parts})
     parser.add_argument("--checkpoint", type=Path, required=True, help="the base model, a single SD1.5 file")

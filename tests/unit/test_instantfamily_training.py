@@ -224,6 +224,21 @@ def test_projections_and_control_are_trained_and_the_export_says_how(
         recipe(monkeypatch, data, "--initial", str(path))
 
 
+def test_the_control_net_learns_at_its_share_of_the_rate(
+    monkeypatch: pytest.MonkeyPatch, data: Path, tmp_path: Path
+) -> None:
+    made = recipe(monkeypatch, data, "--control-rate", "0.1")
+    rates = {
+        id(parameter): group["lr"]
+        for group in made.groups(settings(tmp_path, rate=2e-3))
+        for parameter in group["params"]
+    }
+    for name, parameter in made.named_parameters():
+        assert rates[id(parameter)] == pytest.approx(2e-4 if name.startswith("control.") else 2e-3), name
+    with pytest.raises(PortraitError, match="control_rate"):
+        recipe(monkeypatch, data, "--control-rate", "0")
+
+
 def test_captions_and_faces_are_dropped_in_a_tenth_each(
     monkeypatch: pytest.MonkeyPatch, data: Path, tmp_path: Path
 ) -> None:

@@ -12,6 +12,7 @@ import argparse
 import functools
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -27,7 +28,7 @@ from lib_portrait.methods.declarations.instantfamily import FILES
 from lib_portrait.methods.instantfamily import MULTIPLY, FaceProjections, Families, FamilyRule, Properties
 from lib_portrait.standalone.control import load_control, save_control
 from trainer import companions
-from trainer.adapter_recipe import AdapterRecipe, add_adapter_options, side_by_side
+from trainer.adapter_recipe import AdapterRecipe, add_adapter_options, side_by_side, with_share
 from trainer.companions import stored_file
 from trainer.draws import Draws
 from trainer.families import PicturesOfFamilies
@@ -50,6 +51,9 @@ class InstantFamilyRecipe(AdapterRecipe):
 
     def __init__(self, options: argparse.Namespace):
         super().__init__(options)
+        if not 0 < options.control_rate <= 1:
+            raise PortraitError("control_rate", f"{options.control_rate} was given", "Give a number above 0, up to 1.")
+        self.control_rate = options.control_rate
         model = self.model
         backbone = _recognition(options.backbone)
         side = backbone.image_size // 2 ** len(backbone.taps)
@@ -91,6 +95,9 @@ class InstantFamilyRecipe(AdapterRecipe):
             Injection(unet, self.rule).inject(),
             Injection(self.control, self.rule, sites=control_sites(self.control, unet)).inject(),
         )
+
+    def groups(self, settings: Settings) -> list[dict[str, Any]]:
+        return with_share(super().groups(settings), [*self.control.parameters()], self.control_rate, settings.rate)
 
     def forward(self, batch: dict[str, Tensor], draws: Draws) -> dict[str, Tensor]:
         latent, caption_ids = batch["latent"], batch["caption_ids"]
@@ -154,6 +161,13 @@ def configure(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--backbone", type=Path, required=True, help="the features' recognition network")
     parser.add_argument("--initial", type=Path, help="projections to begin with")
     parser.add_argument("--control", type=Path, help="a ControlNet to begin with; default: a copy of the UNet")
+    parser.add_argument(
+        "--control-rate",
+        type=float,
+        default=1.0,
+        metavar="SHARE",
+        help="the ControlNet's share of the rate: it begins trained, the projections do not; default 1",
+    )
     parser.add_argument("--mask", choices=(MULTIPLY, "exclude"), default=MULTIPLY, help=f"default {MULTIPLY}")
     parser.add_argument(
         "--margin", type=float, default=0.25, help="by which share faces' boxes are grown; default 0.25"

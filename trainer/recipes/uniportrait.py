@@ -36,7 +36,7 @@ from lib_portrait.methods.uniportrait import Adapter, BatchRule, IDEmbedding, Id
 from lib_portrait.options import defaults
 from lib_portrait.routing_picture import draw_routing
 from trainer import companions
-from trainer.adapter_recipe import AdapterRecipe, add_adapter_options, side_by_side
+from trainer.adapter_recipe import AdapterRecipe, add_adapter_options, side_by_side, with_share
 from trainer.drawing import STEPS, ddim_sample, guided
 from trainer.draws import Draws
 from trainer.features import global_feature, uncaptioned
@@ -188,14 +188,8 @@ class UniPortraitRecipe(AdapterRecipe):
         groups = super().groups(settings)
         if self.stage == 2:
             # Sec. 3.4: the LoRA learns at a tenth of the router's rate.
-            low_rank = {id(p) for name, p in self.named_parameters() if "_lora." in name}
-            split = []
-            for group in groups:
-                for lora in (True, False):
-                    params = [p for p in group["params"] if (id(p) in low_rank) is lora]
-                    rate = settings.rate * (self.lora_rate if lora else 1.0)
-                    split.append({**group, "params": params, "lr": rate})
-            return [group for group in split if group["params"]]
+            low_rank = [p for name, p in self.named_parameters() if "_lora." in name]
+            return with_share(groups, low_rank, self.lora_rate, settings.rate)
         return groups
 
     def forward(self, batch: dict[str, Tensor], draws: Draws) -> dict[str, Tensor]:
