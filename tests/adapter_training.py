@@ -15,7 +15,7 @@ from diffusers import AutoencoderKL, UNet2DConditionModel
 from torch import Tensor
 from transformers import CLIPTextConfig, CLIPTextModel
 
-from lib_portrait.checkpoints import layout
+from lib_portrait.standalone import layout
 from lib_portrait.standalone.model import Model, load_tokenizer
 from trainer import adapter_recipe
 from trainer.adapter_recipe import AdapterRecipe

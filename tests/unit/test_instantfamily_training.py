@@ -100,7 +100,8 @@ def recipe(monkeypatch: pytest.MonkeyPatch, data: Path, *arguments: str) -> inst
 def awake(made: instantfamily.InstantFamilyRecipe, run: Path, **own: Any) -> instantfamily.InstantFamilyRecipe:
     """The same, ready, with a ControlNet that says something: its last layers begin as zeros."""
     ready(made, run, **own)
-    for convolution in (*made.control.controlnet_down_blocks, made.control.controlnet_mid_block):
+    silent = (made.control.controlnet_mid_block, made.control.controlnet_cond_embedding.conv_out)
+    for convolution in (*made.control.controlnet_down_blocks, *silent):
         torch.nn.init.normal_(convolution.weight, std=0.1)
     return made
 
