@@ -98,7 +98,7 @@ def test_nothing_is_left_beside_controlnet(
     server_with_controlnet: Client, people: dict[str, str], control: dict[str, Any]
 ) -> None:
     client = server_with_controlnet
-    assert client.generate(two(people), **beside(control)).status == 200
+    assert client.generate(two(people), **beside(control, REFERENCE)).status == 200
     vanilla = client.generate().images
     controlled = client.generate(**beside(control)).images
     assert client.generate().images == vanilla
