@@ -14,7 +14,7 @@ from lib_portrait.errors import PortraitError
 from trainer.attribute_network import HEADS
 from trainer.dataset import training_person
 from trainer.evaluation.layouts import layout_of
-from trainer.evaluation.plans import BASE, BRIEF, PROTOCOLS, REAL, ProtocolSettings, make_plan
+from trainer.evaluation.plans import BASE, BRIEF, PROTOCOLS, REAL, Adapter, ProtocolSettings, make_plan
 from trainer.evaluation.populations import HELD_OUT, TRAINED, UNSEEN_PHOTO, Subject, WorldPopulation, scene_following
 from trainer.evaluation.prompts import MULTI, SINGLE
 from trainer.world import held_out, sample_scene, world_person
@@ -25,7 +25,7 @@ SETTINGS = ProtocolSettings(defaults=BRIEF)
 
 
 def test_the_paper_s_protocols_have_the_paper_s_sizes() -> None:
-    single, multi = (make_plan(name, PEOPLE, ["a"], ProtocolSettings()) for name in ("single", "multi"))
+    single, multi = (make_plan(name, PEOPLE, [Adapter("a")], ProtocolSettings()) for name in ("single", "multi"))
     assert (len(SINGLE), len(MULTI)) == (40, 21)
     assert len(single.samples) == 15 * 40 * 4
     assert len(multi.samples) == 105 * 21 * 4
@@ -35,7 +35,7 @@ def test_the_paper_s_protocols_have_the_paper_s_sizes() -> None:
 
 
 def test_the_world_s_protocol_makes_500_pictures_of_100_people_with_all_prompts() -> None:
-    samples = make_plan("single", PEOPLE, ["a"], SETTINGS).samples
+    samples = make_plan("single", PEOPLE, [Adapter("a")], SETTINGS).samples
     assert len(samples) >= 500 and len({sample.people for sample in samples}) == 100
     asked = Counter(sample.prompt for sample in samples)
     assert set(asked) == set(SINGLE) and max(asked.values()) <= min(asked.values()) + 1
@@ -43,15 +43,19 @@ def test_the_world_s_protocol_makes_500_pictures_of_100_people_with_all_prompts(
 
 def test_every_picture_has_a_seed_of_its_own_that_does_not_hang_on_the_rest() -> None:
     for protocol in PROTOCOLS:
-        samples = make_plan(protocol, PEOPLE, ["a"], replace(SETTINGS, pictures=2)).samples
+        samples = make_plan(protocol, PEOPLE, [Adapter("a")], replace(SETTINGS, pictures=2)).samples
         assert len({sample.seed for sample in samples}) == len(samples)
-    few, many = (make_plan("single", PEOPLE, ["a"], replace(SETTINGS, number=number)).samples for number in (3, 9))
+    few, many = (
+        make_plan("single", PEOPLE, [Adapter("a")], replace(SETTINGS, number=number)).samples for number in (3, 9)
+    )
     assert few == many[: len(few)]
 
 
 def test_what_protocols_have_in_common_is_the_same_pictures() -> None:
     """So that they are generated once: the variants with one reference and the usual β are those of `single`."""
-    single, references, beta = (make_plan(name, PEOPLE, ["a"], SETTINGS) for name in ("single", "references", "beta"))
+    single, references, beta = (
+        make_plan(name, PEOPLE, [Adapter("a")], SETTINGS) for name in ("single", "references", "beta")
+    )
     for samples in (references.samples, beta.samples):
         assert samples == single.samples[: len(samples)]
     settings = {(variant.adapter, variant.photos, variant.structure) for variant in single.variants}
@@ -62,21 +66,22 @@ def test_what_protocols_have_in_common_is_the_same_pictures() -> None:
 
 
 def test_adapters_are_variants_between_floor_and_ceiling() -> None:
+    rows = [Adapter(label) for label in ("global", "local", "+ structure")]
     for protocol in ("single", "multi"):
-        variants = make_plan(protocol, PEOPLE, ["global", "local", "+ structure"], SETTINGS).variants
+        variants = make_plan(protocol, PEOPLE, rows, SETTINGS).variants
         assert [variant.name for variant in variants] == [BASE, "global", "local", "+ structure", REAL]
         assert variants[0].adapter is None and variants[-1].real
 
 
 def test_several_references_are_compared_with_another_photo() -> None:
-    references = make_plan("references", PEOPLE, ["a"], SETTINGS)
+    references = make_plan("references", PEOPLE, [Adapter("a")], SETTINGS)
     assert references.compared_photo == UNSEEN_PHOTO
     assert [variant.photos for variant in references.variants[1:-1]] == [1, 2, 4]
-    assert make_plan("single", PEOPLE, ["a"], SETTINGS).compared_photo == 0
+    assert make_plan("single", PEOPLE, [Adapter("a")], SETTINGS).compared_photo == 0
 
 
 def test_beta_is_swept() -> None:
-    variants = make_plan("beta", PEOPLE, ["a"], replace(SETTINGS, betas=(0.0, 0.5))).variants
+    variants = make_plan("beta", PEOPLE, [Adapter("a")], replace(SETTINGS, betas=(0.0, 0.5))).variants
     assert [(variant.name, variant.structure) for variant in variants[1:-1]] == [("β = 0", 0.0), ("β = 0.5", 0.5)]
 
 
@@ -91,7 +96,7 @@ def test_beta_is_swept() -> None:
 )
 def test_what_cannot_be_planned_is_refused(protocol: str, changes: dict[str, object], field: str) -> None:
     with pytest.raises(PortraitError) as raised:
-        make_plan(protocol, PEOPLE, ["a"], replace(SETTINGS, **changes))  # type: ignore[arg-type]
+        make_plan(protocol, PEOPLE, [Adapter("a")], replace(SETTINGS, **changes))  # type: ignore[arg-type]
     assert raised.value.field == field
 
 
@@ -153,16 +158,41 @@ def test_captions_count_people_as_the_world_s_do() -> None:
     }
 
 
+def test_with_a_method_that_needs_a_word_for_each_person_all_rows_have_one() -> None:
+    people = [Subject(str(number), word) for number, word in enumerate(("woman", "woman", "man"))]
+    counts = ProtocolSettings(number=3, prompts=1, pictures=1)
+    plain, naming = Adapter("a"), Adapter("b", names_each=True)
+    counted = make_plan("multi", people, [plain], counts)
+    each = make_plan("multi", people, [plain, naming], counts)
+    asked = make_plan("multi", people, [plain], replace(counts, names_each=True))
+    assert [plan.names_each for plan in (counted, each, asked)] == [False, True, True]
+    of_pairs = [[sample.text for sample in plan.samples] for plan in (counted, each)]
+    assert [text.partition(" of ")[2] for text in of_pairs[0]] == [
+        "two women in a park",
+        "a woman and a man at the beach",
+        "a woman and a man in a forest",
+    ]
+    assert of_pairs[1] == [of_pairs[0][0].replace("two women", "a woman and a woman"), *of_pairs[0][1:]]
+    assert asked.samples == each.samples
+    # What else makes a picture is the same, and where nobody shared a word the whole picture.
+    assert [replace(one, text="") for one in counted.samples] == [replace(one, text="") for one in each.samples]
+    single = make_plan("single", people, [naming], counts)
+    assert single.samples == make_plan("single", people, [plain], counts).samples and not single.names_each
+    three = MULTI[0].text(["woman", "man", "woman"], each=True)
+    assert three == "a photo of a woman, a man and a woman in a park"
+
+
 def test_methods_that_need_places_have_them_in_every_row_and_others_where_asked_for() -> None:
     people = [Subject(str(number), "woman") for number in range(3)]
     counts = ProtocolSettings(number=3, prompts=1, pictures=1, sides=True, layouts=True)
-    rows = {row.name: row for row in make_plan("multi", people, ["free", "bound"], counts, ["bound"]).variants}
+    free, bound = Adapter("free"), Adapter("bound", placed=True)
+    rows = {row.name: row for row in make_plan("multi", people, [free, bound], counts).variants}
     assert {name for name, row in rows.items() if row.laid_out} == {"bound", "free, laid out"}
     assert {name for name, row in rows.items() if row.sides} == {"free, side by side"}
     for protocol in ("single", "references", "beta"):
-        for label in ("free", "bound"):
-            plan = make_plan(protocol, people, [label], counts, ["bound"])
-            assert {row.laid_out for row in plan.variants if row.adapter} == {label == "bound"}
+        for adapter in (free, bound):
+            plan = make_plan(protocol, people, [adapter], counts)
+            assert {row.laid_out for row in plan.variants if row.adapter} == {adapter.placed}
 
 
 @pytest.mark.parametrize("people", [1, 2, 4, 7])

@@ -51,6 +51,11 @@ def configure(parser: argparse.ArgumentParser) -> None:
     whom.add_argument("--references", type=int, nargs="+", metavar="N", help="numbers of photos, default 1 2 4")
     whom.add_argument("--sides", action="store_true", help="multi: also with a region for each person, side by side")
     whom.add_argument("--layouts", action="store_true", help="multi: also with a place for each face")
+    whom.add_argument(
+        "--names-each",
+        action="store_true",
+        help='prompts say "a woman and a woman", not "two women", as where the method of an --adapter needs it',
+    )
     whom.add_argument("--betas", type=float, nargs="+", metavar="β", help="default 0 0.1 0.3 0.6 1")
     parser.epilog = (
         "People x prompts x pictures: for photos 15 x 40 x 4 and 15 x 21 x 4 (pairs) as in the paper; for the world "

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -48,14 +48,29 @@ class Variant:
 
 
 @dataclass(frozen=True)
+class Adapter:
+    """An adapter as plans know it. label: its name in the tables.
+
+    placed: whether its method cannot do without places of faces, which it has in every row. names_each: whether its
+    method needs a word of the prompt for each person.
+    """
+
+    label: str
+    placed: bool = False
+    names_each: bool = False
+
+
+@dataclass(frozen=True)
 class EvaluationPlan:
-    """A protocol, planned. compared_photo: number of the photo that faces are compared with (`Population.photo`)."""
+    """A protocol, planned. compared_photo: number of the photo that faces are compared with (`Population.photo`).
+    names_each: whether prompts name several people one by one, see `Prompt.text`."""
 
     protocol: str
     title: str
     samples: Sequence[Sample]
     variants: Sequence[Variant]
     compared_photo: int = 0
+    names_each: bool = False
 
 
 @dataclass(frozen=True)
@@ -84,7 +99,8 @@ BRIEF = {
 class ProtocolSettings:
     """The size of protocols, and what they vary. number, prompts, pictures: see `Counts`; 0: the protocol's `defaults`.
     structure: β where it is not what varies. sides: whether pairs are also made with a region for each person. layouts:
-    whether they are also made with a place for each face."""
+    whether they are also made with a place for each face. names_each: whether prompts for several people name them one
+    by one even where no adapter needs that."""
 
     number: int = 0
     prompts: int = 0
@@ -94,6 +110,7 @@ class ProtocolSettings:
     structure: float = 0.1
     sides: bool = False
     layouts: bool = False
+    names_each: bool = False
     defaults: Mapping[str, Counts] = field(default_factory=lambda: PAPER)
 
     def __post_init__(self) -> None:
@@ -120,20 +137,19 @@ class ProtocolSettings:
 def make_plan(
     protocol: str,
     people: Sequence[Subject],
-    adapters: Sequence[str],
+    adapters: Sequence[Adapter],
     settings: ProtocolSettings,
-    placed: Collection[str] = (),
 ) -> EvaluationPlan:
     """The protocol for the first of the people.
 
-    adapters: their labels; the protocols that vary something else use the first one. placed: those whose method cannot
-    do without places of faces, which they have in every row. Raises PortraitError for a
+    The protocols that vary something else use the first of the adapters. Where one of them needs a word of the prompt
+    for each person, all rows have prompts worded so: they are compared picture by picture. Raises PortraitError for a
     protocol that does not exist, and for pairs of fewer than two people.
     """
     counts = settings.counts(protocol)
     numbers = range(min(counts.people, len(people)))
     base, real = Variant(BASE), Variant(REAL, real=True)
-    adapted = [Variant(label, label, structure=settings.structure, laid_out=label in placed) for label in adapters]
+    adapted = [Variant(one.label, one.label, structure=settings.structure, laid_out=one.placed) for one in adapters]
     if protocol == "single":
         # UniPortrait, tables 1 and 3, after FastComposer: people x prompts x 4 pictures.
         samples = _samples([(number,) for number in numbers], SINGLE, people, counts)
@@ -148,7 +164,9 @@ def make_plan(
             adapted += [dataclasses.replace(one, name=f"{one.name}, side by side", sides=True) for one in free]
         if settings.layouts:
             adapted += [dataclasses.replace(one, name=f"{one.name}, laid out", laid_out=True) for one in free]
-        return EvaluationPlan(protocol, "Two people", _samples(pairs, MULTI, people, counts), [base, *adapted, real])
+        each = settings.names_each or any(one.names_each for one in adapters)
+        samples = _samples(pairs, MULTI, people, counts, each)
+        return EvaluationPlan(protocol, "Two people", samples, [base, *adapted, real], names_each=each)
     samples = _samples([(number,) for number in numbers], SINGLE, people, counts)
     if protocol == "references":
         # UniPortrait, table I: compared with another photo of the person than the ones given.
@@ -163,9 +181,14 @@ def make_plan(
 
 
 def _samples(
-    groups: Sequence[tuple[int, ...]], prompts: Sequence[Prompt], people: Sequence[Subject], counts: Counts
+    groups: Sequence[tuple[int, ...]],
+    prompts: Sequence[Prompt],
+    people: Sequence[Subject],
+    counts: Counts,
+    each: bool = False,
 ) -> list[Sample]:
-    """The pictures of a protocol, one person or pair after the other; the same seeds in every variant."""
+    """The pictures of a protocol, one person or pair after the other; the same seeds in every variant. each: see
+    `Prompt.text`."""
     samples = []
     for place, group in enumerate(groups):
         words = [people[person].word for person in group]
@@ -173,7 +196,7 @@ def _samples(
             prompt = prompts[number]
             for picture in range(counts.pictures):
                 seed = sample_seed([people[person].name for person in group], number, picture)
-                samples.append(Sample(group, prompt, prompt.text(words), prompt.attributes(words), seed))
+                samples.append(Sample(group, prompt, prompt.text(words, each), prompt.attributes(words), seed))
     return samples
 
 

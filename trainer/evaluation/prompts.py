@@ -35,9 +35,15 @@ class Prompt:
     scarf_colour: str = ""
     glasses: bool = False
 
-    def text(self, words: Sequence[str]) -> str:
-        """The caption for people of these class words, "woman", "man" or, where it is not known, "person"."""
-        who = counted_people(Counter(words)) if len(words) > 1 else self._person(words[0])
+    def text(self, words: Sequence[str], each: bool = False) -> str:
+        """The caption for people of these class words, "woman", "man" or, where it is not known, "person".
+
+        each: several people are named one by one, in their order ("a woman and a woman"), not counted ("two women").
+        """
+        if len(words) == 1:
+            who = self._person(words[0])
+        else:
+            who = enumeration(list(map(with_article, words))) if each else counted_people(Counter(words))
         return " ".join(part for part in (self.opening, who, self.place) if part)
 
     def _person(self, word: str) -> str:

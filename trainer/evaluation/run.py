@@ -40,7 +40,7 @@ from trainer.evaluation.generators import (
 )
 from trainer.evaluation.instruments import load_clip, open_recogniser, refuse_conditioning_network
 from trainer.evaluation.measuring import CLIP, Gallery, Instruments, measure
-from trainer.evaluation.plans import BRIEF, REAL, EvaluationPlan, ProtocolSettings, make_plan
+from trainer.evaluation.plans import BRIEF, REAL, Adapter, EvaluationPlan, ProtocolSettings, make_plan
 from trainer.evaluation.populations import HELD_OUT, TRAINED, PhotoFolder, Population, WorldPopulation
 from trainer.evaluation.report import Table, as_json, as_json_lines, markdown, sample_sheet, tabulate
 
@@ -162,15 +162,19 @@ def _prepare(settings: EvaluationSettings) -> _Prepared:
     )
     population = open_population(settings, sampling.size)
     provider = SampleProvider(population, generators, sampling, PictureCache(settings.output / "pictures"))
-    placed = [label for label, kit in kits.items() if declaration(kit.method).control]
+    adapters = [_planned(label, declaration(kit.method)) for label, kit in kits.items()]
     # Everything that could be wrong with one of the protocols comes to light before the first picture of any.
     plans = [
-        make_plan(protocol, population.people, list(stores), _protocol_settings(settings), placed)
+        make_plan(protocol, population.people, adapters, _protocol_settings(settings))
         for protocol in settings.protocols
     ]
     people = 2 if "multi" in settings.protocols else 1
     weights = {"text only": hashes, **{label: dict(generators[label].weights(people)) for label in stores}}
     return _Prepared(model, provider, plans, kits, weights)
+
+
+def _planned(label: str, method: Declaration) -> Adapter:
+    return Adapter(label, placed=bool(method.control), names_each=method.names_each)
 
 
 def _options(texts: Sequence[str], methods: Sequence[Declaration]) -> dict[str, Value]:
@@ -297,6 +301,8 @@ def _notes(
             " Both shown: each has a face of their own, more like them than like the other; "
             "both placed: and where the picture was routed to them."
         )
+    if plan.names_each:
+        both += ' Prompts name everybody by a word of their own, in all rows ("a woman and a woman").'
     return [
         f"{len(people)} {population.source}{pairs}, {len(plan.samples)} pictures a row; mean ± standard error over "
         f"people. Similarity is to {held}, by {instruments.recogniser.name}; a face that is not found counts 0. "
@@ -435,6 +441,7 @@ def _facts(settings: EvaluationSettings, prepared: _Prepared, plan: EvaluationPl
         "adapters": list(prepared.kits),
         "fid": settings.fid,
         **files,
+        "names_each": plan.names_each,
         "counts": dataclasses.asdict(_protocol_settings(settings).counts(plan.protocol)),
         **dataclasses.asdict(prepared.provider.settings),
     }
