@@ -13,12 +13,13 @@ pytest.importorskip("skia", reason="the world is drawn with skia", exc_type=Impo
 from lib_portrait.errors import PortraitError
 from trainer.attribute_network import HEADS
 from trainer.dataset import training_person
-from trainer.evaluation.layouts import layout_of
-from trainer.evaluation.plans import BASE, BRIEF, PROTOCOLS, REAL, Adapter, ProtocolSettings, make_plan
+from trainer.evaluation.layouts import layout_of, scene_of
+from trainer.evaluation.plans import BASE, BRIEF, PROTOCOLS, REAL, Adapter, ProtocolSettings, make_plan, make_plans
 from trainer.evaluation.populations import HELD_OUT, TRAINED, UNSEEN_PHOTO, Subject, WorldPopulation, scene_following
 from trainer.evaluation.prompts import MULTI, SINGLE
-from trainer.world import held_out, sample_scene, world_person
+from trainer.world import held_out, render, sample_scene, world_person
 from trainer.world.attributes import attributes_of
+from trainer.world.scenes import APART_ACROSS, APART_DOWN
 
 PEOPLE = [Subject(str(number), "woman" if number % 2 else "man") for number in range(120)]
 SETTINGS = ProtocolSettings(defaults=BRIEF)
@@ -43,7 +44,8 @@ def test_the_world_s_protocol_makes_500_pictures_of_100_people_with_all_prompts(
 
 def test_every_picture_has_a_seed_of_its_own_that_does_not_hang_on_the_rest() -> None:
     for protocol in PROTOCOLS:
-        samples = make_plan(protocol, PEOPLE, [Adapter("a")], replace(SETTINGS, pictures=2)).samples
+        plans = make_plans(protocol, PEOPLE, [Adapter("a")], replace(SETTINGS, pictures=2))
+        samples = [sample for plan in plans for sample in plan.samples]
         assert len({sample.seed for sample in samples}) == len(samples)
     few, many = (
         make_plan("single", PEOPLE, [Adapter("a")], replace(SETTINGS, number=number)).samples for number in (3, 9)
@@ -92,11 +94,16 @@ def test_beta_is_swept() -> None:
         ("multi", {"number": 1}, "number"),
         ("single", {"pictures": -1}, "pictures"),
         ("references", {"references": (0, 1)}, "references"),
+        ("groups", {"number": 6}, "number"),
+        ("groups", {"people_per_picture": ()}, "people_per_picture"),
+        ("groups", {"people_per_picture": (1, 2)}, "people_per_picture"),
+        ("groups", {"people_per_picture": (2, 11)}, "people_per_picture"),
+        ("groups", {"people_per_picture": (3, 3)}, "people_per_picture"),
     ],
 )
 def test_what_cannot_be_planned_is_refused(protocol: str, changes: dict[str, object], field: str) -> None:
     with pytest.raises(PortraitError) as raised:
-        make_plan(protocol, PEOPLE, [Adapter("a")], replace(SETTINGS, **changes))  # type: ignore[arg-type]
+        make_plans(protocol, PEOPLE, [Adapter("a")], replace(SETTINGS, **changes))  # type: ignore[arg-type]
     assert raised.value.field == field
 
 
@@ -130,15 +137,19 @@ def test_real_pictures_show_what_the_prompt_says(number: int) -> None:
         stated = prompt.attributes([person.word])
         shown = attributes_of(scene_following(sample_scene(seed, [person]), prompt))
         assert {name: shown[name] for name in stated} == stated, prompt
-    pair = [person, world_person(29)]
-    for seed, prompt in enumerate(MULTI):
-        stated = prompt.attributes([one.word for one in pair])
-        shown = attributes_of(scene_following(sample_scene(seed, pair), prompt))
-        assert {name: shown[name] for name in stated} == stated, prompt
+    group = [person, *(world_person(other) for other in (29, 39, 49, 59, 69, 79))]
+    for count in (2, 4, 7):
+        people = group[:count]
+        for seed, prompt in enumerate(MULTI):
+            stated = prompt.attributes([one.word for one in people])
+            shown = attributes_of(scene_following(scene_of(seed, count, people), prompt))
+            assert {name: shown[name] for name in stated} == stated, prompt
+            # The network that looks for it was shown four people at most.
+            assert ("people" in stated) == ("women" in stated) == (count < 5)
 
 
 def test_every_stated_attribute_is_one_that_can_be_predicted() -> None:
-    for prompts, words in ((SINGLE, ["woman"]), (MULTI, ["woman", "man"])):
+    for prompts, words in ((SINGLE, ["woman"]), (MULTI, ["woman", "man"]), (MULTI, ["woman"] * 7)):
         for prompt in prompts:
             for name, value in prompt.attributes(words).items():
                 assert value in HEADS[name]
@@ -156,6 +167,22 @@ def test_captions_count_people_as_the_world_s_do() -> None:
         "style": "photo",
         "background": "park",
     }
+
+
+def test_groups_of_every_size_have_everybody_once_as_far_as_they_come_out_even() -> None:
+    plans = make_plans("groups", PEOPLE, [Adapter("a")], replace(SETTINGS, number=20))
+    assert [plan.name for plan in plans] == [f"groups-{size}" for size in (2, 3, 4, 5, 6, 7)]
+    for size, plan in zip((2, 3, 4, 5, 6, 7), plans):
+        groups = list(dict.fromkeys(sample.people for sample in plan.samples))
+        assert all(len(group) == size for group in groups) and len(groups) == 20 // size
+        assert sorted(person for group in groups for person in group) == list(range(20 // size * size))
+        assert len(plan.samples) == 2 * len(groups)
+    assert plans[-1].samples[0].text == "a photo of four men and three women in a park"
+    assert make_plans("groups", PEOPLE, [Adapter("a")], replace(SETTINGS, number=20)) == plans
+    everywhere = replace(SETTINGS, number=20, sides=True, layouts=True, people_per_picture=(3,))
+    (three,) = make_plans("groups", PEOPLE, [Adapter("a"), Adapter("b", placed=True)], everywhere)
+    names = [BASE, "a", "b", "a, side by side", "a, laid out", REAL]
+    assert [variant.name for variant in three.variants] == names
 
 
 def test_with_a_method_that_needs_a_word_for_each_person_all_rows_have_one() -> None:
@@ -205,3 +232,27 @@ def test_a_layout_has_faces_from_the_left_with_their_poses(people: int) -> None:
         assert left < pose[0, 0] < right and top < pose[0, 1] < bottom
     assert layout.picture(64).shape == (64, 64, 3) and layout.picture(64).any()
     assert people == 1 or layout_of(6, people).boxes != layout.boxes
+
+
+@pytest.mark.parametrize("count", [5, 6, 7, 10])
+def test_more_people_than_the_world_s_scenes_have_stand_in_two_rows_apart(count: int) -> None:
+    people = [world_person(9 + 10 * number) for number in range(count)]
+    size = 256
+    heads = set()
+    for seed in range(3):
+        scene = scene_of(seed, count, people)
+        assert {placement.person.number for placement in scene.people} == {person.number for person in people}
+        assert scene_of(seed, count, people) == scene
+        heads |= {(placement.person.number, round(placement.y, 1) > 0.4) for placement in scene.people}
+        for i, one in enumerate(scene.people):
+            for other in scene.people[:i]:
+                apart = one.size + other.size
+                assert abs(one.x - other.x) > APART_ACROSS * apart or abs(one.y - other.y) > APART_DOWN * apart
+        # Nobody's face is lost behind another's.
+        faces = render(scene, size).faces
+        areas = [(face.box[2] - face.box[0]) * (face.box[3] - face.box[1]) for face in faces]
+        assert all(face.mask.sum() > 0.25 * area for face, area in zip(faces, areas))
+        boxes = layout_of(seed, count).boxes
+        assert all(right - left > 0.06 for left, _, right, _ in boxes)
+    # Who stands where is as it comes.
+    assert len(heads) > count

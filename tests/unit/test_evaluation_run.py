@@ -190,6 +190,29 @@ def test_tables_lines_and_sheets_are_written_and_nothing_is_generated_twice(
     assert {path: path.read_bytes() for path in before} == before
 
 
+def test_groups_have_a_table_for_each_size_and_one_for_all(world: Path, tmp_path: Path, generated: list[int]) -> None:
+    sizes = ProtocolSettings(number=3, prompts=1, pictures=1, people_per_picture=(2, 3), sides=True)
+    said: list[str] = []
+    tables = evaluate(settings(world, tmp_path, "groups", protocol_settings=sizes), said.append)
+    assert [table.plan.name for table in tables] == ["groups-2", "groups-3"]
+    names = ["text only", "world", "world, side by side", "real pictures"]
+    assert all([row.variant.name for row in table.rows] == names for table in tables)
+    assert said[-1] == (tmp_path / "groups.md").read_text("utf-8") and "## boxes hit %" in said[-1]
+    lines = [json.loads(line) for line in (tmp_path / "groups-3.jsonl").read_text("utf-8").splitlines()]
+    beside = next(line for line in lines if line["row"] == "world, side by side")
+    request = json.loads(Image.open(tmp_path / beside["picture"]).info["portrait"])["request"]
+    thirds = [(0.0, 0.0, 1 / 3, 1.0), (1 / 3, 0.0, 2 / 3, 1.0), (2 / 3, 0.0, 1.0, 1.0)]
+    assert [tuple(one["region"]["box"]) for one in request["identities"]] == thirds
+    # Faces are found at a quarter and three quarters of the width.
+    assert beside["hit"] == [True, False, True]
+    assert [line["hit"] for line in lines if line["row"] != beside["row"]] == [None] * 3
+    assert len(beside["between"]) == 3 and beside["multisim"] is not None
+    # In the JSON of each size is what the pictures of as many people were made with.
+    weights = json.loads((tmp_path / "groups-3.json").read_text("utf-8"))["weights"]["world"]
+    assert "router" in weights
+    assert sum(generated) == 2 * 3
+
+
 def test_a_broken_run_goes_on_where_it_stopped(
     world: Path, tmp_path: Path, generated: list[int], monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -2,6 +2,7 @@
 
 portrait.py evaluate single --output RESULTS              one person, beside the text-only base and real pictures
 portrait.py evaluate multi --output RESULTS               all pairs of people
+portrait.py evaluate groups --output RESULTS              2 to 7 people in a picture
 portrait.py evaluate references beta --output RESULTS     1, 2, 4 photos of a person; the face structure scale
 
 Tables are written as RESULTS/PROTOCOL.md and .json, the measurements of each picture as .jsonl, some pictures as .png.
@@ -14,7 +15,7 @@ import argparse
 from pathlib import Path
 
 REQUIREMENTS = "train"
-PROTOCOLS = ("single", "multi", "references", "beta")
+PROTOCOLS = ("single", "multi", "groups", "references", "beta")
 
 
 def configure(parser: argparse.ArgumentParser) -> None:
@@ -45,12 +46,17 @@ def configure(parser: argparse.ArgumentParser) -> None:
     whom = parser.add_argument_group("whom and how many")
     whom.add_argument("--people", metavar="held-out|train|FOLDER", help="of the world, or photos; default held-out")
     whom.add_argument("--number", type=int, help="of people; default: see below")
-    whom.add_argument("--prompts", type=int, help="for each person or pair, of 40 or, for pairs, 21")
+    whom.add_argument("--prompts", type=int, help="for each person, pair or group, of 40 or, for several people, 21")
     whom.add_argument("--pictures", type=int, help="for each prompt")
     whom.add_argument("--gallery", type=int, help="people of the world in the gallery, at least; default 100")
     whom.add_argument("--references", type=int, nargs="+", metavar="N", help="numbers of photos, default 1 2 4")
-    whom.add_argument("--sides", action="store_true", help="multi: also with a region for each person, side by side")
-    whom.add_argument("--layouts", action="store_true", help="multi: also with a place for each face")
+    whom.add_argument(
+        "--people-per-picture", type=int, nargs="+", metavar="N", help="groups: sizes, default 2 3 4 5 6 7"
+    )
+    whom.add_argument(
+        "--sides", action="store_true", help="multi, groups: also with a region for each person, side by side"
+    )
+    whom.add_argument("--layouts", action="store_true", help="multi, groups: also with a place for each face")
     whom.add_argument(
         "--names-each",
         action="store_true",
@@ -59,7 +65,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
     whom.add_argument("--betas", type=float, nargs="+", metavar="β", help="default 0 0.1 0.3 0.6 1")
     parser.epilog = (
         "People x prompts x pictures: for photos 15 x 40 x 4 and 15 x 21 x 4 (pairs) as in the paper; for the world "
-        "100 x 5 x 1 (single, references), 15 x 4 x 1 (multi), 50 x 5 x 1 (beta)."
+        "100 x 5 x 1 (single, references), 15 x 4 x 1 (multi), 60 x 2 x 1 (groups), 50 x 5 x 1 (beta)."
     )
     by = parser.add_argument_group("what measures them; for people of the world its own by default")
     by.add_argument("--detector", metavar="mtcnn|insightface|FILE", help="finds faces")

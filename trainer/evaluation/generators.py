@@ -292,6 +292,13 @@ class SampleProvider:
         """What decides a sample's request: the people, and the number of their layout where they have one."""
         return sample.people, sample.seed % LAYOUTS if variant.laid_out else 0
 
+    def boxes(self, variant: Variant, sample: Sample) -> Sequence[Box] | None:
+        """Where the faces, or people, of a sample are asked for, in shares of the picture; None where that is left
+        open."""
+        if variant.adapter is None:
+            return None
+        return _boxes(variant, *self._group(variant, sample))
+
     def _pose(self, variant: Variant, sample: Sample) -> Image | None:
         """What the ControlNet is shown; None for methods without."""
         if variant.adapter is None or not declaration(self.generators[variant.adapter].method).control:
@@ -306,11 +313,7 @@ class SampleProvider:
         declared, count = declaration(method), len(people)
         # What reads no network of faces sees the photo itself, and more of it than an aligned face.
         whole = not declared.encoders
-        boxes: Sequence[Box | None] = [None] * count
-        if variant.laid_out:
-            boxes = layout_of(layout, count).boxes
-        elif variant.sides:
-            boxes = [(place / count, 0.0, (place + 1) / count, 1.0) for place in range(count)]
+        boxes = _boxes(variant, people, layout) or [None] * count
         own = _values(declared.identity_options, {"structure": variant.structure, **self.settings.options})
         identities = tuple(
             Identity(
@@ -335,6 +338,16 @@ class SampleProvider:
             sample.seed,
             settings.sampler,
         )
+
+
+def _boxes(variant: Variant, people: Sequence[int], layout: int) -> Sequence[Box] | None:
+    """Where people have their places; None where they have none. layout: its number."""
+    count = len(people)
+    if variant.laid_out:
+        return layout_of(layout, count).boxes
+    if variant.sides:
+        return [(place / count, 0.0, (place + 1) / count, 1.0) for place in range(count)]
+    return None
 
 
 def _values(declared: Sequence[Option], given: Mapping[str, Value]) -> dict[str, Value]:

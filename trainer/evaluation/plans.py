@@ -13,9 +13,12 @@ from lib_portrait.errors import PortraitError
 from trainer.evaluation.populations import UNSEEN_PHOTO, Subject
 from trainer.evaluation.prompts import MULTI, SINGLE, Prompt, assigned_prompts
 from trainer.world.attributes import Attributes
+from trainer.world.captions import NUMBERS
 
+# Captions count no further.
+MOST_TOGETHER = len(NUMBERS) - 1
 BASE, REAL = "text only", "real pictures"
-PROTOCOLS = ("single", "multi", "references", "beta")
+PROTOCOLS = ("single", "multi", "groups", "references", "beta")
 
 
 @dataclass(frozen=True)
@@ -62,8 +65,11 @@ class Adapter:
 
 @dataclass(frozen=True)
 class EvaluationPlan:
-    """A protocol, planned. compared_photo: number of the photo that faces are compared with (`Population.photo`).
-    names_each: whether prompts name several people one by one, see `Prompt.text`."""
+    """A protocol, planned, or a part of it.
+
+    part: which, where the protocol has several, for file names. compared_photo: number of the photo that faces are
+    compared with (`Population.photo`). names_each: whether prompts name several people one by one, see `Prompt.text`.
+    """
 
     protocol: str
     title: str
@@ -71,12 +77,18 @@ class EvaluationPlan:
     variants: Sequence[Variant]
     compared_photo: int = 0
     names_each: bool = False
+    part: str = ""
+
+    @property
+    def name(self) -> str:
+        """Of its files."""
+        return f"{self.protocol}-{self.part}" if self.part else self.protocol
 
 
 @dataclass(frozen=True)
 class Counts:
-    """people: of whom pairs are made too. prompts: for each person or pair, at most as many as there are. pictures: for
-    each prompt."""
+    """people: of whom pairs and groups are made too. prompts: for each person, pair or group, at most as many as there
+    are. pictures: for each prompt."""
 
     people: int
     prompts: int
@@ -84,12 +96,13 @@ class Counts:
 
 
 # UniPortrait, sec. 4.2, after FastComposer: 15 people (105 pairs), 40 prompts (21 for pairs), 4 pictures of each.
-PAPER = {name: Counts(15, 21 if name == "multi" else 40, 4) for name in PROTOCOLS}
+PAPER = {name: Counts(15, 21 if name in ("multi", "groups") else 40, 4) for name in PROTOCOLS}
 # As many people as identification needs, each with a few of the prompts: errors fall with people rather than with
 # pictures, and two CPU cores are done with a protocol in some ten minutes. What two have in common is generated once.
 BRIEF = {
     "single": Counts(100, 5, 1),
     "multi": Counts(15, 4, 1),
+    "groups": Counts(60, 2, 1),
     "references": Counts(100, 5, 1),
     "beta": Counts(50, 5, 1),
 }
@@ -98,14 +111,15 @@ BRIEF = {
 @dataclass(frozen=True)
 class ProtocolSettings:
     """The size of protocols, and what they vary. number, prompts, pictures: see `Counts`; 0: the protocol's `defaults`.
-    structure: β where it is not what varies. sides: whether pairs are also made with a region for each person. layouts:
-    whether they are also made with a place for each face. names_each: whether prompts for several people name them one
-    by one even where no adapter needs that."""
+    people_per_picture: of groups. structure: β where it is not what varies. sides: whether pairs and groups are also
+    made with a region for each person, side by side. layouts: whether they are also made with a place for each face.
+    names_each: whether prompts for several people name them one by one even where no adapter needs that."""
 
     number: int = 0
     prompts: int = 0
     pictures: int = 0
     references: tuple[int, ...] = (1, 2, 4)
+    people_per_picture: tuple[int, ...] = (2, 3, 4, 5, 6, 7)
     betas: tuple[float, ...] = (0.0, 0.1, 0.3, 0.6, 1.0)
     structure: float = 0.1
     sides: bool = False
@@ -119,6 +133,10 @@ class ProtocolSettings:
                 raise PortraitError(name, f"{getattr(self, name)} was given", "Give a whole number of 1 or more.")
         if not self.references or min(self.references) < 1:
             raise PortraitError("references", f"{self.references} was given", "Give whole numbers of 1 or more.")
+        sizes = self.people_per_picture
+        if not sizes or min(sizes) < 2 or max(sizes) > MOST_TOGETHER or len(set(sizes)) < len(sizes):
+            remedy = f"Give different whole numbers from 2 to {MOST_TOGETHER}."
+            raise PortraitError("people_per_picture", f"{sizes} was given", remedy)
 
     def counts(self, protocol: str) -> Counts:
         """Raises PortraitError for a protocol that does not exist."""
@@ -134,13 +152,22 @@ class ProtocolSettings:
         return max([1, *(self.references if "references" in protocols else ())])
 
 
+def make_plans(
+    protocol: str, people: Sequence[Subject], adapters: Sequence[Adapter], settings: ProtocolSettings
+) -> list[EvaluationPlan]:
+    """The protocol's parts: of groups one for each number of people in a picture, else one. See `make_plan`."""
+    if protocol != "groups":
+        return [make_plan(protocol, people, adapters, settings)]
+    return [_groups(size, people, adapters, settings) for size in settings.people_per_picture]
+
+
 def make_plan(
     protocol: str,
     people: Sequence[Subject],
     adapters: Sequence[Adapter],
     settings: ProtocolSettings,
 ) -> EvaluationPlan:
-    """The protocol for the first of the people.
+    """The protocol for the first of the people, where it has but one part.
 
     The protocols that vary something else use the first of the adapters. Where one of them needs a word of the prompt
     for each person, all rows have prompts worded so: they are compared picture by picture. Raises PortraitError for a
@@ -149,7 +176,7 @@ def make_plan(
     counts = settings.counts(protocol)
     numbers = range(min(counts.people, len(people)))
     base, real = Variant(BASE), Variant(REAL, real=True)
-    adapted = [Variant(one.label, one.label, structure=settings.structure, laid_out=one.placed) for one in adapters]
+    adapted = _adapted(adapters, settings)
     if protocol == "single":
         # UniPortrait, tables 1 and 3, after FastComposer: people x prompts x 4 pictures.
         samples = _samples([(number,) for number in numbers], SINGLE, people, counts)
@@ -159,14 +186,7 @@ def make_plan(
         pairs = list(itertools.combinations(numbers, 2))
         if not pairs:
             raise PortraitError("number", "one person makes no pair", "Give at least two people.")
-        free = [one for one in adapted if not one.laid_out]
-        if settings.sides:
-            adapted += [dataclasses.replace(one, name=f"{one.name}, side by side", sides=True) for one in free]
-        if settings.layouts:
-            adapted += [dataclasses.replace(one, name=f"{one.name}, laid out", laid_out=True) for one in free]
-        each = settings.names_each or any(one.names_each for one in adapters)
-        samples = _samples(pairs, MULTI, people, counts, each)
-        return EvaluationPlan(protocol, "Two people", samples, [base, *adapted, real], names_each=each)
+        return _of_several(EvaluationPlan(protocol, "Two people", [], []), pairs, people, adapters, settings)
     samples = _samples([(number,) for number in numbers], SINGLE, people, counts)
     if protocol == "references":
         # UniPortrait, table I: compared with another photo of the person than the ones given.
@@ -178,6 +198,43 @@ def make_plan(
     # UniPortrait, appendix A.
     variants = [dataclasses.replace(adapted[0], name=f"β = {beta:g}", structure=beta) for beta in settings.betas]
     return EvaluationPlan(protocol, "Face structure scale", samples, [base, *variants, real])
+
+
+def _groups(
+    size: int, people: Sequence[Subject], adapters: Sequence[Adapter], settings: ProtocolSettings
+) -> EvaluationPlan:
+    """InstantFamily, sec. 4.5 and table 2: each of the people is in one group, so that there are as many faces of every
+    size of group."""
+    number = min(settings.counts("groups").people, len(people))
+    groups = [tuple(range(first, first + size)) for first in range(0, number - size + 1, size)]
+    if not groups:
+        raise PortraitError("number", f"{number} people make no group of {size}", f"Give at least {size} people.")
+    plan = EvaluationPlan("groups", f"{size} people", [], [], part=str(size))
+    return _of_several(plan, groups, people, adapters, settings)
+
+
+def _of_several(
+    plan: EvaluationPlan,
+    groups: Sequence[tuple[int, ...]],
+    people: Sequence[Subject],
+    adapters: Sequence[Adapter],
+    settings: ProtocolSettings,
+) -> EvaluationPlan:
+    """A plan with the pictures of these groups in all ways that are asked for."""
+    adapted = _adapted(adapters, settings)
+    free = [one for one in adapted if not one.laid_out]
+    if settings.sides:
+        adapted += [dataclasses.replace(one, name=f"{one.name}, side by side", sides=True) for one in free]
+    if settings.layouts:
+        adapted += [dataclasses.replace(one, name=f"{one.name}, laid out", laid_out=True) for one in free]
+    each = settings.names_each or any(one.names_each for one in adapters)
+    samples = _samples(groups, MULTI, people, settings.counts(plan.protocol), each)
+    variants = [Variant(BASE), *adapted, Variant(REAL, real=True)]
+    return dataclasses.replace(plan, samples=samples, variants=variants, names_each=each)
+
+
+def _adapted(adapters: Sequence[Adapter], settings: ProtocolSettings) -> list[Variant]:
+    return [Variant(one.label, one.label, structure=settings.structure, laid_out=one.placed) for one in adapters]
 
 
 def _samples(

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 
 from trainer.world.attributes import Attributes
 from trainer.world.captions import PLACES, STYLE_PHRASES, counted_people, enumeration, with_article
+from trainer.world.scenes import MOST_PEOPLE
 
 BACKGROUND_OF = {phrase: name for name, phrases in PLACES.items() for phrase in phrases}
 STYLE_OF = {phrase: name for name, phrases in STYLE_PHRASES.items() for phrase in phrases}
@@ -57,9 +58,13 @@ class Prompt:
         return f"{phrase} wearing {enumeration(wears)}" if wears else phrase
 
     def attributes(self, words: Sequence[str]) -> Attributes:
-        """What the caption states, in the words of the attribute network. Of a "person" it does not state the sex."""
-        stated = {"people": str(len(words))}
-        if "person" not in words:
+        """What the caption states, in the words of the attribute network.
+
+        Of a "person" it does not state the sex, and it does not count more people than that network has seen.
+        """
+        counted = len(words) <= MOST_PEOPLE
+        stated = {"people": str(len(words))} if counted else {}
+        if counted and "person" not in words:
             stated["women"] = str(list(words).count("woman"))
         # "a portrait of" is an opening for photographs, but does not state that.
         if STYLE_OF[self.opening] != "photo" or "photo" in self.opening:

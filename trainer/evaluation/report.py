@@ -21,6 +21,8 @@ from trainer.evaluation.populations import Population
 
 # Rows of the sheet: one sample each, of different people as far as there are.
 SHEET_ROWS = 8
+# What groups are compared by at a glance.
+ACROSS = ("MultiSim", "similarity", "lowest similarity", "top-1", "all shown", "boxes hit", "face found")
 
 
 @dataclass(frozen=True)
@@ -30,6 +32,18 @@ class Column:
     name: str
     of: Callable[[Measurements], float | None]
     percent: bool = True
+
+    @property
+    def heading(self) -> str:
+        return f"{self.name} %" if self.percent else self.name
+
+    def cell(self, estimate: Estimate | None, sign: str = "") -> str:
+        """An estimate as the table has it. sign: "+" for differences."""
+        scale, places = (100, 1) if self.percent else (1, 2 if self.name == "MultiSim" else 1)
+        if estimate is None:
+            return "–"
+        error = "" if estimate.error is None else f" ± {estimate.error * scale:.{places}f}"
+        return f"{estimate.value * scale:{sign}.{places}f}{error}"
 
 
 def columns(plan: EvaluationPlan, k: int) -> list[Column]:
@@ -41,12 +55,19 @@ def columns(plan: EvaluationPlan, k: int) -> list[Column]:
         Column("CLIP-T", lambda one: one.clip_t),
         Column("prompt accuracy", lambda one: one.accuracy),
     ]
-    if plan.protocol == "multi":
-        pair = Column("MultiSim", lambda one: one.multisim, percent=False)
-        both = Column("both shown", lambda one: one.shows_everybody)
-        placed = Column("both placed", lambda one: one.places_everybody)
-        return [Column("lowest similarity", lambda one: one.lowest), pair, both, placed, *common]
-    return [Column("similarity", lambda one: one.lowest), *common]
+    hit = Column("boxes hit", lambda one: one.boxes_hit)
+    if plan.protocol in ("multi", "groups"):
+        everybody = "both" if plan.protocol == "multi" else "all"
+        return [
+            *([Column("similarity", lambda one: one.mean)] if plan.protocol == "groups" else []),
+            Column("lowest similarity", lambda one: one.lowest),
+            Column("MultiSim", lambda one: one.multisim, percent=False),
+            Column(f"{everybody} shown", lambda one: one.shows_everybody),
+            Column(f"{everybody} placed", lambda one: one.places_everybody),
+            hit,
+            *common,
+        ]
+    return [Column("similarity", lambda one: one.lowest), *common, hit]
 
 
 @dataclass(frozen=True)
@@ -126,18 +147,13 @@ def tabulate(
 
 def markdown(table: Table) -> str:
     """The table, the differences from variant to variant, and the attributes one by one."""
-    scales = {column.name: 100.0 if column.percent else 1.0 for column in table.columns}
-    digits = {column.name: 2 if column.name == "MultiSim" else 1 for column in table.columns}
+    known = {column.name: column for column in table.columns}
 
     def number(name: str, estimate: Estimate | None, sign: str = "") -> str:
-        scale, places = scales.get(name, 100.0), digits.get(name, 1)
-        if estimate is None:
-            return "–"
-        error = "" if estimate.error is None else f" ± {estimate.error * scale:.{places}f}"
-        return f"{estimate.value * scale:{sign}.{places}f}{error}"
+        return known.get(name, Column(name, lambda _: None)).cell(estimate, sign)
 
     names = [column.name for column in table.columns]
-    parts = [f"## {table.plan.title}", "", _header(["", *(_heading(column) for column in table.columns)])]
+    parts = [f"## {table.plan.title}", "", _header(["", *(column.heading for column in table.columns)])]
     parts += [
         _cells([row.variant.name, *(number(name, row.numbers.get(name)) for name in names)]) for row in table.rows
     ]
@@ -159,8 +175,22 @@ def markdown(table: Table) -> str:
     return "\n".join(parts) + "\n"
 
 
-def _heading(column: Column) -> str:
-    return f"{column.name} %" if column.percent else column.name
+def across(tables: Sequence[Table]) -> str:
+    """A protocol of several parts at a glance: for each of the columns that one wants to see side by side, the variants
+    below each other and the parts beside each other."""
+    columns = {column.name: column for table in tables for column in table.columns}
+    names = list(dict.fromkeys(row.variant.name for table in tables for row in table.rows))
+    parts = [f"# {tables[0].plan.protocol.capitalize()}", ""]
+    for name in ACROSS:
+        if name not in columns:
+            continue
+        parts += [f"## {columns[name].heading}", "", _header(["", *(table.plan.title for table in tables)])]
+        for variant in names:
+            found = [{row.variant.name: row.numbers.get(name) for row in table.rows} for table in tables]
+            if any(row.get(variant) for row in found):
+                parts.append(_cells([variant, *(columns[name].cell(row.get(variant)) for row in found)]))
+        parts.append("")
+    return "\n".join([*parts, *dict.fromkeys(note for table in tables for note in table.notes)]) + "\n"
 
 
 def _header(cells: Sequence[str]) -> str:
@@ -175,6 +205,7 @@ def as_json(table: Table, facts: Mapping[str, Any]) -> str:
     """The table unrounded, with `facts` (settings, weights). Similarities and shares are not in percent there."""
     plain = {
         "protocol": table.plan.protocol,
+        **({"part": table.plan.part} if table.plan.part else {}),
         **facts,
         "notes": table.notes,
         "rows": [
@@ -219,13 +250,14 @@ def as_json_lines(
 
 
 def verdict(measurements: Measurements) -> list[str]:
-    """Whether a picture of a pair shows both, and where they were routed, in a line; none for one person."""
+    """Whether a picture of several shows everybody, and where they were routed, in a line; none for one person."""
     if len(measurements.similarity) < 2:
         return []
+    everybody = "both" if len(measurements.similarity) == 2 else "all"
     if not measurements.shows_everybody:
-        return ["not both shown"]
+        return [f"not {everybody} shown"]
     placed = measurements.places_everybody
-    return ["both shown" if placed is None else "both placed" if placed else "misplaced"]
+    return [f"{everybody} shown" if placed is None else f"{everybody} placed" if placed else "misplaced"]
 
 
 def sample_sheet(
