@@ -44,7 +44,8 @@ def test_the_world_s_protocol_makes_500_pictures_of_100_people_with_all_prompts(
 
 def test_every_picture_has_a_seed_of_its_own_that_does_not_hang_on_the_rest() -> None:
     for protocol in PROTOCOLS:
-        plans = make_plans(protocol, PEOPLE, [Adapter("a")], replace(SETTINGS, pictures=2))
+        settings = replace(SETTINGS, pictures=2, sweeps=(("begin", (0.5,)),))
+        plans = make_plans(protocol, PEOPLE, [Adapter("a")], settings)
         samples = [sample for plan in plans for sample in plan.samples]
         assert len({sample.seed for sample in samples}) == len(samples)
     few, many = (
@@ -183,6 +184,61 @@ def test_groups_of_every_size_have_everybody_once_as_far_as_they_come_out_even()
     (three,) = make_plans("groups", PEOPLE, [Adapter("a"), Adapter("b", placed=True)], everywhere)
     names = [BASE, "a", "b", "a, side by side", "a, laid out", REAL]
     assert [variant.name for variant in three.variants] == names
+
+
+def test_guidance_gives_each_row_a_guided_one_and_stands_alone_where_nothing_else_draws() -> None:
+    given = {"strength": 0.3}
+    counts = ProtocolSettings(number=4, prompts=1, pictures=1, sides=True, reference_guidance=given)
+    adapters = [Adapter("a"), Adapter("b", placed=True), Adapter("alone", draws=False)]
+    single = make_plan("single", PEOPLE, adapters, counts)
+    assert [row.name for row in single.variants] == [BASE, "a", "a + guidance", "b", "b + guidance", "alone", REAL]
+    assert {row.name for row in single.variants if row.guidance.enabled} == {"a + guidance", "b + guidance", "alone"}
+    assert all(row.guidance.options == given for row in single.variants if row.guidance.enabled)
+    # What is compared differs by the guidance alone.
+    assert replace(single.variants[2], name="a", guidance=single.variants[1].guidance) == single.variants[1]
+    assert all(row.whole for row in single.variants if row.adapter)
+    assert not any(row.whole for row in make_plan("single", PEOPLE, adapters[:2], SETTINGS).variants)
+    several = [
+        make_plan("multi", PEOPLE, adapters, counts),
+        *make_plans("groups", PEOPLE, adapters, replace(counts, number=7)),
+    ]
+    names = ["a", "b", "alone", "a, side by side", "alone, side by side"]
+    for plan in several:
+        rows = [row.name for row in plan.variants]
+        assert [row for row in rows if not row.endswith("+ guidance")] == [BASE, *names, REAL]
+        assert {row for row in rows if row.endswith("+ guidance")} == {
+            f"{name} + guidance" for name in names if not name.startswith("alone")
+        }
+    for protocol in ("references", "beta"):
+        rows = make_plan(protocol, PEOPLE, [adapters[2], adapters[0]], counts).variants
+        assert {row.adapter for row in rows} == {None, "a"} and not any(row.guidance.enabled for row in rows)
+        with pytest.raises(PortraitError, match="nobody is drawn without"):
+            make_plan(protocol, PEOPLE, adapters[2:], counts)
+    with pytest.raises(PortraitError, match="alone draws nobody by itself"):
+        make_plan("single", PEOPLE, adapters, SETTINGS)
+
+
+def test_a_sweep_has_a_part_for_each_option_and_the_rest_as_it_is_given() -> None:
+    sweeps = (("begin", (0.4, 0.6)), ("gradient", ("plain", "share")))
+    counts = ProtocolSettings(
+        number=4, prompts=1, pictures=1, sweeps=sweeps, reference_guidance={"begin": 1.0, "block": 2}
+    )
+    begin, gradient = make_plans("guidance", PEOPLE, [Adapter("a"), Adapter("alone", draws=False)], counts)
+    assert (begin.name, gradient.name) == ("guidance-begin", "guidance-gradient")
+    assert {row.name: dict(row.guidance.options) for row in begin.variants if row.guidance.enabled} == {
+        "a, begin = 0.4": {"begin": 0.4, "block": 2},
+        "a, begin = 0.6": {"begin": 0.6, "block": 2},
+        "alone, begin = 0.4": {"begin": 0.4, "block": 2},
+        "alone, begin = 0.6": {"begin": 0.6, "block": 2},
+    }
+    assert [row.name for row in gradient.variants if row.adapter == "a"] == [
+        "a",
+        "a, gradient = plain",
+        "a, gradient = share",
+    ]
+    assert begin.samples == make_plan("single", PEOPLE, [Adapter("a")], counts).samples
+    with pytest.raises(PortraitError, match="nothing is swept"):
+        make_plans("guidance", PEOPLE, [Adapter("a")], replace(counts, sweeps=()))
 
 
 def test_with_a_method_that_needs_a_word_for_each_person_all_rows_have_one() -> None:

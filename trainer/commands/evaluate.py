@@ -2,6 +2,8 @@
 
 portrait.py evaluate single --output RESULTS              one person, beside the text-only base and real pictures
 portrait.py evaluate multi --output RESULTS               all pairs of people
+portrait.py evaluate single --reference-guidance --output RESULTS   each adapter without and with RB-Guidance
+portrait.py evaluate guidance --output RESULTS            its settings swept, one after the other, as plots
 portrait.py evaluate groups --output RESULTS              2 to 7 people in a picture
 portrait.py evaluate references beta --output RESULTS     1, 2, 4 photos of a person; the face structure scale
 
@@ -15,7 +17,7 @@ import argparse
 from pathlib import Path
 
 REQUIREMENTS = "train"
-PROTOCOLS = ("single", "multi", "groups", "references", "beta")
+PROTOCOLS = ("single", "multi", "groups", "references", "beta", "guidance")
 
 
 def configure(parser: argparse.ArgumentParser) -> None:
@@ -39,6 +41,22 @@ def configure(parser: argparse.ArgumentParser) -> None:
     made.add_argument("--structure", type=float, help="face structure scale β, default 0.1")
     made.add_argument(
         "--option", action="append", metavar="NAME=VALUE", help="of the adapter's method; repeated for several"
+    )
+    made.add_argument(
+        "--reference-guidance",
+        nargs="?",
+        const="",
+        metavar="NAME=VALUE,…|JSON",
+        help="single, multi, groups: each row with people also with RB-Guidance, and one with nothing else; "
+        "what is not given is as the adapter's kit says",
+    )
+    made.add_argument(
+        "--sweep",
+        dest="sweeps",
+        action="append",
+        metavar="NAME=VALUE,VALUE,…",
+        help="guidance: an option of it and its values; repeated, one after the other; default: begin, strength and "
+        "reference_t",
     )
     made.add_argument("--batch", type=int, help="pictures at once, default 8")
     made.add_argument("--device", help="default: cuda where there is one, else cpu")
@@ -65,7 +83,8 @@ def configure(parser: argparse.ArgumentParser) -> None:
     whom.add_argument("--betas", type=float, nargs="+", metavar="β", help="default 0 0.1 0.3 0.6 1")
     parser.epilog = (
         "People x prompts x pictures: for photos 15 x 40 x 4 and 15 x 21 x 4 (pairs) as in the paper; for the world "
-        "100 x 5 x 1 (single, references), 15 x 4 x 1 (multi), 60 x 2 x 1 (groups), 50 x 5 x 1 (beta)."
+        "100 x 5 x 1 (single, references), 15 x 4 x 1 (multi), 60 x 2 x 1 (groups), 50 x 5 x 1 (beta), "
+        "50 x 3 x 1 (guidance)."
     )
     by = parser.add_argument_group("what measures them; for people of the world its own by default")
     by.add_argument("--detector", metavar="mtcnn|insightface|FILE", help="finds faces")
@@ -78,12 +97,17 @@ def configure(parser: argparse.ArgumentParser) -> None:
 def run(options: argparse.Namespace) -> int:
     import dataclasses
 
+    from trainer.evaluation.guided import guidance_options, swept
     from trainer.evaluation.plans import ProtocolSettings
     from trainer.evaluation.run import EvaluationSettings, evaluate, of_kit
     from trainer.frozen import default_device
 
     given = {name: value for name, value in vars(options).items() if value is not None}
     given |= {"adapters": given.pop("adapter", None), "options": given.pop("option", None)}
+    if options.reference_guidance is not None:
+        given["reference_guidance"] = guidance_options(options.reference_guidance)
+    if options.sweeps is not None:
+        given["sweeps"] = [swept(text) for text in options.sweeps]
     given |= {"device": options.device or default_device()}
     if options.kit is not None:
         given = {**of_kit(options.kit), **{name: value for name, value in given.items() if value is not None}}

@@ -61,7 +61,8 @@ class Measurements:
     there is no face to take them from. recognised: whether each person has a face that is most similar to them among
     the picture's people. placed: whether the centre of each one's face lies where the picture was routed to them; None
     where it is not known how it was routed. hit: whether the centre of a face, whoever's, lies in each box that a face
-    was asked for in, a face counting for one box; None where none was.
+    was asked for in, a face counting for one box; None where none was. guided: whether reference guidance acted on each
+    person; None where there was none.
     """
 
     faces: int
@@ -74,6 +75,7 @@ class Measurements:
     recognised: tuple[bool, ...] = ()
     placed: tuple[bool, ...] | None = None
     hit: tuple[bool, ...] | None = None
+    guided: tuple[bool, ...] | None = None
 
     @property
     def mean(self) -> float:
@@ -106,6 +108,11 @@ class Measurements:
     def boxes_hit(self) -> float | None:
         """Share of the boxes that a face was asked for in which have one; None where none was asked for."""
         return None if self.hit is None else _share(self.hit)
+
+    @property
+    def guided_share(self) -> float | None:
+        """Share of the people on whom reference guidance acted; None where there was none."""
+        return None if self.guided is None else _share(self.guided)
 
     def top_k(self, k: int) -> float:
         """Top-k identification: share of the people whose face has a rank of at most k; who has no face has no rank."""
@@ -190,6 +197,7 @@ def measure(
                     features[place],
                     PictureCache.read_owners(path),
                     own,
+                    PictureCache.read_guided(path),
                 )
             )
         progress(len(images))
@@ -206,6 +214,7 @@ def _measure_picture(
     features: Floats | None,
     owners: Tensor | None,
     boxes: Sequence[Box] | None,
+    guided: tuple[bool, ...] | None,
 ) -> Measurements:
     faces = find_faces(image, instruments.detector)
     similarity: list[float | None] = [None] * len(people)
@@ -242,6 +251,7 @@ def _measure_picture(
         recognised,
         None if owners is None else tuple(placed),
         None if boxes is None else boxes_hit(faces, boxes, image.shape[:2]),
+        guided,
     )
 
 

@@ -10,6 +10,9 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from lib_portrait.errors import PortraitError
+from lib_portrait.options import Value
+from lib_portrait.request import Guidance
+from trainer.evaluation.guided import value_said
 from trainer.evaluation.populations import UNSEEN_PHOTO, Subject
 from trainer.evaluation.prompts import MULTI, SINGLE, Prompt, assigned_prompts
 from trainer.world.attributes import Attributes
@@ -18,7 +21,8 @@ from trainer.world.captions import NUMBERS
 # Captions count no further.
 MOST_TOGETHER = len(NUMBERS) - 1
 BASE, REAL = "text only", "real pictures"
-PROTOCOLS = ("single", "multi", "groups", "references", "beta")
+UNGUIDED = Guidance()
+PROTOCOLS = ("single", "multi", "groups", "references", "beta", "guidance")
 
 
 @dataclass(frozen=True)
@@ -39,6 +43,7 @@ class Variant:
     adapter: label of the adapter, or None where nobody is injected; real: not generated at all, but the population's
     own pictures. photos: references of each person. structure: β. sides: whether each person has a region, side by
     side. laid_out: whether each face has its place, see `layouts`, and the ControlNet of the adapter's kit their poses.
+    whole: whether adapters are given whole photos where aligned faces would do. guidance: by the references.
     """
 
     name: str
@@ -48,19 +53,22 @@ class Variant:
     structure: float = 0.1
     sides: bool = False
     laid_out: bool = False
+    whole: bool = False
+    guidance: Guidance = UNGUIDED
 
 
 @dataclass(frozen=True)
 class Adapter:
-    """An adapter as plans know it. label: its name in the tables.
+    """An adapter as plans know it, or what else draws people. label: its name in the tables.
 
-    placed: whether its method cannot do without places of faces, which it has in every row. names_each: whether its
-    method needs a word of the prompt for each person.
+    draws: whether it draws people without reference guidance. placed: whether its method cannot do without places of
+    faces, which it has in every row. names_each: whether its method needs a word of the prompt for each person.
     """
 
     label: str
     placed: bool = False
     names_each: bool = False
+    draws: bool = True
 
 
 @dataclass(frozen=True)
@@ -105,6 +113,7 @@ BRIEF = {
     "groups": Counts(60, 2, 1),
     "references": Counts(100, 5, 1),
     "beta": Counts(50, 5, 1),
+    "guidance": Counts(50, 3, 1),
 }
 
 
@@ -113,7 +122,9 @@ class ProtocolSettings:
     """The size of protocols, and what they vary. number, prompts, pictures: see `Counts`; 0: the protocol's `defaults`.
     people_per_picture: of groups. structure: β where it is not what varies. sides: whether pairs and groups are also
     made with a region for each person, side by side. layouts: whether they are also made with a place for each face.
-    names_each: whether prompts for several people name them one by one even where no adapter needs that."""
+    names_each: whether prompts for several people name them one by one even where no adapter needs that.
+    reference_guidance: its options as far as they are given, the kits say the others; None for no guided rows. sweeps:
+    for guidance, which of its options have which values."""
 
     number: int = 0
     prompts: int = 0
@@ -125,6 +136,8 @@ class ProtocolSettings:
     sides: bool = False
     layouts: bool = False
     names_each: bool = False
+    reference_guidance: Mapping[str, Value] | None = None
+    sweeps: tuple[tuple[str, tuple[Value, ...]], ...] = ()
     defaults: Mapping[str, Counts] = field(default_factory=lambda: PAPER)
 
     def __post_init__(self) -> None:
@@ -155,10 +168,15 @@ class ProtocolSettings:
 def make_plans(
     protocol: str, people: Sequence[Subject], adapters: Sequence[Adapter], settings: ProtocolSettings
 ) -> list[EvaluationPlan]:
-    """The protocol's parts: of groups one for each number of people in a picture, else one. See `make_plan`."""
-    if protocol != "groups":
-        return [make_plan(protocol, people, adapters, settings)]
-    return [_groups(size, people, adapters, settings) for size in settings.people_per_picture]
+    """The protocol's parts: of groups one for each number of people in a picture, of guidance one for each option that
+    is swept, else one. See `make_plan`."""
+    if protocol == "groups":
+        return [_groups(size, people, adapters, settings) for size in settings.people_per_picture]
+    if protocol == "guidance":
+        if not settings.sweeps:
+            raise PortraitError("sweep", "nothing is swept", "Name options of reference guidance and their values.")
+        return [_sweep(name, values, people, adapters, settings) for name, values in settings.sweeps]
+    return [make_plan(protocol, people, adapters, settings)]
 
 
 def make_plan(
@@ -169,9 +187,10 @@ def make_plan(
 ) -> EvaluationPlan:
     """The protocol for the first of the people, where it has but one part.
 
-    The protocols that vary something else use the first of the adapters. Where one of them needs a word of the prompt
-    for each person, all rows have prompts worded so: they are compared picture by picture. Raises PortraitError for a
-    protocol that does not exist, and for pairs of fewer than two people.
+    The protocols that vary something else use the first of the adapters. With reference guidance each row of an adapter
+    has one beside it that is guided, all of them with whole photos: guidance sees more than the face. Where one of them
+    needs a word of the prompt for each person, all rows have prompts worded so: they are compared picture by picture.
+    Raises PortraitError for a protocol that does not exist, and for pairs of fewer than two people.
     """
     counts = settings.counts(protocol)
     numbers = range(min(counts.people, len(people)))
@@ -180,23 +199,26 @@ def make_plan(
     if protocol == "single":
         # UniPortrait, tables 1 and 3, after FastComposer: people x prompts x 4 pictures.
         samples = _samples([(number,) for number in numbers], SINGLE, people, counts)
-        return EvaluationPlan(protocol, "One person", samples, [base, *adapted, real])
+        return EvaluationPlan(protocol, "One person", samples, [base, *_guided(adapted, settings), real])
     if protocol == "multi":
         # UniPortrait, tables 2 and 4, after FastComposer: all pairs of the people.
         pairs = list(itertools.combinations(numbers, 2))
         if not pairs:
             raise PortraitError("number", "one person makes no pair", "Give at least two people.")
         return _of_several(EvaluationPlan(protocol, "Two people", [], []), pairs, people, adapters, settings)
+    drawing = [one for one in adapted if not one.guidance.enabled]
+    if not drawing:
+        raise PortraitError("adapter", "nobody is drawn without reference guidance", "Name one that draws people.")
     samples = _samples([(number,) for number in numbers], SINGLE, people, counts)
     if protocol == "references":
         # UniPortrait, table I: compared with another photo of the person than the ones given.
         variants = [
-            dataclasses.replace(adapted[0], name=f"{n} reference{'s' if n > 1 else ''}", photos=n)
+            dataclasses.replace(drawing[0], name=f"{n} reference{'s' if n > 1 else ''}", photos=n)
             for n in settings.references
         ]
         return EvaluationPlan(protocol, "Several references", samples, [base, *variants, real], UNSEEN_PHOTO)
     # UniPortrait, appendix A.
-    variants = [dataclasses.replace(adapted[0], name=f"β = {beta:g}", structure=beta) for beta in settings.betas]
+    variants = [dataclasses.replace(drawing[0], name=f"β = {beta:g}", structure=beta) for beta in settings.betas]
     return EvaluationPlan(protocol, "Face structure scale", samples, [base, *variants, real])
 
 
@@ -229,12 +251,67 @@ def _of_several(
         adapted += [dataclasses.replace(one, name=f"{one.name}, laid out", laid_out=True) for one in free]
     each = settings.names_each or any(one.names_each for one in adapters)
     samples = _samples(groups, MULTI, people, settings.counts(plan.protocol), each)
-    variants = [Variant(BASE), *adapted, Variant(REAL, real=True)]
+    variants = [Variant(BASE), *_guided(adapted, settings), Variant(REAL, real=True)]
     return dataclasses.replace(plan, samples=samples, variants=variants, names_each=each)
 
 
+def _sweep(
+    name: str,
+    values: Sequence[Value],
+    people: Sequence[Subject],
+    adapters: Sequence[Adapter],
+    settings: ProtocolSettings,
+) -> EvaluationPlan:
+    """OmniPortrait, fig. 7 and 14: an option of reference guidance with each of the values, the others as they are."""
+    given = settings.reference_guidance or {}
+    settings = dataclasses.replace(settings, reference_guidance=given)
+    counts = settings.counts("guidance")
+    variants = [Variant(BASE)]
+    for one in _adapted(adapters, settings):
+        if not one.guidance.enabled:
+            variants.append(one)
+        for value in values:
+            guidance = Guidance(True, {**given, name: value})
+            variants.append(dataclasses.replace(one, name=swept_name(one.name, name, value), guidance=guidance))
+    groups = [(number,) for number in range(min(counts.people, len(people)))]
+    samples = _samples(groups, SINGLE, people, counts)
+    title = f"Reference guidance: {name}"
+    return EvaluationPlan("guidance", title, samples, [*variants, Variant(REAL, real=True)], part=name)
+
+
+def swept_name(row: str, name: str, value: Value) -> str:
+    """The name of a row in which an option of reference guidance has a value."""
+    return f"{row}, {name} = {value_said(value)}"
+
+
 def _adapted(adapters: Sequence[Adapter], settings: ProtocolSettings) -> list[Variant]:
-    return [Variant(one.label, one.label, structure=settings.structure, laid_out=one.placed) for one in adapters]
+    """A row for each of the adapters, guided only where it draws nobody otherwise. Raises PortraitError where such a
+    one is not guided."""
+    given = settings.reference_guidance
+    rows = []
+    for one in adapters:
+        row = Variant(one.label, one.label, structure=settings.structure, laid_out=one.placed, whole=given is not None)
+        if not one.draws:
+            if given is None:
+                raise PortraitError(
+                    "adapter", f"{one.label} draws nobody by itself", "Switch on --reference-guidance, or leave it out."
+                )
+            row = dataclasses.replace(row, guidance=Guidance(True, given))
+        rows.append(row)
+    return rows
+
+
+def _guided(rows: Sequence[Variant], settings: ProtocolSettings) -> list[Variant]:
+    """The rows, each with a guided one behind it where there is to be one and it is none."""
+    given = settings.reference_guidance
+    if given is None:
+        return list(rows)
+    found = []
+    for row in rows:
+        found.append(row)
+        if not row.guidance.enabled:
+            found.append(dataclasses.replace(row, name=f"{row.name} + guidance", guidance=Guidance(True, given)))
+    return found
 
 
 def _samples(

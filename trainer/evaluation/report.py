@@ -56,6 +56,7 @@ def columns(plan: EvaluationPlan, k: int) -> list[Column]:
         Column("prompt accuracy", lambda one: one.accuracy),
     ]
     hit = Column("boxes hit", lambda one: one.boxes_hit)
+    guided = Column("guided", lambda one: one.guided_share)
     if plan.protocol in ("multi", "groups"):
         everybody = "both" if plan.protocol == "multi" else "all"
         return [
@@ -66,8 +67,9 @@ def columns(plan: EvaluationPlan, k: int) -> list[Column]:
             Column(f"{everybody} placed", lambda one: one.places_everybody),
             hit,
             *common,
+            guided,
         ]
-    return [Column("similarity", lambda one: one.lowest), *common, hit]
+    return [Column("similarity", lambda one: one.lowest), *common, hit, guided]
 
 
 @dataclass(frozen=True)

@@ -26,8 +26,10 @@ from lib_portrait.faces.detection import DETECTORS, Detector
 from lib_portrait.faces.heatmap_detector import open_detector
 from lib_portrait.faces.recognition import backbone_from_state_dict
 from lib_portrait.faces.service import FaceService
-from lib_portrait.methods.declarations import Declaration, adapter_files, declaration
+from lib_portrait.guidance.options import BEGIN, REFERENCE_T, STRENGTH
+from lib_portrait.methods.declarations import Declaration, adapter_files, declaration, declarations
 from lib_portrait.options import Value
+from lib_portrait.request import AUTOMATIC, Guidance
 from lib_portrait.standalone.model import Model, load_model
 from trainer.attribute_network import AttributeNetwork
 from trainer.evaluation.generators import (
@@ -41,6 +43,7 @@ from trainer.evaluation.generators import (
 from trainer.evaluation.instruments import load_clip, open_recogniser, refuse_conditioning_network
 from trainer.evaluation.measuring import CLIP, Gallery, Instruments, measure
 from trainer.evaluation.plans import BRIEF, REAL, Adapter, EvaluationPlan, ProtocolSettings, make_plans
+from trainer.evaluation.plots import sweep_plot
 from trainer.evaluation.populations import HELD_OUT, TRAINED, PhotoFolder, Population, WorldPopulation
 from trainer.evaluation.report import Table, across, as_json, as_json_lines, markdown, sample_sheet, tabulate
 
@@ -50,6 +53,12 @@ WORLD = MODELS / "world"
 # People of the gallery, so that chance is 1 % at most.
 GALLERY = 100
 MOST_PROCESSES = 4
+# The method that draws nobody by itself.
+BARE = next(one.name for one in declarations() if not one.has_adapter)
+# u and t0 of OmniPortrait's figures 7 and 14, and factors of p.
+SWEPT_BEGIN: tuple[Value, ...] = (0.2, 0.4, 0.6, 0.8, 1.0)
+SWEPT_T0: tuple[Value, ...] = (271.0, 471.0, 671.0, 871.0)
+SWEPT_FACTORS = (0.25, 0.5, 1.0, 2.0, 4.0)
 # Weights of a UNet that is small enough to be in memory several times; Stable Diffusion 1's has 860 million.
 SMALL = 100e6
 
@@ -99,7 +108,8 @@ def of_kit(folder: Path) -> dict[str, Any]:
 def evaluate(settings: EvaluationSettings, say: Callable[[str], object] = print) -> list[Table]:
     """Generates, measures and writes OUTPUT/PROTOCOL.{md,json,jsonl,png}; goes on where an earlier call was broken off.
 
-    Of a protocol in several parts these are PROTOCOL-PART, and PROTOCOL.md has all of them at a glance.
+    Of a protocol in several parts these are PROTOCOL-PART, and PROTOCOL.md has all of them; PROTOCOL-PART-plot.png is
+    the plot of a sweep.
     Raises PortraitError for anything that is missing or does not fit, as far as possible before the first picture.
     """
     prepared = _prepare(settings)
@@ -122,22 +132,26 @@ def evaluate(settings: EvaluationSettings, say: Callable[[str], object] = print)
     ]
     for protocol in settings.protocols:
         parts = [table for table in tables if table.plan.protocol == protocol and table.plan.part]
-        if parts:
-            text = across(parts)
-            (settings.output / f"{protocol}.md").write_text(text, "utf-8")
+        if not parts:
+            continue
+        text = across(parts) if protocol == "groups" else "\n".join(map(markdown, parts))
+        (settings.output / f"{protocol}.md").write_text(text, "utf-8")
+        if protocol == "groups":
             say(text)
     return tables
 
 
 @dataclass(frozen=True)
 class _Prepared:
-    """What generates. kits: by the adapter's label. weights: hashes, by the adapter's label."""
+    """What generates. kits: by the adapter's label. weights: hashes, by the adapter's label. guidance: what the kit of
+    each adapter says of it, by label; nothing where nothing is guided."""
 
     model: Model
     provider: SampleProvider
     plans: list[EvaluationPlan]
     kits: dict[str, Kit]
     weights: dict[str, dict[str, str]]
+    guidance: dict[str, Mapping[str, Value]]
 
 
 def _prepare(settings: EvaluationSettings) -> _Prepared:
@@ -150,14 +164,22 @@ def _prepare(settings: EvaluationSettings) -> _Prepared:
     description = settings.checkpoint.with_suffix(".yaml")
     if description.is_file():
         hashes["yaml"] = file_sha256(description)
-    stores = dict(_adapter(text, cache, settings.kit) for text in settings.adapters)
-    if len(stores) < len(settings.adapters):
+    asked = list(settings.adapters)
+    if settings.protocol_settings.reference_guidance is not None and BARE not in asked:
+        asked.append(BARE)
+    stores = dict(_adapter(text, cache, settings.kit) for text in asked)
+    if len(stores) < len(asked):
         raise PortraitError("adapter", "two have the same label", "Give them labels: --adapter LABEL=FOLDER.")
     generators: dict[str | None, Generator] = {None: StandaloneGenerator(model, hashes, None)}
-    kits = {label: store.kit(name, method) for label, (store, name, method) in stores.items()}
+    kits = {label: _kit(store, name, method) for label, (store, name, method) in stores.items()}
     for label, (store, name, method) in stores.items():
         faces = _face_service(kits[label], cache, _reference_detector(settings))
-        generators[label] = StandaloneGenerator(model, hashes, Conditioner(faces, store), name, method)
+        conditioner = Conditioner(faces, store)
+        generators[label] = StandaloneGenerator(model, hashes, conditioner, name, method, settings.checkpoint)
+    guidance: dict[str, Mapping[str, Value]] = {}
+    if settings.protocol_settings.reference_guidance is not None or "guidance" in settings.protocols:
+        for label, (store, _, _) in stores.items():
+            guidance[label] = store.guidance(kits[label].manifest, settings.checkpoint)
     sampling = SamplingSettings(
         settings.size or model.size,
         settings.steps,
@@ -171,19 +193,34 @@ def _prepare(settings: EvaluationSettings) -> _Prepared:
     population = open_population(settings, sampling.size)
     provider = SampleProvider(population, generators, sampling, PictureCache(settings.output / "pictures"))
     adapters = [_planned(label, declaration(kit.method)) for label, kit in kits.items()]
+    chosen = _protocol_settings(settings)
+    # What draws nobody by itself is swept where it was asked for by name, or there is nothing else.
+    swept = [one for one in adapters if one.draws or BARE in settings.adapters]
+    if "guidance" in settings.protocols and not chosen.sweeps:
+        chosen = dataclasses.replace(chosen, sweeps=_usual_sweeps(chosen, next(iter(guidance.values()))))
     # Everything that could be wrong with one of the protocols comes to light before the first picture of any.
     plans = [
         plan
         for protocol in settings.protocols
-        for plan in make_plans(protocol, population.people, adapters, _protocol_settings(settings))
+        for plan in make_plans(protocol, population.people, swept if protocol == "guidance" else adapters, chosen)
     ]
     people = max(len(sample.people) for plan in plans for sample in plan.samples)
     weights = {"text only": hashes, **{label: dict(generators[label].weights(people)) for label in stores}}
-    return _Prepared(model, provider, plans, kits, weights)
+    return _Prepared(model, provider, plans, kits, weights, guidance)
 
 
 def _planned(label: str, method: Declaration) -> Adapter:
-    return Adapter(label, placed=bool(method.control), names_each=method.names_each)
+    return Adapter(label, bool(method.control), method.names_each, method.has_adapter)
+
+
+def _usual_sweeps(settings: ProtocolSettings, kit: Mapping[str, Value]) -> tuple[tuple[str, tuple[Value, ...]], ...]:
+    """What is swept where nothing is said: u and t0 around the paper's values, and p around what it is otherwise.
+
+    kit: what the adapter's kit says of reference guidance.
+    """
+    strength = float(Guidance(True, settings.reference_guidance or {}).values(kit)[STRENGTH.name])
+    strengths = (min(strength * factor, STRENGTH.high) for factor in SWEPT_FACTORS)
+    return ((BEGIN.name, SWEPT_BEGIN), (STRENGTH.name, tuple(dict.fromkeys(strengths))), (REFERENCE_T.name, SWEPT_T0))
 
 
 def _options(texts: Sequence[str], methods: Sequence[Declaration]) -> dict[str, Value]:
@@ -201,10 +238,15 @@ def _options(texts: Sequence[str], methods: Sequence[Declaration]) -> dict[str, 
     return chosen
 
 
+def _kit(store: Store, name: str, method: str) -> Kit:
+    """The files of an adapter; none where the method has no adapters."""
+    return store.kit(name, method) if declaration(method).has_adapter else Kit(AUTOMATIC, method, {})
+
+
 def _face_service(kit: Kit, cache: Path, detector: str | Detector) -> FaceService:
     """The face service that gives the features the adapter was trained on."""
-    first = next(iter(kit.files.values()))
-    if first.suffix != ".safetensors" or read_header(first)[1].get("components") != "global":
+    first = next(iter(kit.files.values()), None)
+    if first is None or first.suffix != ".safetensors" or read_header(first)[1].get("components") != "global":
         return FaceService([MODELS], cache, detector=detector)
     faces = GlobalFeatureService([MODELS], cache, detector=detector)
     faces.backbone = backbone_from_state_dict(read_tensors(kit.files["backbone"], "backbone").tensors).float()
@@ -293,6 +335,8 @@ def evaluate_plan(
     (output / f"{plan.name}.json").write_text(as_json(table, facts), "utf-8")
     (output / f"{plan.name}.jsonl").write_text(as_json_lines(plan, measurements, paths, output), "utf-8")
     sample_sheet(plan, population, measurements, paths).save(output / f"{plan.name}.png")
+    if plan.protocol == "guidance":
+        sweep_plot(table).save(output / f"{plan.name}-plot.png")
     say(text)
     return table
 
@@ -317,6 +361,10 @@ def _notes(
             " All shown: each has a face of their own, more like them than like the picture's others; "
             "all placed: and where the picture was routed to them. Boxes hit: share of the places asked for that have "
             "a face, whoever's."
+        )
+    if any(variant.guidance.enabled for variant in plan.variants):
+        both += (
+            " Guided: share of the people on whom reference guidance acted; whom it does not find is drawn without it."
         )
     if plan.names_each:
         both += ' Prompts name everybody by a word of their own, in all rows ("a woman and a woman").'
@@ -418,8 +466,12 @@ def _reference_detector(settings: EvaluationSettings) -> str | Detector:
 def _adapter(text: str, cache: Path, world: Path) -> tuple[str, tuple[Store, str, str]]:
     """The label of an adapter, the store that finds its files, its name there and its method. cache: for hashes.
 
-    world: the folder of the world's kit."""
+    For what draws nobody without reference guidance the method's name stands in the place of an adapter's. world: the
+    folder of the world's kit."""
     label, _, place = text.rpartition("=")
+    if place == BARE:
+        store = Store(Folders([world, MODELS]), adapter_files(), cache)
+        return label or declaration(BARE).title.lower(), (store, AUTOMATIC, BARE)
     folder = Path(place)
     if not folder.is_dir():
         store = Store(Folders([world, MODELS]), adapter_files(), cache)
@@ -459,6 +511,7 @@ def _facts(settings: EvaluationSettings, prepared: _Prepared, plan: EvaluationPl
         "fid": settings.fid,
         **files,
         "names_each": plan.names_each,
+        "reference_guidance": {label: dict(values) for label, values in prepared.guidance.items()},
         "counts": dataclasses.asdict(_protocol_settings(settings).counts(plan.protocol)),
         **dataclasses.asdict(prepared.provider.settings),
     }
