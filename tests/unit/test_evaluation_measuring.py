@@ -15,12 +15,14 @@ import torch
 pytest.importorskip("skia", reason="the world is drawn with skia", exc_type=ImportError)
 
 from lib_portrait.faces.detection import Detector, Face
+from trainer.evaluation.details import FaceDetails, MolesFound
 from trainer.evaluation.generators import PictureCache
 from trainer.evaluation.instruments import Clip, Recogniser
 from trainer.evaluation.measuring import FACE, Gallery, Instruments, Measurements, boxes_hit, measure
 from trainer.evaluation.plans import EvaluationPlan, Sample, Variant
 from trainer.evaluation.prompts import MULTI, SINGLE
 from trainer.evaluation.report import across, as_json, as_json_lines, markdown, tabulate, verdict
+from trainer.world import world_person
 
 LANDMARKS = np.array([[10, 12], [22, 12], [16, 18], [11, 24], [21, 24]], np.float32)
 # Three people in three directions.
@@ -204,6 +206,39 @@ def test_groups_are_told_at_a_glance_by_their_size() -> None:
     # Nobody was asked for in a box.
     assert not any("boxes hit" in line for line in lines)
     assert "Note 2." in lines and "Note 3." in lines
+
+
+def test_moles_and_freckles_of_people_of_the_world_have_columns(picture: Path) -> None:
+    """What is looked for, and where, is the matter of `details`; here it is that it reaches the table."""
+    person = world_person(9)
+    (measured,) = measure([picture], [sample((0,))], GALLERY, instruments([[1, 0, 0]]), True, drawn=lambda one: person)
+    assert measured.details is not None and measured.to_json()["details"]["moles"]["found"] == 0
+    (unknown,) = measure([picture], [sample((0,))], GALLERY, instruments([[1, 0, 0]]), True)
+    (faceless,) = measure([picture], [sample((0,))], GALLERY, instruments([]), True, drawn=lambda one: person)
+    (pair,) = measure(
+        [picture], [sample((0, 1))], GALLERY, instruments([[1, 0, 0], [0, 1, 0]]), True, drawn=lambda one: person
+    )
+    assert unknown.details is faceless.details is pair.details is None
+    found = [
+        FaceDetails(MolesFound(4, 3, 2, 1), True, 0.2),
+        FaceDetails(MolesFound(0, 0, 0, 0), False, 0.1),
+        FaceDetails(MolesFound(2, 1, 4, 0), False, 0.3),
+        None,
+    ]
+    people = [sample((one,)) for one in range(4)]
+    plan = EvaluationPlan("single", "One person", people, [Variant("adapter", "adapter"), Variant("other", "other")])
+    rows = {"adapter": [replace(measured, details=one) for one in found]}
+    rows["other"] = [replace(measured, details=found[0] and replace(found[0], speckle=0.0)), *rows["adapter"][1:]]
+    table = tabulate(plan, rows, [], 100, [])
+    numbers = {name: one and (one.value, one.pictures) for name, one in table.rows[0].numbers.items()}
+    assert numbers["moles kept"] == (0.625, 2) and numbers["moles elsewhere"] == (0.25, 2)
+    # Darker than one of two pictures without freckles.
+    assert numbers["freckles"] == (0.5, 1)
+    (difference,) = table.differences
+    assert difference.numbers["freckles"] is not None and difference.numbers["freckles"].value == -0.5
+    assert "| moles kept % | moles elsewhere % | freckles % |" in markdown(table)
+    bare = tabulate(plan, {name: [unknown] * 4 for name in rows}, [], 100, [])
+    assert "moles" not in markdown(bare)
 
 
 def test_the_sheet_says_which_pictures_show_both() -> None:

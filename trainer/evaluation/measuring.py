@@ -19,11 +19,13 @@ from lib_portrait.errors import PortraitError
 from lib_portrait.faces.detection import Detector, Face
 from lib_portrait.standalone.measuring import greedy_pairs, owner, recognised_people
 from trainer.attribute_network import AttributeNetwork
+from trainer.evaluation.details import FaceDetails, find_details
 from trainer.evaluation.generators import PictureCache
 from trainer.evaluation.instruments import Clip, Recogniser, embedding_of, find_faces
 from trainer.evaluation.metrics import Floats, multisim, rank
 from trainer.evaluation.plans import Sample
 from trainer.evaluation.populations import Population
+from trainer.world import WorldPerson
 from trainer.world.attributes import Attributes
 from trainer.world.render import Image
 
@@ -62,7 +64,7 @@ class Measurements:
     the picture's people. placed: whether the centre of each one's face lies where the picture was routed to them; None
     where it is not known how it was routed. hit: whether the centre of a face, whoever's, lies in each box that a face
     was asked for in, a face counting for one box; None where none was. guided: whether reference guidance acted on each
-    person; None where there was none.
+    person; None where there was none. details: moles and freckles of a single person of the world, whose face is there.
     """
 
     faces: int
@@ -76,6 +78,7 @@ class Measurements:
     placed: tuple[bool, ...] | None = None
     hit: tuple[bool, ...] | None = None
     guided: tuple[bool, ...] | None = None
+    details: FaceDetails | None = None
 
     @property
     def mean(self) -> float:
@@ -114,6 +117,18 @@ class Measurements:
         """Share of the people on whom reference guidance acted; None where there was none."""
         return None if self.guided is None else _share(self.guided)
 
+    @property
+    def moles_kept(self) -> float | None:
+        """Share of the moles that should be seen which are found; None where none should be."""
+        return (
+            self.details.moles.found / self.details.moles.moles if self.details and self.details.moles.moles else None
+        )
+
+    @property
+    def moles_elsewhere(self) -> float | None:
+        """Share of the mirrored places, where the person has none, that have a mole all the same."""
+        return self.details.moles.false / self.details.moles.bare if self.details and self.details.moles.bare else None
+
     def top_k(self, k: int) -> float:
         """Top-k identification: share of the people whose face has a rank of at most k; who has no face has no rank."""
         return _share(place is not None and place <= k for place in self.ranks)
@@ -130,6 +145,7 @@ class Measurements:
 
     def to_json(self) -> dict[str, Any]:
         plain = {item.name: getattr(self, item.name) for item in dataclasses.fields(self) if item.name != "features"}
+        plain["details"] = None if self.details is None else dataclasses.asdict(self.details)
         return {**plain, "lowest": self.lowest, "multisim": self.multisim}
 
 
@@ -166,11 +182,12 @@ def measure(
     prompted: bool,
     progress: Callable[[int], object] = lambda number: None,
     boxes: Sequence[Sequence[Box] | None] | None = None,
+    drawn: Callable[[int], WorldPerson | None] = lambda person: None,
 ) -> list[Measurements]:
     """The measurements of the samples' pictures.
 
     prompted: whether these were made to show what the prompts state. boxes: of each picture where faces were asked for,
-    in shares of it.
+    in shares of it. drawn: see `Population.drawn`, for moles and freckles.
     """
     asked = [None] * len(samples) if boxes is None else boxes
     clip = instruments.clip
@@ -198,6 +215,7 @@ def measure(
                     PictureCache.read_owners(path),
                     own,
                     PictureCache.read_guided(path),
+                    drawn(sample.people[0]) if len(sample.people) == 1 else None,
                 )
             )
         progress(len(images))
@@ -215,6 +233,7 @@ def _measure_picture(
     owners: Tensor | None,
     boxes: Sequence[Box] | None,
     guided: tuple[bool, ...] | None,
+    alone: WorldPerson | None,
 ) -> Measurements:
     faces = find_faces(image, instruments.detector)
     similarity: list[float | None] = [None] * len(people)
@@ -222,7 +241,7 @@ def _measure_picture(
     recognised = (False,) * len(people)
     placed = [False] * len(people)
     between: list[float | None] = [None] * math.comb(len(people), 2)
-    embeddings = None
+    embeddings, details = None, None
     if faces:
         embeddings = instruments.recogniser.embed(image, faces)
         similar = embeddings @ gallery.embeddings[list(people)].T
@@ -232,6 +251,8 @@ def _measure_picture(
             similarity[place] = float(similar[face, place])
             ranks[place] = rank(embeddings[face], gallery.embeddings, people[place])
             placed[place] = owners is not None and owner(faces[face], image.shape[:2], owners) == place
+        if alone is not None and 0 in pairs:
+            details = find_details(image, faces[pairs[0]].landmarks, alone)
         own = [embeddings[pairs[place]] if place in pairs else None for place in range(len(people))]
         between = [
             None if one is None or other is None else float(one @ other)
@@ -252,6 +273,7 @@ def _measure_picture(
         None if owners is None else tuple(placed),
         None if boxes is None else boxes_hit(faces, boxes, image.shape[:2]),
         guided,
+        details,
     )
 
 

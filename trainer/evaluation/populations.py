@@ -22,7 +22,7 @@ from trainer.dataset import find_photos, label_of
 from trainer.evaluation.layouts import scene_of
 from trainer.evaluation.prompts import Prompt
 from trainer.shards import encode_png
-from trainer.world import Scene, Situation, held_out, render, sample_scene, world_person
+from trainer.world import Scene, Situation, WorldPerson, held_out, render, sample_scene, world_person
 from trainer.world.render import Image
 from trainer.world.situations import EXPRESSIONS
 
@@ -71,6 +71,10 @@ class Population(ABC):
     def revision(self, people: Sequence[int]) -> str:
         """A text that changes when the real pictures of these people do."""
 
+    def drawn(self, person: int) -> WorldPerson | None:
+        """What the person is drawn from; None for photographs."""
+        return None
+
     @property
     @abstractmethod
     def follows_prompts(self) -> bool:
@@ -108,6 +112,9 @@ class WorldPopulation(Population):
     def real(self, people: Sequence[int], prompt: Prompt, seed: int, size: int) -> Image:
         scene = scene_of(seed, len(people), [world_person(self.numbers[person]) for person in people])
         return render(scene_following(scene, prompt), size).image
+
+    def drawn(self, person: int) -> WorldPerson:
+        return world_person(self.numbers[person])
 
     def revision(self, people: Sequence[int]) -> str:
         return ""

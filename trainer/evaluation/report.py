@@ -14,6 +14,7 @@ import numpy as np
 from PIL import Image as PILImage
 
 from lib_portrait.standalone.sheet import Cell, Section, draw_sheet
+from trainer.evaluation.details import freckles_told
 from trainer.evaluation.measuring import Measurements
 from trainer.evaluation.metrics import Estimate, Floats, cluster_mean, fid
 from trainer.evaluation.plans import EvaluationPlan, Variant
@@ -27,11 +28,17 @@ ACROSS = ("MultiSim", "similarity", "lowest similarity", "top-1", "all shown", "
 
 @dataclass(frozen=True)
 class Column:
-    """A number of the table. of: what one picture contributes, or None for nothing. percent: shown times 100."""
+    """A number of the table. of: what one picture contributes, or None for nothing. percent: shown times 100. of_row:
+    what each picture of a row contributes, where that hangs on the others."""
 
     name: str
     of: Callable[[Measurements], float | None]
     percent: bool = True
+    of_row: Callable[[Sequence[Measurements]], list[float | None]] | None = None
+
+    def values(self, pictures: Sequence[Measurements]) -> list[float | None]:
+        """What each of a row's pictures contributes."""
+        return [self.of(one) for one in pictures] if self.of_row is None else self.of_row(pictures)
 
     @property
     def heading(self) -> str:
@@ -69,7 +76,12 @@ def columns(plan: EvaluationPlan, k: int) -> list[Column]:
             *common,
             guided,
         ]
-    return [Column("similarity", lambda one: one.lowest), *common, hit, guided]
+    details = [
+        Column("moles kept", lambda one: one.moles_kept),
+        Column("moles elsewhere", lambda one: one.moles_elsewhere),
+        Column("freckles", lambda _: None, of_row=lambda row: freckles_told([one.details for one in row])),
+    ]
+    return [Column("similarity", lambda one: one.lowest), *common, *details, hit, guided]
 
 
 @dataclass(frozen=True)
@@ -118,7 +130,7 @@ def tabulate(
     rows = []
     for variant in plan.variants:
         pictures = measurements[variant.name]
-        numbers = {column.name: cluster_mean([column.of(one) for one in pictures], members) for column in shown}
+        numbers = {column.name: cluster_mean(column.values(pictures), members) for column in shown}
         own = [(one.features, group) for one, group in zip(pictures, members) if one.features is not None]
         if own and len(real):
             numbers["FID"] = fid(
@@ -133,7 +145,7 @@ def tabulate(
     for minus, name in itertools.pairwise(generated):
         numbers = {}
         for column in shown:
-            pairs = [(column.of(one), column.of(other)) for one, other in zip(measurements[name], measurements[minus])]
+            pairs = zip(column.values(measurements[name]), column.values(measurements[minus]))
             numbers[column.name] = cluster_mean(
                 [None if one is None or other is None else one - other for one, other in pairs], members
             )

@@ -313,6 +313,7 @@ def evaluate_plan(
                 population.follows_prompts or not variant.real,
                 bar.update,
                 [provider.boxes(variant, sample) for sample in plan.samples],
+                population.drawn,
             )
             for variant in plan.variants
         }
@@ -361,6 +362,12 @@ def _notes(
             " All shown: each has a face of their own, more like them than like the picture's others; "
             "all placed: and where the picture was routed to them. Boxes hit: share of the places asked for that have "
             "a face, whoever's."
+        )
+    if population.drawn(0) is not None and all(len(sample.people) == 1 for sample in plan.samples):
+        both += (
+            " Moles kept: share of those that should be seen which are found, moles elsewhere: of as many mirrored "
+            "places where there should be none. Freckles: how often the places for freckles are darker in a picture "
+            "of somebody who has them than in one of somebody who has none (chance 50 %)."
         )
     if any(variant.guidance.enabled for variant in plan.variants):
         both += (
