@@ -41,9 +41,10 @@ from tests.parity.unets import diffusers_unet
 from tests.small_networks import small_kit, small_manifest, small_model, tiny_backbone, tiny_vision
 from trainer.attribute_network import AttributeNetwork
 from trainer.companions import stored_file
-from trainer.evaluation import generators, run
+from trainer.evaluation import generators, page, run
 from trainer.evaluation.guided import guidance_options, swept
 from trainer.evaluation.instruments import find_faces, fingerprint, open_recogniser, refuse_conditioning_network
+from trainer.evaluation.page import evaluate_all
 from trainer.evaluation.plans import ProtocolSettings
 from trainer.evaluation.populations import PhotoFolder
 from trainer.evaluation.run import EvaluationSettings, evaluate
@@ -307,9 +308,47 @@ def test_an_option_of_guidance_is_swept_and_plotted(world: Path, tmp_path: Path,
     ]
 
 
+def test_all_of_it_is_gathered_on_a_page(world: Path, tmp_path: Path) -> None:
+    counts = ProtocolSettings(
+        number=2,
+        prompts=1,
+        pictures=1,
+        people_per_picture=(2,),
+        betas=(0.0, 0.1),
+        references=(1,),
+        sweeps=(("begin", (1.0,)),),
+    )
+    asked = settings(world, tmp_path, protocol_settings=counts, steps=2)
+    said: list[str] = []
+    tables = evaluate_all(asked, said.append)
+    names = ["single", "multi", "groups-2", "references", "beta", "guidance-begin"]
+    assert [table.plan.name for table in tables] == names
+    text = (tmp_path / "evaluation.md").read_text("utf-8")
+    for name in names:
+        assert f"]({name}.png)" in text and (tmp_path / f"{name}.png").is_file()
+        assert (tmp_path / f"{name.partition('-')[0]}.md").read_text("utf-8") in text
+    assert "](guidance-begin-plot.png)" in text
+    lines = text.splitlines()
+    at = lines.index("## Side by side")
+    rows = {
+        line.split("|")[1].strip(): [cell.strip() for cell in line.split("|")[2:-1]] for line in lines[at + 4 : at + 9]
+    }
+    assert list(rows) == ["text only", "world", "world + guidance", "reference guidance only", "real pictures"]
+    head = [cell.strip() for cell in lines[at + 2].split("|")[2:-1]]
+    of = {row: dict(zip(head, cells)) for row, cells in rows.items()}
+    multi = {row.variant.name: row.numbers for row in tables[1].rows}
+    beside = multi["world, side by side + guidance"]["both shown"]
+    assert beside is not None
+    assert of["world + guidance"]["pairs, side by side %"].startswith(f"{100 * beside.value:.1f}")
+    assert of["real pictures"]["seconds a picture"] == of["text only"]["pairs, side by side %"] == "–"
+    assert float(of["world"]["seconds a picture"]) > 0 and float(of["text only"]["× text only"]) > 0.1
+    with pytest.raises(PortraitError, match="nobody is drawn without"):
+        evaluate_all(replace(asked, adapters=("none",)))
+
+
 def test_what_is_swept_where_nothing_is_said_goes_out_from_what_works(world: Path, tmp_path: Path) -> None:
     counts = ProtocolSettings(number=1, prompts=1, pictures=1)
-    prepared = run._prepare(settings(world, tmp_path, "guidance", protocol_settings=counts))
+    prepared = run.prepare(settings(world, tmp_path, "guidance", protocol_settings=counts))
     assert [plan.part for plan in prepared.plans] == ["begin", "strength", "reference_t"]
     said = [
         [one.guidance.options[plan.part] for one in plan.variants if one.guidance.enabled] for plan in prepared.plans
@@ -472,6 +511,11 @@ def test_the_command_line_becomes_settings(world: Path, tmp_path: Path, monkeypa
     )
     assert command_line.run(command_line.parse(["evaluate", "single", "--output", "x", "--reference-guidance"])) == 0
     assert evaluated[2].protocol_settings.reference_guidance == {}
+    monkeypatch.setattr(page, "evaluate_all", evaluated.append)
+    assert command_line.run(command_line.parse(["evaluate", "all", "--output", "x"])) == 0
+    assert evaluated[3].protocols == ("all",)
+    assert command_line.run(command_line.parse(["evaluate", "all", "single", "--output", "x"])) == 1
+    assert len(evaluated) == 4
 
 
 @pytest.mark.parametrize(

@@ -5,6 +5,7 @@ portrait.py evaluate multi --output RESULTS               all pairs of people
 portrait.py evaluate single --reference-guidance --output RESULTS   each adapter without and with RB-Guidance
 portrait.py evaluate guidance --output RESULTS            its settings swept, one after the other, as plots
 portrait.py evaluate groups --output RESULTS              2 to 7 people in a picture
+portrait.py evaluate all --output RESULTS                 every protocol, and a page that gathers them
 portrait.py evaluate references beta --output RESULTS     1, 2, 4 photos of a person; the face structure scale
 
 Tables are written as RESULTS/PROTOCOL.md and .json, the measurements of each picture as .jsonl, some pictures as .png.
@@ -18,10 +19,12 @@ from pathlib import Path
 
 REQUIREMENTS = "train"
 PROTOCOLS = ("single", "multi", "groups", "references", "beta", "guidance")
+ALL = "all"
 
 
 def configure(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("protocols", nargs="+", choices=PROTOCOLS, metavar="PROTOCOL", help=", ".join(PROTOCOLS))
+    known = (*PROTOCOLS, ALL)
+    parser.add_argument("protocols", nargs="+", choices=known, metavar="PROTOCOL", help=", ".join(known))
     parser.add_argument("--output", type=Path, required=True, metavar="RESULTS", help="folder for everything")
     made = parser.add_argument_group("what makes the pictures")
     made.add_argument("--checkpoint", type=Path, metavar="FILE", help="any SD 1.5 single file; default: the world's")
@@ -97,7 +100,9 @@ def configure(parser: argparse.ArgumentParser) -> None:
 def run(options: argparse.Namespace) -> int:
     import dataclasses
 
+    from lib_portrait.errors import PortraitError
     from trainer.evaluation.guided import guidance_options, swept
+    from trainer.evaluation.page import evaluate_all
     from trainer.evaluation.plans import ProtocolSettings
     from trainer.evaluation.run import EvaluationSettings, evaluate, of_kit
     from trainer.frozen import default_device
@@ -118,5 +123,11 @@ def run(options: argparse.Namespace) -> int:
         return {name: values[name] for name in names if values.get(name) is not None}
 
     protocols = ProtocolSettings(**part(ProtocolSettings))  # type: ignore[arg-type]
-    evaluate(EvaluationSettings(**{**part(EvaluationSettings), "protocol_settings": protocols}))  # type: ignore[arg-type]
+    settings = EvaluationSettings(**{**part(EvaluationSettings), "protocol_settings": protocols})  # type: ignore[arg-type]
+    if ALL not in settings.protocols:
+        evaluate(settings)
+    elif len(settings.protocols) == 1:
+        evaluate_all(settings)
+    else:
+        raise PortraitError("PROTOCOL", "all of them, and others beside them, were named", f"Name {ALL} by itself.")
     return 0

@@ -284,23 +284,29 @@ class SampleProvider:
         """The files of a variant's pictures. progress: called with how many have just become ready."""
         if variant.real:
             return self.real(samples, progress)
-        generator, facts = self.generators[variant.adapter], self._facts(variant, samples)
+        facts = self._facts(variant, samples)
         missing = defaultdict(list)
         for number, sample in enumerate(samples):
             if self.cache.path(facts[number]).is_file():
                 progress(1)
             else:
                 missing[None if variant.adapter is None else self._group(variant, sample)].append(number)
-        for group, numbers in missing.items():
-            request = self._request(variant, *group) if group is not None else None
-            pose = self._pose(variant, samples[numbers[0]])
-            shown = {} if pose is None else {"pose": pose}
+        for numbers in missing.values():
             for batch in _batches(numbers, self.settings.batch):
-                pictures = generator.generate([self._sampling(samples[number]) for number in batch], request, **shown)
+                pictures = self.draw(variant, [samples[number] for number in batch])
                 for number, made in zip(batch, pictures, strict=True):
                     self.cache.put(made.image, facts[number], made.owners, made.guided)
                 progress(len(batch))
         return [self.cache.path(one) for one in facts]
+
+    def draw(self, variant: Variant, samples: Sequence[Sample]) -> list[Generated]:
+        """Generates pictures of the same people, in the same places, as one batch, whether they are in the cache or
+        not."""
+        request = self._request(variant, *self._group(variant, samples[0]))
+        pose = self._pose(variant, samples[0])
+        shown = {} if pose is None else {"pose": pose}
+        samplings = [self._sampling(sample) for sample in samples]
+        return self.generators[variant.adapter].generate(samplings, request, **shown)
 
     def missing(self, variant: Variant, samples: Sequence[Sample]) -> int:
         """How many pictures of a variant have yet to be generated. Real ones take no time and do not count."""

@@ -167,24 +167,22 @@ def markdown(table: Table) -> str:
         return known.get(name, Column(name, lambda _: None)).cell(estimate, sign)
 
     names = [column.name for column in table.columns]
-    parts = [f"## {table.plan.title}", "", _header(["", *(column.heading for column in table.columns)])]
-    parts += [
-        _cells([row.variant.name, *(number(name, row.numbers.get(name)) for name in names)]) for row in table.rows
-    ]
+    parts = [f"## {table.plan.title}", "", header(["", *(column.heading for column in table.columns)])]
+    parts += [cells([row.variant.name, *(number(name, row.numbers.get(name)) for name in names)]) for row in table.rows]
     parts += ["", *table.notes]
     if table.differences:
         means = [name for name in names if name != "FID"]
-        parts += ["", "Differences, paired by person, prompt and seed:", "", _header(["", *means])]
+        parts += ["", "Differences, paired by person, prompt and seed:", "", header(["", *means])]
         parts += [
-            _cells([f"{one.variant} − {one.minus}", *(number(name, one.numbers.get(name), "+") for name in means)])
+            cells([f"{one.variant} − {one.minus}", *(number(name, one.numbers.get(name), "+") for name in means)])
             for one in table.differences
         ]
     stated = [name for name in table.rows[0].attributes if any(row.attributes[name] for row in table.rows)]
     if stated:
         parts += ["", "Attributes of the prompt that were found, in %:", ""]
-        parts += [_header(["", *(name.replace("_", " ") for name in stated)])]
+        parts += [header(["", *(name.replace("_", " ") for name in stated)])]
         parts += [
-            _cells([row.variant.name, *(number(name, row.attributes[name]) for name in stated)]) for row in table.rows
+            cells([row.variant.name, *(number(name, row.attributes[name]) for name in stated)]) for row in table.rows
         ]
     return "\n".join(parts) + "\n"
 
@@ -198,21 +196,23 @@ def across(tables: Sequence[Table]) -> str:
     for name in ACROSS:
         if name not in columns:
             continue
-        parts += [f"## {columns[name].heading}", "", _header(["", *(table.plan.title for table in tables)])]
+        parts += [f"## {columns[name].heading}", "", header(["", *(table.plan.title for table in tables)])]
         for variant in names:
             found = [{row.variant.name: row.numbers.get(name) for row in table.rows} for table in tables]
             if any(row.get(variant) for row in found):
-                parts.append(_cells([variant, *(columns[name].cell(row.get(variant)) for row in found)]))
+                parts.append(cells([variant, *(columns[name].cell(row.get(variant)) for row in found)]))
         parts.append("")
     return "\n".join([*parts, *dict.fromkeys(note for table in tables for note in table.notes)]) + "\n"
 
 
-def _header(cells: Sequence[str]) -> str:
-    return _cells(cells) + "\n" + _cells(["---"] * len(cells))
+def header(names: Sequence[str]) -> str:
+    """A table's first two lines."""
+    return cells(names) + "\n" + cells(["---"] * len(names))
 
 
-def _cells(cells: Sequence[str]) -> str:
-    return f"| {' | '.join(cells)} |"
+def cells(texts: Sequence[str]) -> str:
+    """A table's line."""
+    return f"| {' | '.join(texts)} |"
 
 
 def as_json(table: Table, facts: Mapping[str, Any]) -> str:

@@ -112,7 +112,7 @@ def evaluate(settings: EvaluationSettings, say: Callable[[str], object] = print)
     the plot of a sweep.
     Raises PortraitError for anything that is missing or does not fit, as far as possible before the first picture.
     """
-    prepared = _prepare(settings)
+    prepared = prepare(settings)
     instruments = open_instruments(settings, prepared.model)
     for kit in prepared.kits.values():
         for role in kit.files.keys() & {"backbone"}:
@@ -142,7 +142,7 @@ def evaluate(settings: EvaluationSettings, say: Callable[[str], object] = print)
 
 
 @dataclass(frozen=True)
-class _Prepared:
+class Prepared:
     """What generates. kits: by the adapter's label. weights: hashes, by the adapter's label. guidance: what the kit of
     each adapter says of it, by label; nothing where nothing is guided."""
 
@@ -154,7 +154,16 @@ class _Prepared:
     guidance: dict[str, Mapping[str, Value]]
 
 
-def _prepare(settings: EvaluationSettings) -> _Prepared:
+def drawing_methods(settings: EvaluationSettings) -> dict[str, str]:
+    """Of the adapters, as the settings name them, those that draw people without reference guidance, with their
+    methods."""
+    cache = settings.output / "cache"
+    found = {text: _adapter(text, cache, settings.kit)[1][2] for text in settings.adapters}
+    return {text: method for text, method in found.items() if declaration(method).has_adapter}
+
+
+def prepare(settings: EvaluationSettings) -> Prepared:
+    """Everything that generates, and what is to be. Raises PortraitError as `evaluate` does."""
     for name, value in (("batch", settings.batch), ("gallery", settings.gallery)):
         if value < 1:
             raise PortraitError(name, f"{value} was given", "Give a whole number of 1 or more.")
@@ -206,7 +215,7 @@ def _prepare(settings: EvaluationSettings) -> _Prepared:
     ]
     people = max(len(sample.people) for plan in plans for sample in plan.samples)
     weights = {"text only": hashes, **{label: dict(generators[label].weights(people)) for label in stores}}
-    return _Prepared(model, provider, plans, kits, weights, guidance)
+    return Prepared(model, provider, plans, kits, weights, guidance)
 
 
 def _planned(label: str, method: Declaration) -> Adapter:
@@ -275,7 +284,7 @@ def _generate_share(settings: EvaluationSettings, place: int, processes: int) ->
     """One process's share of the pictures; what went wrong, as a PortraitError's words."""
     torch.set_num_threads(max(1, (os.cpu_count() or 1) // processes))
     try:
-        prepared = _prepare(settings)
+        prepared = prepare(settings)
         for one in prepared.plans:
             groups = list(dict.fromkeys(sample.people for sample in one.samples))[place::processes]
             samples = [sample for sample in one.samples if sample.people in groups]
@@ -502,7 +511,7 @@ def _instrument_hashes(settings: EvaluationSettings) -> dict[str, str]:
     return {name: file_sha256(Path(text)) for name, text in given.items() if text and Path(text).is_file()}
 
 
-def _facts(settings: EvaluationSettings, prepared: _Prepared, plan: EvaluationPlan) -> dict[str, Any]:
+def _facts(settings: EvaluationSettings, prepared: Prepared, plan: EvaluationPlan) -> dict[str, Any]:
     """What the JSON says beside the numbers. Files go by their names: their hashes stand beside them."""
     model, colon, file = _clip(settings).rpartition(":")
     files = {
