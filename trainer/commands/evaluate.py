@@ -100,7 +100,6 @@ def configure(parser: argparse.ArgumentParser) -> None:
 def run(options: argparse.Namespace) -> int:
     import dataclasses
 
-    from lib_portrait.errors import PortraitError
     from trainer.evaluation.guided import guidance_options, swept
     from trainer.evaluation.page import evaluate_all
     from trainer.evaluation.plans import ProtocolSettings
@@ -124,10 +123,5 @@ def run(options: argparse.Namespace) -> int:
 
     protocols = ProtocolSettings(**part(ProtocolSettings))  # type: ignore[arg-type]
     settings = EvaluationSettings(**{**part(EvaluationSettings), "protocol_settings": protocols})  # type: ignore[arg-type]
-    if ALL not in settings.protocols:
-        evaluate(settings)
-    elif len(settings.protocols) == 1:
-        evaluate_all(settings)
-    else:
-        raise PortraitError("PROTOCOL", "all of them, and others beside them, were named", f"Name {ALL} by itself.")
+    (evaluate_all if ALL in settings.protocols else evaluate)(settings)
     return 0

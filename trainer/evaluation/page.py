@@ -42,6 +42,8 @@ def evaluate_all(settings: EvaluationSettings, say: Callable[[str], object] = pr
     without it; several references of the first adapter; beta of the first whose method has that; reference guidance
     swept for the first. Raises PortraitError as `evaluate` does.
     """
+    if len(settings.protocols) > 1:
+        raise PortraitError("PROTOCOL", "all, and others beside it, were named", "Name all by itself.")
     given, methods = settings.protocol_settings, drawing_methods(settings)
     drawing = tuple(methods)
     if not drawing:

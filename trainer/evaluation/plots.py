@@ -38,7 +38,11 @@ def sweep_plot(table: Table) -> PILImage.Image:
     name = table.plan.part
     guided = [row for row in table.rows if row.variant.guidance.enabled]
     values = list(dict.fromkeys(row.variant.guidance.options[name] for row in guided))
-    columns = [column for column in table.columns if column.name in PLOTTED]
+    columns = [
+        column
+        for column in table.columns
+        if column.name in PLOTTED and any(row.numbers.get(column.name) for row in guided)
+    ]
     columns.sort(key=lambda column: PLOTTED.index(column.name))
     panels = []
     for column in columns:
