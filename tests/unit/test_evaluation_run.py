@@ -220,7 +220,7 @@ def test_each_row_with_people_has_a_guided_one_and_there_is_one_with_guidance_al
 ) -> None:
     said = {"strength": 0.5, "gradient": "share", "begin": 1.0}
     counts = ProtocolSettings(number=2, prompts=1, pictures=1, reference_guidance=said)
-    asked = settings(world, tmp_path, protocol_settings=counts, steps=2)
+    asked = settings(world, tmp_path, protocol_settings=counts, steps=2, detector="halves")
     (single,) = evaluate(asked, lambda text: None)
     names = ["text only", "world", "world + guidance", "reference guidance only", "real pictures"]
     assert [row.variant.name for row in single.rows] == names
@@ -254,7 +254,8 @@ def test_what_the_kit_says_of_guidance_decides_the_picture(world: Path, tmp_path
     counts = ProtocolSettings(number=1, prompts=1, pictures=1, reference_guidance={"strength": 0.5, "begin": 1.0})
     told = {}
     for place in (world, folder):
-        own = settings(place, tmp_path / place.name, protocol_settings=counts, steps=2, **{"adapters": (f"a={place}",)})
+        own = settings(place, tmp_path / place.name, protocol_settings=counts, steps=2, detector="halves")
+        own = replace(own, adapters=(f"a={place}",))
         evaluate(own, lambda text: None)
         lines = [json.loads(line) for line in (own.output / "single.jsonl").read_text("utf-8").splitlines()]
         (line,) = (line for line in lines if line["row"] == "a + guidance")
@@ -271,11 +272,13 @@ def test_whom_guidance_does_not_find_is_drawn_without_it(
     """And the table says of how many that is true."""
     monkeypatch.setattr(FaceService, "ovals", lambda service, picture: [])
     counts = ProtocolSettings(number=1, prompts=1, pictures=1, reference_guidance={"begin": 1.0})
-    (single,) = evaluate(settings(world, tmp_path, protocol_settings=counts, steps=2), lambda text: None)
+    asked = settings(world, tmp_path, protocol_settings=counts, steps=2, detector="halves")
+    (single,) = evaluate(asked, lambda text: None)
     lines = [json.loads(line) for line in (tmp_path / "single.jsonl").read_text("utf-8").splitlines()]
     assert [line["guided"] for line in lines] == [None, None, [False], [False], None]
-    made = [np.asarray(Image.open(tmp_path / line["picture"])) for line in lines]
-    assert (made[0] == made[3]).all() and (made[1] == made[2]).all()
+    made = [np.asarray(Image.open(tmp_path / line["picture"]), np.int16) for line in lines]
+    # Guided rows run apart from the others, which changes their last digits.
+    assert abs(made[0] - made[3]).max() <= 2 and abs(made[1] - made[2]).max() <= 2
     estimate = single.rows[2].numbers["guided"]
     assert estimate is not None and estimate.value == 0
 
@@ -283,7 +286,7 @@ def test_whom_guidance_does_not_find_is_drawn_without_it(
 def test_an_option_of_guidance_is_swept_and_plotted(world: Path, tmp_path: Path, generated: list[int]) -> None:
     sweeps = (("begin", (0.6, 1.0)), ("noise", ("fixed", "step")))
     counts = ProtocolSettings(number=2, prompts=1, pictures=1, sweeps=sweeps, reference_guidance={"strength": 20.0})
-    asked = settings(world, tmp_path, "guidance", protocol_settings=counts, steps=2)
+    asked = settings(world, tmp_path, "guidance", protocol_settings=counts, steps=2, detector="halves")
     begin, noise = evaluate(asked, lambda text: None)
     rows = ["text only", "world", "world, begin = 0.6", "world, begin = 1", "real pictures"]
     assert [row.variant.name for row in begin.rows] == rows
@@ -318,7 +321,7 @@ def test_all_of_it_is_gathered_on_a_page(world: Path, tmp_path: Path) -> None:
         references=(1,),
         sweeps=(("begin", (1.0,)),),
     )
-    asked = settings(world, tmp_path, protocol_settings=counts, steps=2)
+    asked = settings(world, tmp_path, protocol_settings=counts, steps=2, detector="halves")
     said: list[str] = []
     tables = evaluate_all(asked, said.append)
     names = ["single", "multi", "groups-2", "references", "beta", "guidance-begin"]

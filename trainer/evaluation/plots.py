@@ -88,8 +88,9 @@ def draw_panel(column: Column, values: Sequence[str], lines: Sequence[Line]) -> 
     for number, line in enumerate(lines):
         colour = colour_of(number + 1)
         if line.without is not None:
-            for x in range(left, right, 12):
-                draw.line((x, y_of(line.without.value), min(x + 6, right), y_of(line.without.value)), colour)
+            y = y_of(line.without.value)
+            for begin in range(left, right, 12):
+                draw.line((begin, y, min(begin + 6, right), y), colour)
         there = [(x_of(place), point) for place, point in enumerate(line.points) if point is not None]
         draw.line([(x, y_of(point.value)) for x, point in there], colour, 2)
         for x, point in there:
