@@ -15,13 +15,14 @@ import torch
 pytest.importorskip("skia", reason="the world is drawn with skia", exc_type=ImportError)
 
 from lib_portrait.faces.detection import Detector, Face
+from lib_portrait.request import Guidance
 from trainer.evaluation.details import FaceDetails, MolesFound
 from trainer.evaluation.generators import PictureCache
 from trainer.evaluation.instruments import Clip, Recogniser
 from trainer.evaluation.measuring import FACE, Gallery, Instruments, Measurements, boxes_hit, measure
 from trainer.evaluation.plans import EvaluationPlan, Sample, Variant
 from trainer.evaluation.prompts import MULTI, SINGLE
-from trainer.evaluation.report import across, as_json, as_json_lines, markdown, tabulate, verdict
+from trainer.evaluation.report import across, as_json, as_json_lines, compared, markdown, tabulate, verdict
 from trainer.world import world_person
 
 LANDMARKS = np.array([[10, 12], [22, 12], [16, 18], [11, 24], [21, 24]], np.float32)
@@ -182,6 +183,30 @@ def test_a_box_is_hit_by_a_face_whose_centre_lies_in_it_each_face_once(picture: 
     assert measured.hit == (True, False) and measured.boxes_hit == 0.5
     (unasked,) = measure([picture], [sample((0, 1))], GALLERY, instruments([[1, 0, 0]]), True, boxes=[None])
     assert unasked.hit is None and unasked.boxes_hit is None
+
+
+def test_what_is_guided_is_compared_with_the_same_without() -> None:
+    guidance = Guidance(True, {"strength": 1.0})
+    rows = [
+        Variant("text only"),
+        Variant("a", "a"),
+        Variant("a + guidance", "a", guidance=guidance),
+        Variant("a, beside", "a", sides=True, guidance=guidance),
+        Variant("b", "b"),
+        Variant("alone", "alone", guidance=guidance),
+        Variant("b again", "b", guidance=guidance),
+        Variant("real", real=True),
+    ]
+    minus = {name: minus for minus, name in compared(rows)}
+    assert minus == {
+        "a": "text only",
+        "a + guidance": "a",
+        "a, beside": "text only",  # the same without guidance is not there
+        "b": "a",
+        "alone": "text only",
+        "b again": "b",
+    }
+    assert [minus for minus, _ in compared(rows[:2])] == ["text only"]
 
 
 def test_groups_are_told_at_a_glance_by_their_size() -> None:

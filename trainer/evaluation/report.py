@@ -6,7 +6,7 @@ import dataclasses
 import itertools
 import json
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +17,7 @@ from lib_portrait.standalone.sheet import Cell, Section, draw_sheet
 from trainer.evaluation.details import freckles_told
 from trainer.evaluation.measuring import Measurements
 from trainer.evaluation.metrics import Estimate, Floats, cluster_mean, fid
-from trainer.evaluation.plans import EvaluationPlan, Variant
+from trainer.evaluation.plans import UNGUIDED, EvaluationPlan, Variant
 from trainer.evaluation.populations import Population
 
 # Rows of the sheet: one sample each, of different people as far as there are.
@@ -140,9 +140,8 @@ def tabulate(
         rows.append(
             TableRow(variant, numbers, {name: cluster_mean(values, members) for name, values in shares.items()})
         )
-    generated = [variant.name for variant in plan.variants if not variant.real]
     differences = []
-    for minus, name in itertools.pairwise(generated):
+    for minus, name in compared(plan.variants):
         numbers = {}
         for column in shown:
             pairs = zip(column.values(measurements[name]), column.values(measurements[minus]))
@@ -154,6 +153,19 @@ def tabulate(
     # What was measured of no variant needs no column.
     shown = [column for column in shown if any(row.numbers.get(column.name) for row in rows)]
     return Table(plan, shown, rows, differences, list(notes))
+
+
+def compared(variants: Sequence[Variant]) -> list[tuple[str, str]]:
+    """Which variants are compared, the one with the one that is subtracted in front: a guided one with the same without
+    guidance, or with the first of all where guidance stands alone; the others each with the one before."""
+    generated = [variant for variant in variants if not variant.real]
+    plain = [variant for variant in generated if not variant.guidance.enabled]
+    before = {other.name: one.name for one, other in itertools.pairwise(plain)}
+    for variant in generated:
+        if variant.guidance.enabled:
+            same = (one.name for one in plain if one == replace(variant, name=one.name, guidance=UNGUIDED))
+            before[variant.name] = next(same, generated[0].name)
+    return [(before[variant.name], variant.name) for variant in generated if variant.name in before]
 
 
 # ------------------------------------------------------------------------------------------------------------- writing
@@ -171,7 +183,7 @@ def markdown(table: Table) -> str:
     parts += [cells([row.variant.name, *(number(name, row.numbers.get(name)) for name in names)]) for row in table.rows]
     parts += ["", *table.notes]
     if table.differences:
-        means = [name for name in names if name != "FID"]
+        means = [name for name in names if any(one.numbers.get(name) for one in table.differences)]
         parts += ["", "Differences, paired by person, prompt and seed:", "", header(["", *means])]
         parts += [
             cells([f"{one.variant} − {one.minus}", *(number(name, one.numbers.get(name), "+") for name in means)])
