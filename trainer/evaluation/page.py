@@ -17,7 +17,7 @@ from trainer.evaluation.run import EvaluationSettings, drawing_methods, evaluate
 
 PAGE = "evaluation.md"
 # Pictures that the time of one is the median of, behind one that does not count.
-TIMED = 5
+TIMED = 3
 # What the methods are compared by: the protocol, the column, the ending of the row's name, and what it is called there.
 COMPARED = (
     ("single", "similarity", "", "similarity"),
