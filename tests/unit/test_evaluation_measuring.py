@@ -185,7 +185,7 @@ def test_a_box_is_hit_by_a_face_whose_centre_lies_in_it_each_face_once(picture: 
     assert unasked.hit is None and unasked.boxes_hit is None
 
 
-def test_what_is_guided_is_compared_with_the_same_without() -> None:
+def test_what_is_guided_or_has_places_is_compared_with_the_same_without() -> None:
     guidance = Guidance(True, {"strength": 1.0})
     rows = [
         Variant("text only"),
@@ -193,6 +193,11 @@ def test_what_is_guided_is_compared_with_the_same_without() -> None:
         Variant("a + guidance", "a", guidance=guidance),
         Variant("a, beside", "a", sides=True, guidance=guidance),
         Variant("b", "b"),
+        Variant("placed", "placed", laid_out=True),
+        Variant("c", "c"),
+        Variant("b, beside", "b", sides=True),
+        Variant("b, laid out", "b", laid_out=True),
+        Variant("alone, beside", "alone", sides=True, guidance=guidance),
         Variant("alone", "alone", guidance=guidance),
         Variant("b again", "b", guidance=guidance),
         Variant("real", real=True),
@@ -201,8 +206,13 @@ def test_what_is_guided_is_compared_with_the_same_without() -> None:
     assert minus == {
         "a": "text only",
         "a + guidance": "a",
-        "a, beside": "text only",  # the same without guidance is not there
+        "a, beside": "a + guidance",  # the same without guidance is not there
         "b": "a",
+        "placed": "b",
+        "c": "placed",
+        "b, beside": "b",
+        "b, laid out": "b",
+        "alone, beside": "alone",
         "alone": "text only",
         "b again": "b",
     }

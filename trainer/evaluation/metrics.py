@@ -32,7 +32,7 @@ class Estimate:
 
 
 def multisim(own: Sequence[float | None], between: Sequence[float | None]) -> float:
-    """InstantFamily's MultiSim (eq. 11), 0 to 2: (s(A, A') + s(B, B')) / 2 + 1 - s(A', B').
+    """InstantFamily's MultiSim (eq. 11): (s(A, A') + s(B, B')) / 2 + 1 - s(A', B').
 
     own: similarity of each reference to its face, None where it has none; between: of each two of the faces to each
     other. The paper prints it for two people. Of more it is here the mean of the first term over the people and of the

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import itertools
 import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -157,15 +156,22 @@ def tabulate(
 
 def compared(variants: Sequence[Variant]) -> list[tuple[str, str]]:
     """Which variants are compared, the one with the one that is subtracted in front: a guided one with the same without
-    guidance, or with the first of all where guidance stands alone; the others each with the one before."""
+    guidance, one in which people have places with the same without, the others each with the one before; where there is
+    no such one, with the first of all."""
     generated = [variant for variant in variants if not variant.real]
-    plain = [variant for variant in generated if not variant.guidance.enabled]
-    before = {other.name: one.name for one, other in itertools.pairwise(plain)}
-    for variant in generated:
+    found, before = [], generated[0]
+    for variant in generated[1:]:
+        simpler = []
         if variant.guidance.enabled:
-            same = (one.name for one in plain if one == replace(variant, name=one.name, guidance=UNGUIDED))
-            before[variant.name] = next(same, generated[0].name)
-    return [(before[variant.name], variant.name) for variant in generated if variant.name in before]
+            simpler.append(replace(variant, guidance=UNGUIDED))
+        if variant.sides or variant.laid_out:
+            simpler.append(replace(variant, sides=False, laid_out=False))
+        same = (one for wanted in simpler for one in generated if one == replace(wanted, name=one.name))
+        minus = next(same, generated[0] if variant.guidance.enabled else None)
+        if minus is None:
+            minus, before = before, variant
+        found.append((minus.name, variant.name))
+    return found
 
 
 # ------------------------------------------------------------------------------------------------------------- writing
