@@ -41,6 +41,13 @@ def test_points_lie_where_their_values_say() -> None:
     assert np.ptp(of_colour(panel, 2)[1]) <= 7
 
 
+def test_what_is_zero_everywhere_is_a_line_on_a_plain_axis() -> None:
+    panel = draw_panel(SIMILARITY, ["1", "2"], [Line("a", [estimate(0.0), estimate(0.0)], None)])
+    other = draw_panel(SIMILARITY, ["1", "2"], [Line("a", [estimate(0.0), estimate(0.0001)], None)])
+    for one in (panel, other):
+        assert np.ptp(of_colour(one, 1)[1]) < 25
+
+
 def test_errors_are_bars_and_what_is_without_guidance_is_dashed() -> None:
     heights = []
     for error in (None, 0.02):

@@ -66,7 +66,8 @@ def draw_panel(column: Column, values: Sequence[str], lines: Sequence[Line]) -> 
     every = [point for line in lines for point in (*line.points, line.without) if point is not None]
     lows = [scale * (point.value - (point.error or 0)) for point in every]
     highs = [scale * (point.value + (point.error or 0)) for point in every]
-    step = _step(max(highs) - min(lows))
+    # At least a hundredth is shown, so that what is the same everywhere has an axis too.
+    step = _step(max(max(highs) - min(lows), scale / 100))
     low, high = math.floor(min(lows) / step) * step, math.ceil(max(highs) / step) * step
     high = max(high, low + step)
     left, right, top, bottom = EDGE, width - GAP, 2 * GAP + TEXT, height - 2 * GAP - TEXT
