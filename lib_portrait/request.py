@@ -253,19 +253,12 @@ def parse_request(value: Any, limits: Limits | None = None) -> PortraitRequest:
         method=method,
         checkpoint=_name(data.get("checkpoint", AUTOMATIC), "checkpoint", limits),
         guidance=_guidance(data.get("guidance", {"enabled": False})),
-        layout=_layout(data["layout"], limits) if data.get("layout") is not None else None,
+        layout=_photo(data["layout"], "layout", limits) if data.get("layout") is not None else None,
         options=_options(one.options, data, ""),
     )
     if enabled:
         _check_somebody_is_drawn(request)
     return request
-
-
-def _layout(value: Any, limits: Limits) -> Photo:
-    """A picture of which all faces count, and so none is chosen."""
-    if isinstance(value, Mapping):
-        value = _object(value, "layout", ["image"])
-    return _photo(value, "layout", limits)
 
 
 def _guidance(value: Any) -> Guidance:
@@ -569,7 +562,7 @@ def json_schema(limits: Limits | None = None) -> dict[str, Any]:
             "description": "a name that /portrait/models lists",
         },
         "layout": {
-            "oneOf": [{"type": "null"}, image, _strict({"image": image}, ["image"])],
+            "oneOf": [{"type": "null"}, {"$ref": "#/$defs/photo"}],
             "default": None,
             "description": "a picture whose faces, from the left, say where identities without a region belong",
         },

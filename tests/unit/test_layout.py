@@ -141,19 +141,8 @@ def test_the_request_says_it_as_it_says_photos() -> None:
     digits = f"sha256:{'a' * 64}"
     form: dict[str, Any] = {"identities": [{"photos": [digits]}], "layout": digits}
     assert to_json(parse_request(form)) == form and jsonschema.Draft202012Validator(json_schema()).is_valid(form)
-    schema = jsonschema.Draft202012Validator(json_schema())
-    for wrong in (
-        1,
-        "no base64!",
-        {"picture": digits},
-        {"image": digits, "face": 1},
-        {"image": digits, "aligned": True},
-    ):
+    for wrong in (1, "no base64!", {"picture": digits}):
         with pytest.raises(PortraitError) as caught:
             parse_request({**form, "layout": wrong})
         assert caught.value.field.startswith("layout")
-        assert wrong == "no base64!" or not schema.is_valid({**form, "layout": wrong})
-    for right in (None, {"image": digits}):
-        assert schema.is_valid({**form, "layout": right})
-    assert parse_request({**form, "layout": {"image": digits}}) == parse_request(form)
     assert parse_request({**form, "layout": None}).layout is None

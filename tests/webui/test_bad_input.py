@@ -9,7 +9,7 @@ import pickle
 import re
 import struct
 import zlib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -17,17 +17,9 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
-from lib_portrait.control_picture import skeletons
-from lib_portrait.methods.fusion import Properties as FusionProperties
-from lib_portrait.methods.instantfamily import Properties as FamilyProperties
 from lib_portrait.webui.panel_values import IDENTITY_FIELDS
-from tests.unit.test_layout import head
 from tests.webui.server import ROOT, Client, plotted
-from tests.webui.test_fusion import adapters  # noqa: F401
-from tests.webui.test_instantfamily import adapters as families  # noqa: F401
-from tests.webui.test_omniportrait import files as pivots  # noqa: F401
-from tests.webui.world import BACKBONE_WIDTHS, BLOCKS, CONTEXT, KIT, World
-from trainer.shards import encode_png
+from tests.webui.world import KIT, World
 
 pytestmark = pytest.mark.webui
 
@@ -67,25 +59,6 @@ def ask(*identities: Any, **changes: Any) -> dict[str, Any]:
 def alone(*identities: Any, **changes: Any) -> dict[str, Any]:
     """With reference guidance and nothing else."""
     return {"method": "none", "identities": list(identities), **changes}
-
-
-def group(*identities: Any, **changes: Any) -> dict[str, Any]:
-    """With InstantFamily, of which the UNet alone is told."""
-    return {"method": "instantfamily", "checkpoint": "alone", "identities": list(identities), **changes}
-
-
-def named(*identities: Any, **changes: Any) -> dict[str, Any]:
-    """With OmniPortrait."""
-    return {"method": "omniportrait", "checkpoint": "pivot", "identities": list(identities), **changes}
-
-
-def within(ada: str, *box: float) -> dict[str, Any]:
-    return {"photos": [ada], "region": {"box": list(box)}}
-
-
-def pose(*faces: tuple[float, float, float], size: tuple[int, int] = (128, 128)) -> str:
-    """Skeletons, of which the faces are (x, y, width) in pixels."""
-    return text(encode_png(skeletons([head(*face) for face in faces], size)))
 
 
 def right_half() -> bytes:
@@ -183,20 +156,6 @@ CASES: list[Case] = [
      "guidance.where", "automatic, region"),
     ("guidance that is off, with a bad value", lambda ada: ask({"photos": [ada]}, guidance={"enabled": False,
      "power": -1}), "guidance.power", "0 to 10"),
-    ("guidance with a threshold above 1", lambda ada: ask({"photos": [ada]}, guidance={"threshold": 1.5}),
-     "guidance.threshold", "0 to 1"),
-    ("guidance that reduces to the most", lambda ada: ask({"photos": [ada]}, guidance={"reduction": "max"}),
-     "guidance.reduction", "sum, mean"),
-    ("guidance with a number for the noise", lambda ada: ask({"photos": [ada]}, guidance={"noise": 671}),
-     "guidance.noise", "fixed, step"),
-    ("guidance by other features", lambda ada: ask({"photos": [ada]}, guidance={"features": "raw"}),
-     "guidance.features", "plain, centred"),
-    ("guidance by another gradient", lambda ada: ask({"photos": [ada]}, guidance={"gradient": None}),
-     "guidance.gradient", "plain, share"),
-    ("guidance that saves memory by a word", lambda ada: ask({"photos": [ada]}, guidance={"checkpointing": "yes"}),
-     "guidance.checkpointing", "true or false"),
-    ("guidance shown by a number", lambda ada: ask({"photos": [ada]}, guidance={"show": 1}),
-     "guidance.show", "true or false"),
     ("guided is a number", lambda ada: ask({"photos": [ada], "guided": 1}, guidance={}),
      "identities[0].guided", "true or false"),
     ("guidance of nobody", lambda ada: ask({"photos": [ada], "guided": False}, guidance={}), "guidance", "on nobody"),
@@ -221,54 +180,6 @@ CASES: list[Case] = [
     ("an animation as mask", lambda ada: ask({"photos": [ada], "region": {"mask": text(animation())}}),
      "region.mask", "more than one picture"),
     ("a film", lambda ada: ask({"photos": [text(b"\0\0\0\x18ftypmp42" + bytes(200))]}), "photos[0]", "not an image"),
-    # Places from a picture.
-    ("a layout that is a number", lambda ada: group({"photos": [ada]}, layout=7), "layout", "no image"),
-    ("a layout that is a list", lambda ada: group({"photos": [ada]}, layout=[pose((64, 60, 30))]), "layout", "no image"),
-    ("a layout of 0 bytes", lambda ada: group({"photos": [ada]}, layout=""), "layout", "0 bytes"),
-    ("a layout in wrong base64", lambda ada: group({"photos": [ada]}, layout="!!!"), "layout", "base64"),
-    ("a layout by its path", lambda ada: group({"photos": [ada]}, layout="/etc/passwd"), "layout", ""),
-    ("a layout that chooses a face", lambda ada: group({"photos": [ada]}, layout={"image": ada, "face": 0}),
-     "layout.face", "not known"),
-    ("a layout without its picture", lambda ada: group({"photos": [ada]}, layout={}), "layout.image", "no image"),
-    ("a PDF as layout", lambda ada: group({"photos": [ada]}, layout=text(b"%PDF-1.4 not a picture")), "layout", "image"),
-    ("half a PNG as layout", lambda ada: group({"photos": [ada]}, layout=text(base64.b64decode(ada)[:5000])),
-     "layout", "damaged"),
-    ("a bomb as layout", lambda ada: group({"photos": [ada]}, layout=text(bomb())), "layout", "pixels"),
-    ("an unknown hash as layout", lambda ada: group({"photos": [ada]}, layout="sha256:" + "0" * 64),
-     "layout", "not kept"),
-    ("a layout without a face", lambda ada: group({"photos": [ada]}, layout=text(image(size=(128, 128)))),
-     "layout", "no face"),
-    ("a layout of another shape", lambda ada: group({"photos": [ada]}, layout=pose((40, 60, 30), size=(80, 128))),
-     "layout", "80x128"),
-    ("more people than faces in the layout", lambda ada: group(*[{"photos": [ada]}] * 3,
-     layout=pose((90, 60, 30), (35, 50, 40))), "layout", "2 faces, and 3 people"),
-    # What the other methods let one choose.
-    ("a mask that there is none of", lambda ada: group({"photos": [ada]}, mask="soft"), "mask", "multiply, exclude"),
-    ("a mask that is switched on", lambda ada: group({"photos": [ada]}, mask=True), "mask", "multiply, exclude"),
-    ("the control picture shown by a word", lambda ada: group({"photos": [ada]}, show_control="yes"),
-     "show_control", "true or false"),
-    ("InstantFamily with a scale", lambda ada: group({"photos": [ada]}, scale=1), "scale", "not known"),
-    ("InstantFamily with a kit of another method", lambda ada: group({"photos": [ada]}, checkpoint=KIT),
-     "checkpoint", "a kit of uniportrait"),
-    ("people of InstantFamily without places", lambda ada: group({"photos": [ada]}, {"photos": [ada]}),
-     "identities[0].region", "no place"),
-    ("one of them without a place", lambda ada: group(within(ada, 0, 0, 0.4, 0.4), {"photos": [ada]}),
-     "identities[1].region", "no place"),
-    ("a face that reaches out of the picture", lambda ada: group(within(ada, 0.6, 0.5, 1.2, 0.9)),
-     "identities[0].region.box[2]", "0 to 1"),
-    ("a face outside of the picture", lambda ada: group(within(ada, 1.1, 0.5, 1.4, 0.9)),
-     "identities[0].region.box[0]", "0 to 1"),
-    ("a face too small for anybody", lambda ada: group(within(ada, 0.5, 0.5, 0.5005, 0.5005)),
-     "identities[0].region", "too small"),
-    ("Fusion of the face alone, by a number", lambda ada: {"method": "fusion", "checkpoint": "fused", "face_only": 1,
-     "identities": [{"photos": [ada]}]}, "face_only", "true or false"),
-    ("a word that is a number", lambda ada: named({"photos": [ada], "word": 3}), "identities[0].word", "no word"),
-    ("a word with a weight", lambda ada: named({"photos": [ada], "word": "(woman:1.2)"}),
-     "identities[0].word", "without brackets"),
-    ("a word too strong", lambda ada: named({"photos": [ada], "strength": 3}), "identities[0].strength", "0 to 2"),
-    ("a word for UniPortrait", lambda ada: ask({"photos": [ada], "word": "woman"}), "identities[0].word", "not known"),
-    ("OmniPortrait with a person to mix", lambda ada: named({"photos": [ada], "mix": [{"photos": [ada]}]}),
-     "identities[0].mix", "not known"),
 ]  # fmt: skip
 
 LATE = {"steps": 6}
@@ -327,15 +238,6 @@ ASKED: list[Asked] = [
      "identities[0].region", "no word"),
     ("guidance outside of what is painted", lambda ada: alone({"photos": [ada], "region": {"box": [0, 0, 0.2, 0.2]}},
      guidance={}), {**IMAGE, "mask": text(right_half()), "denoising_strength": 0.9}, "identities[0].region", ""),
-    ("no word for a person", lambda ada: named({"photos": [ada]}), {"prompt": "a hall"}, "prompt", "woman, man, girl"),
-    ("more people than words", lambda ada: named({"photos": [ada]}, {"photos": [ada]}), {"prompt": "two women"},
-     "prompt", "identity 2 of 2"),
-    ("a word that the prompt has not", lambda ada: named({"photos": [ada], "word": "knight"}), {},
-     "identities[0].word", "does not stand in the prompt"),
-    ("a face outside of what is painted", lambda ada: group(within(ada, 0, 0, 0.2, 0.2)),
-     {**IMAGE, "mask": text(right_half()), "denoising_strength": 0.9}, "identities[0].region", "outside"),
-    ("a layout of the crop's shape instead of the picture's", lambda ada: group({"photos": [ada]},
-     layout=pose((90, 60, 30))), {"width": 192, "height": 128}, "layout", "128x128, the picture 192x128"),
     ("a plot over guidance that is switched off", lambda ada: ask({"photos": [ada]}),
      plot("[Portrait] Guidance strength", "1,2"), "guidance.strength", "switched off"),
     ("a plot with a value of guidance out of range", lambda ada: ask({"photos": [ada]}, guidance={}),
@@ -365,9 +267,9 @@ def refused(answer: Any, field: str, word: str) -> None:
 
 
 def test_the_figures_count_these_cases() -> None:
-    """All of the five lists, the SDXL model, and in test_instantfamily.py the control network of another family."""
+    """All of the four lists, and the SDXL model."""
     assert len({name for name, *_ in [*CASES, *ASKED]}) == len(CASES) + len(ASKED)
-    number = len(CASES) + len(ASKED) + len(FILES) + len(SPOILT) + len(OTHERS) + 2
+    number = len(CASES) + len(ASKED) + len(FILES) + len(SPOILT) + 1
     assert f"| Requests and weight files that must be refused, through the API | {number} of {number} |" in FIGURES
 
 
@@ -544,75 +446,6 @@ def test_an_adapter_that_does_not_fit_itself_is_refused(
         for file in written:
             file.unlink(missing_ok=True)
     assert server.generate(ask({"photos": [people["ada"]]})).status == 200
-
-
-# Files of the other methods: which, its tensors and metadata, and a word of the message.
-FUSION, FAMILY_PROPERTIES = FusionProperties().to_metadata(), FamilyProperties(inner=(32,)).to_metadata()
-ENCODERS = {"backbone": f"{KIT}_backbone.safetensors"}
-
-
-def fused_keys(width: int = 32, **changes: Any) -> Tensors:
-    return {f"1.to_{part}_face.weight": torch.zeros(width, width) for part in "kv"} | changes
-
-
-def projections(width: int = CONTEXT, local: int = BACKBONE_WIDTHS[-1]) -> Tensors:
-    made = {}
-    for name, inside in (("global", 64), ("local", local)):
-        made[f"{name}_proj.0.weight"] = torch.zeros(width, inside)
-        made[f"{name}_proj.1.weight"], made[f"{name}_proj.1.bias"] = torch.ones(width), torch.zeros(width)
-    return made
-
-
-OTHERS: list[tuple[str, str, Tensors, Mapping[str, str], str]] = [
-    ("Fusion's, of no layers", "fusion", {"x": torch.zeros(1)}, FUSION, "no key of Fusion's layers"),
-    ("Fusion's, half a pair", "fusion", cut(fused_keys(), "to_v"), FUSION, "one of a pair"),
-    ("Fusion's, NaN", "fusion", undefined(fused_keys(), "to_v"), FUSION, "infinities or NaN"),
-    ("Fusion's, that does not say what it sees", "fusion", fused_keys(), {}, "how the reference is seen"),
-    ("Fusion's, seen at no timestep", "fusion", fused_keys(), {**FUSION, "reference_t": "-5"}, "how the reference is seen"),
-    ("Fusion's, for another model", "fusion", fused_keys(40), FUSION, "another kind of model"),
-    ("InstantFamily's, of no projections", "instantfamily", {"x": torch.zeros(1)}, {**FAMILY_PROPERTIES, **ENCODERS},
-     "global_proj.0.weight"),
-    ("InstantFamily's, with more than that", "instantfamily", {**projections(), "x": torch.zeros(1)},
-     {**FAMILY_PROPERTIES, **ENCODERS}, "no key of InstantFamily"),
-    ("InstantFamily's, NaN", "instantfamily", undefined(projections(), "local_proj.0"),
-     {**FAMILY_PROPERTIES, **ENCODERS}, "infinities or NaN"),
-    ("InstantFamily's, that names no network of faces", "instantfamily", projections(), FAMILY_PROPERTIES,
-     "does not tell its backbone"),
-    ("InstantFamily's, of colours that are none", "instantfamily", projections(),
-     {**FAMILY_PROPERTIES, **ENCODERS, "colours": "red"}, "what it was trained with"),
-    ("InstantFamily's, for wider features", "instantfamily", projections(local=512),
-     {**FAMILY_PROPERTIES, **ENCODERS}, "of width 512"),
-    ("InstantFamily's, for another model", "instantfamily", projections(96), {**FAMILY_PROPERTIES, **ENCODERS},
-     "another kind of model"),
-    ("OmniPortrait's, of no layer", "omniportrait", {"x": torch.zeros(1)}, {"vision": "pivot_vision.safetensors"},
-     "not OmniPortrait's one layer"),
-    ("OmniPortrait's, NaN", "omniportrait", {"projection.weight": torch.full((CONTEXT, CONTEXT + 24), torch.nan),
-     "projection.bias": torch.zeros(CONTEXT)}, {"vision": "pivot_vision.safetensors"}, "infinities or NaN"),
-    ("OmniPortrait's, whose encoder is not there", "omniportrait", {"projection.weight": torch.zeros(CONTEXT,
-     CONTEXT + 24), "projection.bias": torch.zeros(CONTEXT)}, {"vision": "absent.safetensors"}, "absent.safetensors"),
-    ("OmniPortrait's, for a wider encoder", "omniportrait", {"projection.weight": torch.zeros(CONTEXT, CONTEXT + 768),
-     "projection.bias": torch.zeros(CONTEXT)}, {"vision": "pivot_vision.safetensors"}, "of width 768"),
-]  # fmt: skip
-
-
-@pytest.mark.parametrize(("name", "method", "tensors", "metadata", "word"), OTHERS, ids=[case[0] for case in OTHERS])
-def test_a_bad_file_of_another_method_is_refused(
-    server: Client,
-    world: World,
-    people: dict[str, str],
-    name: str,
-    method: str,
-    tensors: Tensors,
-    metadata: Mapping[str, str],
-    word: str,
-) -> None:
-    file = world.kit / f"{method}_bad.safetensors"
-    save_file(tensors, file, dict(metadata))
-    try:
-        answer = server.generate({"method": method, "checkpoint": "bad", "identities": [{"photos": [people["ada"]]}]})
-        refused(answer, "", word)
-    finally:
-        file.unlink()
 
 
 def test_an_sdxl_model_is_refused(server: Client, people: dict[str, str]) -> None:

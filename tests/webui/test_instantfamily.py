@@ -64,7 +64,8 @@ def adapters(world: World, server_with_controlnet: Client) -> Iterator[None]:
         adapter = {"instantfamily": files[-2].name}
         write_manifest(files[-1], Manifest(name, "instantfamily", adapter, backbone, control=named))
     other = network.with_name("depth.safetensors")
-    changed = load_file(network)
+    shutil.copy(network, other)
+    changed = load_file(other)
     changed["middle_block_out.0.bias"] += 1
     save_file(changed, other)
     files.append(other)
