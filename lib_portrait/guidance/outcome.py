@@ -8,12 +8,12 @@ from lib_portrait.errors import Notice, PortraitError
 from lib_portrait.guidance.reference import GuidedPerson, GuidedStep, ReferenceGuidance
 
 
-def check_acted(guidance: ReferenceGuidance, pictures: int) -> list[Notice]:
+def check_acted(guidance: ReferenceGuidance, pictures: int, must_act: bool = True) -> list[Notice]:
     """After a sampling of so many pictures: in which of them it acted on somebody at no step, though it did in others;
     and once what it says of the host.
 
-    Raises PortraitError where it acted on nobody, or on somebody in none of the pictures. A strength of 0 acts on
-    nobody by intention.
+    Raises PortraitError where no step could be guided, and, with must_act, where it acted on somebody in none of the
+    pictures. A strength of 0 acts on nobody by intention.
     """
     if not float(guidance.options["strength"]):
         return []
@@ -26,7 +26,7 @@ def check_acted(guidance: ReferenceGuidance, pictures: int) -> list[Notice]:
         )
     missed = _missed(guidance.people, guidance.record, pictures)
     for number in {number for _, number in missed}:
-        if all((picture, number) in missed for picture in range(pictures)):
+        if must_act and all((picture, number) in missed for picture in range(pictures)):
             raise PortraitError(
                 f"identities[{number}]",
                 "reference guidance acted on this person at no step: it found them nowhere in the picture",

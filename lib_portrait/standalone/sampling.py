@@ -55,15 +55,17 @@ def sample(
     on_step: Callable[[int, int], None] = lambda done, of: None,
     guided: Callable[[Sequence[GuidedStep], Sequence[Notice]], None] = lambda steps, notices: None,
     control: Control | None = None,
+    must_act: bool = True,
 ) -> list[np.ndarray]:
     """The pictures, (height, width, 3) uint8 RGB, made as one batch with the same people in each.
 
     Size, steps and sampler must be the same for all; a row's noise depends on its seed alone. routing collects where
     the people went in each picture. on_step: told after every step how many of how many are done. guided: told what
     reference guidance did, and what the user should know of that. control: a ControlNet, whose picture has the people's
-    circles where it was trained with their adapter.
+    circles where it was trained with their adapter. must_act: whether it is an error where reference guidance found
+    somebody in none of the pictures; what it did is told in any case.
     Raises PortraitError for samplings that cannot be made, when the people do not fit the model, when it answers with
-    infinities or NaN, and where reference guidance was asked for and did not act on somebody in any of the pictures.
+    infinities or NaN, and where reference guidance was asked for and did not act, see `check_acted`.
     """
     check(samplings)
     first = samplings[0]
@@ -106,7 +108,7 @@ def sample(
             _check_finite(latents, "the UNet", f"at step {step + 1} of {first.steps}")
             on_step(step + 1, first.steps)
     if guidance is not None:
-        guided(guidance.record, check_acted(guidance, len(samplings)))
+        guided(guidance.record, check_acted(guidance, len(samplings), must_act))
     return _decode(model, latents)
 
 

@@ -14,10 +14,14 @@ from trainer.evaluation.autoencoder import measure_autoencoder
 from trainer.evaluation.details import (
     FOUND,
     KEPT,
+    FaceDetails,
+    MolesFound,
     Spot,
     contrast,
     contrast_kept,
+    find_details,
     find_moles,
+    freckles_told,
     posed,
     share_kept,
     spots_of,
@@ -138,6 +142,49 @@ def test_moles_of_a_face_of_which_only_landmarks_are_known(shown) -> None:
         assert none.moles == own.moles
     assert there >= 6 and found / there > 0.7
     assert missing / there < 0.35 and false <= 0.35 * max(bare, 1)
+
+
+def details_of(freckled: float, spoil=lambda picture: picture) -> list[FaceDetails]:
+    """Of pictures of six people who have as many freckles, which are looked at after something was done to them."""
+    found = []
+    for number in range(6):
+        scene = photograph(number)
+        (one,) = scene.people
+        scene = replace(scene, people=(replace(one, person=replace(one.person, freckles=freckled, skin_tone=0.3)),))
+        picture = render(scene, SIZE)
+        found.append(find_details(spoil(picture.image), picture.faces[0].landmarks, scene.people[0].person))
+    return found
+
+
+def test_freckles_are_told_from_none() -> None:
+    with_freckles, without, few = details_of(1.0), details_of(0.0), details_of(0.08)
+    assert [one.freckled for one in (with_freckles[0], without[0], few[0])] == [True, False, None]
+    told = freckles_told([*with_freckles, *without, *few, None])
+    assert told[6:] == [None] * 13
+    assert np.mean(told[:6]) > 0.9
+    # A blur takes them away.
+    blurred = [details_of(share, lambda picture: cv2.GaussianBlur(picture, (0, 0), 4)) for share in (1.0, 0.0)]
+    assert np.mean(freckles_told(blurred[0] + blurred[1])[:6]) < np.mean(told[:6]) - 0.1
+    assert freckles_told(with_freckles) == [None] * 6  # nobody is without
+
+
+def test_the_share_of_those_with_less_is_told_and_ties_count_half() -> None:
+    def one(freckled: bool | None, speckle: float | None) -> FaceDetails:
+        return FaceDetails(MolesFound(0, 0, 0, 0), freckled, speckle)
+
+    row = [
+        one(True, 0.2),
+        one(True, 0.1),
+        one(True, None),
+        *(one(False, value) for value in (0.0, 0.1, 0.1, 0.3, None)),
+    ]
+    assert freckles_told(row)[:3] == [0.75, 0.5, None]
+
+
+def test_moles_and_freckles_are_looked_for_in_one_pose(shown) -> None:
+    scene = photograph(1)
+    landmarks, person = render(scene, SIZE).faces[0].landmarks, scene.people[0].person
+    assert find_details(shown[1][0], landmarks, person).moles == find_moles(shown[1][0], landmarks, person)
 
 
 def test_what_an_autoencoder_keeps() -> None:

@@ -15,12 +15,15 @@ import torch
 pytest.importorskip("skia", reason="the world is drawn with skia", exc_type=ImportError)
 
 from lib_portrait.faces.detection import Detector, Face
+from lib_portrait.request import Guidance
+from trainer.evaluation.details import FaceDetails, MolesFound
 from trainer.evaluation.generators import PictureCache
 from trainer.evaluation.instruments import Clip, Recogniser
-from trainer.evaluation.measuring import FACE, Gallery, Instruments, Measurements, measure
+from trainer.evaluation.measuring import FACE, Gallery, Instruments, Measurements, boxes_hit, measure
 from trainer.evaluation.plans import EvaluationPlan, Sample, Variant
 from trainer.evaluation.prompts import MULTI, SINGLE
-from trainer.evaluation.report import as_json, as_json_lines, markdown, tabulate, verdict
+from trainer.evaluation.report import across, as_json, as_json_lines, compared, markdown, tabulate, verdict
+from trainer.world import world_person
 
 LANDMARKS = np.array([[10, 12], [22, 12], [16, 18], [11, 24], [21, 24]], np.float32)
 # Three people in three directions.
@@ -76,7 +79,7 @@ def test_faces_are_matched_greedily_each_once(picture: Path) -> None:
     (measured,) = measure([picture], [sample((0, 1))], GALLERY, instruments([[0.8, 0.6, 0], [0.6, 0, 0.8]]), True)
     assert measured.similarity == pytest.approx((0.8, 0.0))
     assert measured.lowest == pytest.approx(0)
-    assert measured.between == pytest.approx(0.48)
+    assert measured.between == pytest.approx((0.48,))
     assert measured.multisim == pytest.approx((0.8 + 0) / 2 + 1 - 0.48)
     # The second person has to take a face that is more like the first.
     assert measured.recognised == (True, False) and not measured.shows_everybody
@@ -149,22 +152,150 @@ def test_a_picture_places_both_when_their_faces_lie_where_it_was_routed_to_them(
     assert measured.placed == (True, True) and not measured.places_everybody
 
 
+def test_of_three_people_each_pair_is_compared_and_missing_ones_are_known(picture: Path) -> None:
+    faces = [[0.8, 0.6, 0], [0, 0.8, 0.6]]
+    (measured,) = measure([picture], [sample((0, 1, 2))], GALLERY, instruments(faces), True)
+    assert measured.similarity == (pytest.approx(0.8), pytest.approx(0.8), None)
+    assert measured.between == (pytest.approx(0.48), None, None)
+    assert measured.mean == pytest.approx(1.6 / 3) and measured.lowest == 0 and not measured.shows_everybody
+    assert measured.multisim == pytest.approx(1.6 / 3 + 0.52 / 3)
+    (alone,) = measure([picture], [sample((0,))], GALLERY, instruments(faces), True)
+    assert alone.between == () and alone.multisim is None
+
+
+def test_a_box_is_hit_by_a_face_whose_centre_lies_in_it_each_face_once(picture: Path) -> None:
+    def face(x: float, y: float) -> Face:
+        return Face(np.array([x - 3, y - 4, x + 3, y + 4], np.float32), LANDMARKS, 1.0)
+
+    # Of a picture 100 wide and 50 high.
+    left, right = (0.0, 0.0, 0.5, 1.0), (0.4, 0.0, 1.0, 1.0)
+    for faces, hit in (
+        ([face(10, 25), face(90, 25)], (True, True)),
+        ([face(10, 25), face(20, 40)], (True, False)),
+        ([face(45, 25)], (True, False)),  # in both, nearer to the left one's middle
+        ([face(49, 25)], (False, True)),
+        ([], (False, False)),
+    ):
+        assert boxes_hit(faces, [left, right], (50, 100)) == hit, faces
+    assert boxes_hit([face(10, 45)], [(0.0, 0.0, 1.0, 0.8)], (50, 100)) == (False,)
+    asked = [[(0.0, 0.0, 0.3, 1.0), (0.9, 0.0, 1.0, 1.0)]]
+    (measured,) = measure([picture], [sample((0, 1))], GALLERY, instruments([[1, 0, 0]]), True, boxes=asked)
+    assert measured.hit == (True, False) and measured.boxes_hit == 0.5
+    (unasked,) = measure([picture], [sample((0, 1))], GALLERY, instruments([[1, 0, 0]]), True, boxes=[None])
+    assert unasked.hit is None and unasked.boxes_hit is None
+
+
+def test_what_is_guided_or_has_places_is_compared_with_the_same_without() -> None:
+    guidance = Guidance(True, {"strength": 1.0})
+    rows = [
+        Variant("text only"),
+        Variant("a", "a"),
+        Variant("a + guidance", "a", guidance=guidance),
+        Variant("a, beside", "a", sides=True, guidance=guidance),
+        Variant("b", "b"),
+        Variant("placed", "placed", laid_out=True),
+        Variant("c", "c"),
+        Variant("b, beside", "b", sides=True),
+        Variant("b, laid out", "b", laid_out=True),
+        Variant("alone, beside", "alone", sides=True, guidance=guidance),
+        Variant("alone", "alone", guidance=guidance),
+        Variant("b again", "b", guidance=guidance),
+        Variant("real", real=True),
+    ]
+    minus = {name: minus for minus, name in compared(rows)}
+    assert minus == {
+        "a": "text only",
+        "a + guidance": "a",
+        "a, beside": "a + guidance",  # the same without guidance is not there
+        "b": "a",
+        "placed": "b",
+        "c": "placed",
+        "b, beside": "b",
+        "b, laid out": "b",
+        "alone, beside": "alone",
+        "alone": "text only",
+        "b again": "b",
+    }
+    assert [minus for minus, _ in compared(rows[:2])] == ["text only"]
+
+
+def test_groups_are_told_at_a_glance_by_their_size() -> None:
+    tables = []
+    for size, similarity in ((2, 0.5), (3, 0.25)):
+        people = [tuple(range(size)), tuple(range(size, 2 * size))]
+        rows = [Variant("adapter", "adapter")] + ([Variant("other", "other")] if size == 3 else [])
+        plan = EvaluationPlan("groups", f"{size} people", [sample(group) for group in people], rows, part=str(size))
+        one = Measurements(
+            size, (similarity,) * size, (1,) * size, (0.0,) * (size * (size - 1) // 2), 0.2, {}, None, (True,) * size
+        )
+        tables.append(tabulate(plan, {row.name: [one, one] for row in rows}, [], 100, [f"Note {size}."]))
+        assert json.loads(as_json(tables[-1], {}))["part"] == str(size)
+    lines = across(tables).splitlines()
+    at = lines.index("## MultiSim")
+    assert [lines[at + 2], *lines[at + 4 : at + 6]] == [
+        "|  | 2 people | 3 people |",
+        "| adapter | 1.50 ± 0.00 | 1.25 ± 0.00 |",
+        "| other | – | 1.25 ± 0.00 |",
+    ]
+    assert "## lowest similarity %" in lines and "## all shown %" in lines
+    # Nobody was asked for in a box.
+    assert not any("boxes hit" in line for line in lines)
+    assert "Note 2." in lines and "Note 3." in lines
+
+
+def test_moles_and_freckles_of_people_of_the_world_have_columns(picture: Path) -> None:
+    """What is looked for, and where, is the matter of `details`; here it is that it reaches the table."""
+    person = world_person(9)
+    (measured,) = measure([picture], [sample((0,))], GALLERY, instruments([[1, 0, 0]]), True, drawn=lambda one: person)
+    assert measured.details is not None and measured.to_json()["details"]["moles"]["found"] == 0
+    (unknown,) = measure([picture], [sample((0,))], GALLERY, instruments([[1, 0, 0]]), True)
+    (faceless,) = measure([picture], [sample((0,))], GALLERY, instruments([]), True, drawn=lambda one: person)
+    (pair,) = measure(
+        [picture], [sample((0, 1))], GALLERY, instruments([[1, 0, 0], [0, 1, 0]]), True, drawn=lambda one: person
+    )
+    assert unknown.details is faceless.details is pair.details is None
+    found = [
+        FaceDetails(MolesFound(4, 3, 2, 1), True, 0.2),
+        FaceDetails(MolesFound(0, 0, 0, 0), False, 0.1),
+        FaceDetails(MolesFound(2, 1, 4, 0), False, 0.3),
+        None,
+    ]
+    people = [sample((one,)) for one in range(4)]
+    plan = EvaluationPlan("single", "One person", people, [Variant("adapter", "adapter"), Variant("other", "other")])
+    rows = {"adapter": [replace(measured, details=one) for one in found]}
+    rows["other"] = [replace(measured, details=found[0] and replace(found[0], speckle=0.0)), *rows["adapter"][1:]]
+    table = tabulate(plan, rows, [], 100, [])
+    numbers = {name: one and (one.value, one.pictures) for name, one in table.rows[0].numbers.items()}
+    assert numbers["moles kept"] == (0.625, 2) and numbers["moles elsewhere"] == (0.25, 2)
+    # Darker than one of two pictures without freckles.
+    assert numbers["freckles"] == (0.5, 1)
+    (difference,) = table.differences
+    assert difference.numbers["freckles"] is not None and difference.numbers["freckles"].value == -0.5
+    assert "| moles kept % | moles elsewhere % | freckles % |" in markdown(table)
+    bare = tabulate(plan, {name: [unknown] * 4 for name in rows}, [], 100, [])
+    assert "moles" not in markdown(bare)
+
+
 def test_the_sheet_says_which_pictures_show_both() -> None:
     def verdict_of(recognised: tuple[bool, ...], placed: tuple[bool, ...] | None) -> list[str]:
-        return verdict(Measurements(2, (0.5,) * len(recognised), (1, 1), 0.0, 0.2, {}, None, recognised, placed))
+        return verdict(Measurements(2, (0.5,) * len(recognised), (1, 1), (0.0,), 0.2, {}, None, recognised, placed))
 
     assert verdict_of((True, True), (True, True)) == ["both placed"]
     assert verdict_of((True, True), (True, False)) == ["misplaced"]
     assert verdict_of((True, True), None) == ["both shown"]
     assert verdict_of((True, False), (True, True)) == ["not both shown"]
     assert verdict_of((True,), None) == []
+    assert verdict_of((True, True, True), None) == ["all shown"]
+    assert verdict_of((True, True, False), None) == ["not all shown"]
 
 
 def test_pairs_have_a_column_for_pictures_that_show_both(picture: Path) -> None:
     plan = EvaluationPlan(
         "multi", "Two people", [sample((0, 1)), sample((0, 2)), sample((1, 2))], [Variant("adapter", "adapter")]
     )
-    measured = [Measurements(2, (0.5, 0.5), (1, 1), 0.0, 0.2, {}, None, (True, both)) for both in (True, False, True)]
+    measured = [
+        Measurements(2, (0.5, 0.5), (1, 1), (0.0,), 0.2, {}, None, (True, both)) for both in (True, False, True)
+    ]
     places = [replace(one, placed=where) for one, where in zip(measured, ((True, True), (True, True), (True, False)))]
     for pictures, placed in ((places, "33.3 ± 33.3"), (measured, None)):
         text = markdown(tabulate(plan, {"adapter": pictures}, [], 100, []))
@@ -179,7 +310,7 @@ def test_pairs_have_a_column_for_pictures_that_show_both(picture: Path) -> None:
 
 
 def measurements_of(similarity: float, features: float, shown: dict[str, bool]) -> Measurements:
-    return Measurements(1, (similarity,), (1 if similarity > 0.5 else 2,), None, 0.25, shown, np.array([features]))
+    return Measurements(1, (similarity,), (1 if similarity > 0.5 else 2,), (), 0.25, shown, np.array([features]))
 
 
 @pytest.fixture

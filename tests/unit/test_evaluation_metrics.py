@@ -12,13 +12,24 @@ from trainer.evaluation.metrics import cluster_mean, fid, frechet_distance, jack
 
 def test_multisim_is_equation_11_of_instantfamily() -> None:
     # (0.8 + 0.6) / 2 + (1 - 0.3)
-    assert multisim((0.8, 0.6), between=0.3) == pytest.approx(1.4)
-    assert multisim((1.0, 1.0), between=0.0) == 2
+    assert multisim((0.8, 0.6), between=[0.3]) == pytest.approx(1.4)
+    assert multisim((1.0, 1.0), between=[0.0]) == 2
 
 
 def test_leaving_somebody_out_does_not_pass_for_keeping_people_apart() -> None:
-    assert multisim((0.8, None), between=None) == pytest.approx(0.4)
-    assert multisim((None, None), between=None) == 0
+    assert multisim((0.8, None), between=[None]) == pytest.approx(0.4)
+    assert multisim((None, None), between=[None]) == 0
+    # With the third person two of three pairs are missing.
+    assert multisim((0.8, 0.6, None), between=[0.3, None, None]) == pytest.approx(1.4 / 3 + 0.7 / 3)
+
+
+def test_multisim_of_more_people_is_the_mean_over_people_and_over_pairs() -> None:
+    rng = np.random.default_rng(0)
+    own, faces = rng.uniform(0, 1, 5), rng.standard_normal((5, 8))
+    faces /= np.linalg.norm(faces, axis=1, keepdims=True)
+    pairs = [(i, j) for i in range(5) for j in range(i + 1, 5)]
+    expected = own.mean() + np.mean([1 - faces[i] @ faces[j] for i, j in pairs])
+    assert multisim(own, [float(faces[i] @ faces[j]) for i, j in pairs]) == pytest.approx(expected)
 
 
 def test_the_rank_counts_the_people_who_are_more_similar() -> None:
@@ -49,6 +60,14 @@ def test_errors_of_pairs_know_that_pairs_share_people() -> None:
     estimate = cluster_mean([3.0, 2.0, 1.0], [(0, 1), (0, 2), (1, 2)])
     assert estimate is not None and estimate.value == 2
     assert estimate.error == pytest.approx(math.sqrt(4 / 3))
+
+
+def test_people_who_are_always_together_count_once_for_the_error() -> None:
+    """Three pairs of strangers are as good as three people: deviation 1, error 1 / sqrt(3)."""
+    strangers = cluster_mean([3.0, 2.0, 1.0], [(0, 1), (2, 3), (4, 5)])
+    alone = cluster_mean([3.0, 2.0, 1.0], [(0,), (1,), (2,)])
+    assert strangers is not None and strangers.error == pytest.approx(1 / math.sqrt(3))
+    assert strangers == alone
 
 
 def test_there_is_no_error_where_leaving_somebody_out_leaves_nothing() -> None:

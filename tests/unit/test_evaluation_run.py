@@ -22,7 +22,7 @@ pytest.importorskip("skia", reason="the world is drawn with skia", exc_type=Impo
 import portrait as command_line
 from lib_portrait.attention import find_sites
 from lib_portrait.checkpoints.formats import read_tensors
-from lib_portrait.checkpoints.kit import Manifest, write_manifest
+from lib_portrait.checkpoints.kit import Manifest, read_manifest, write_manifest
 from lib_portrait.checkpoints.store import Folders, Store
 from lib_portrait.conditioning import Conditioner
 from lib_portrait.errors import PortraitError
@@ -41,8 +41,10 @@ from tests.parity.unets import diffusers_unet
 from tests.small_networks import small_kit, small_manifest, small_model, tiny_backbone, tiny_vision
 from trainer.attribute_network import AttributeNetwork
 from trainer.companions import stored_file
-from trainer.evaluation import generators, run
+from trainer.evaluation import generators, page, run
+from trainer.evaluation.guided import guidance_options, swept
 from trainer.evaluation.instruments import find_faces, fingerprint, open_recogniser, refuse_conditioning_network
+from trainer.evaluation.page import evaluate_all
 from trainer.evaluation.plans import ProtocolSettings
 from trainer.evaluation.populations import PhotoFolder
 from trainer.evaluation.run import EvaluationSettings, evaluate
@@ -100,9 +102,9 @@ def generated(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     batches: list[int] = []
     sample = sampling.sample
 
-    def counted(model: Any, samplings: Sequence[Any], conditioning: Any, routing: Any) -> Any:
+    def counted(model: Any, samplings: Sequence[Any], conditioning: Any, routing: Any, **more: Any) -> Any:
         batches.append(len(samplings))
-        return sample(model, samplings, conditioning, routing)
+        return sample(model, samplings, conditioning, routing, **more)
 
     monkeypatch.setattr(sampling, "sample", counted)
     return batches
@@ -190,15 +192,187 @@ def test_tables_lines_and_sheets_are_written_and_nothing_is_generated_twice(
     assert {path: path.read_bytes() for path in before} == before
 
 
+def test_groups_have_a_table_for_each_size_and_one_for_all(world: Path, tmp_path: Path, generated: list[int]) -> None:
+    sizes = ProtocolSettings(number=3, prompts=1, pictures=1, people_per_picture=(2, 3), sides=True)
+    said: list[str] = []
+    tables = evaluate(settings(world, tmp_path, "groups", protocol_settings=sizes), said.append)
+    assert [table.plan.name for table in tables] == ["groups-2", "groups-3"]
+    names = ["text only", "world", "world, side by side", "real pictures"]
+    assert all([row.variant.name for row in table.rows] == names for table in tables)
+    assert said[-1] == (tmp_path / "groups.md").read_text("utf-8") and "## boxes hit %" in said[-1]
+    lines = [json.loads(line) for line in (tmp_path / "groups-3.jsonl").read_text("utf-8").splitlines()]
+    beside = next(line for line in lines if line["row"] == "world, side by side")
+    request = json.loads(Image.open(tmp_path / beside["picture"]).info["portrait"])["request"]
+    thirds = [(0.0, 0.0, 1 / 3, 1.0), (1 / 3, 0.0, 2 / 3, 1.0), (2 / 3, 0.0, 1.0, 1.0)]
+    assert [tuple(one["region"]["box"]) for one in request["identities"]] == thirds
+    # Faces are found at a quarter and three quarters of the width.
+    assert beside["hit"] == [True, False, True]
+    assert [line["hit"] for line in lines if line["row"] != beside["row"]] == [None] * 3
+    assert len(beside["between"]) == 3 and beside["multisim"] is not None
+    # In the JSON of each size is what the pictures of as many people were made with.
+    weights = json.loads((tmp_path / "groups-3.json").read_text("utf-8"))["weights"]["world"]
+    assert "router" in weights
+    assert sum(generated) == 2 * 3
+
+
+def test_each_row_with_people_has_a_guided_one_and_there_is_one_with_guidance_alone(
+    world: Path, tmp_path: Path, generated: list[int]
+) -> None:
+    said = {"strength": 0.5, "gradient": "share", "begin": 1.0}
+    counts = ProtocolSettings(number=2, prompts=1, pictures=1, reference_guidance=said)
+    asked = settings(world, tmp_path, protocol_settings=counts, steps=2, detector="halves")
+    (single,) = evaluate(asked, lambda text: None)
+    names = ["text only", "world", "world + guidance", "reference guidance only", "real pictures"]
+    assert [row.variant.name for row in single.rows] == names
+    lines = [json.loads(line) for line in (tmp_path / "single.jsonl").read_text("utf-8").splitlines()]
+    pictures: dict[str, list[Image.Image]] = {}
+    for line in lines:
+        pictures.setdefault(line["row"], []).append(Image.open(tmp_path / line["picture"]))
+    facts = {row: json.loads(own[0].info["portrait"]) for row, own in pictures.items()}
+    for row, guided in zip(names, (False, False, True, True, False)):
+        assert [line["guided"] for line in lines if line["row"] == row] == [[True] if guided else None] * 2
+        assert ("guidance" in (facts[row].get("request") or {})) == ("finder" in facts[row]) == guided
+    assert facts["world + guidance"]["request"]["guidance"] == {"enabled": True, **said}
+    assert facts["world + guidance"]["finder"] == "halves-1"
+    # A row and its guided one differ by the guidance alone, and are given the same whole photos.
+    bare = {name: value for name, value in facts["world + guidance"]["request"].items() if name != "guidance"}
+    assert bare == facts["world"]["request"] and isinstance(bare["identities"][0]["photos"][0], str)
+    made = {row: [np.asarray(picture) for picture in own] for row, own in pictures.items()}
+    for one, other in (("world", "world + guidance"), ("text only", "reference guidance only")):
+        assert all((a != b).any() for a, b in zip(made[one], made[other]))
+    assert [one.minus for one in single.differences if one.variant == "world + guidance"] == ["world"]
+    assert single.rows[2].numbers["guided"] is not None and single.rows[1].numbers["guided"] is None
+    assert "Guided: share" in (tmp_path / "single.md").read_text("utf-8")
+    assert json.loads((tmp_path / "single.json").read_text("utf-8"))["rows"][2]["guidance"]["options"] == said
+
+
+def test_what_the_kit_says_of_guidance_decides_the_picture(world: Path, tmp_path: Path, generated: list[int]) -> None:
+    folder = tmp_path / "kit"
+    shutil.copytree(world, folder)
+    manifest = read_manifest(folder / "kit.json")
+    write_manifest(folder / "kit.json", replace(manifest, guidance={"block": 0, "gradient": "share"}))
+    counts = ProtocolSettings(number=1, prompts=1, pictures=1, reference_guidance={"strength": 0.5, "begin": 1.0})
+    told = {}
+    for place in (world, folder):
+        own = settings(place, tmp_path / place.name, protocol_settings=counts, steps=2, detector="halves")
+        own = replace(own, adapters=(f"a={place}",))
+        evaluate(own, lambda text: None)
+        lines = [json.loads(line) for line in (own.output / "single.jsonl").read_text("utf-8").splitlines()]
+        (line,) = (line for line in lines if line["row"] == "a + guidance")
+        told[place] = json.loads(Image.open(own.output / line["picture"]).info["portrait"])["request"]["guidance"]
+    assert told[world] == {"enabled": True, "strength": 0.5, "begin": 1.0}
+    assert told[folder] == {**told[world], "block": 0, "gradient": "share"}
+    result = json.loads((tmp_path / "kit" / "single.json").read_text("utf-8"))
+    assert result["settings"]["reference_guidance"]["a"] == {"block": 0, "gradient": "share"}
+
+
+def test_whom_guidance_does_not_find_is_drawn_without_it(
+    world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """And the table says of how many that is true."""
+    monkeypatch.setattr(FaceService, "ovals", lambda service, picture: [])
+    counts = ProtocolSettings(number=1, prompts=1, pictures=1, reference_guidance={"begin": 1.0})
+    asked = settings(world, tmp_path, protocol_settings=counts, steps=2, detector="halves")
+    (single,) = evaluate(asked, lambda text: None)
+    lines = [json.loads(line) for line in (tmp_path / "single.jsonl").read_text("utf-8").splitlines()]
+    assert [line["guided"] for line in lines] == [None, None, [False], [False], None]
+    made = [np.asarray(Image.open(tmp_path / line["picture"]), np.int16) for line in lines]
+    # Guided rows run apart from the others, which changes their last digits.
+    assert abs(made[0] - made[3]).max() <= 2 and abs(made[1] - made[2]).max() <= 2
+    estimate = single.rows[2].numbers["guided"]
+    assert estimate is not None and estimate.value == 0
+
+
+def test_an_option_of_guidance_is_swept_and_plotted(world: Path, tmp_path: Path, generated: list[int]) -> None:
+    sweeps = (("begin", (0.6, 1.0)), ("noise", ("fixed", "step")))
+    counts = ProtocolSettings(number=2, prompts=1, pictures=1, sweeps=sweeps, reference_guidance={"strength": 20.0})
+    asked = settings(world, tmp_path, "guidance", protocol_settings=counts, steps=2, detector="halves")
+    begin, noise = evaluate(asked, lambda text: None)
+    rows = ["text only", "world", "world, begin = 0.6", "world, begin = 1", "real pictures"]
+    assert [row.variant.name for row in begin.rows] == rows
+    assert [dict(row.variant.guidance.options) for row in begin.rows[2:4]] == [
+        {"strength": 20.0, "begin": 0.6},
+        {"strength": 20.0, "begin": 1.0},
+    ]
+    assert [row.variant.name for row in noise.rows][2:4] == ["world, noise = fixed", "world, noise = step"]
+    for part in ("begin", "noise"):
+        assert Image.open(tmp_path / f"guidance-{part}-plot.png").width > 800
+        assert (tmp_path / f"guidance-{part}.md").is_file()
+    whole = (tmp_path / "guidance.md").read_text("utf-8")
+    assert "## Reference guidance: begin" in whole and "| world, noise = step |" in whole
+    # Named by the user, what guidance does alone is swept too.
+    alone = evaluate(replace(asked, adapters=("none",)), lambda text: None)[0]
+    names = [row.variant.name for row in alone.rows]
+    assert names == [
+        "text only",
+        "reference guidance only, begin = 0.6",
+        "reference guidance only, begin = 1",
+        "real pictures",
+    ]
+
+
+def test_all_of_it_is_gathered_on_a_page(world: Path, tmp_path: Path) -> None:
+    counts = ProtocolSettings(
+        number=2,
+        prompts=1,
+        pictures=1,
+        people_per_picture=(2,),
+        betas=(0.0, 0.1),
+        references=(1,),
+        sweeps=(("begin", (1.0,)),),
+    )
+    asked = settings(world, tmp_path, protocol_settings=counts, steps=2, detector="halves")
+    said: list[str] = []
+    tables = evaluate_all(asked, said.append)
+    names = ["single", "multi", "groups-2", "references", "beta", "guidance-begin"]
+    assert [table.plan.name for table in tables] == names
+    text = (tmp_path / "evaluation.md").read_text("utf-8")
+    for name in names:
+        assert f"]({name}.png)" in text and (tmp_path / f"{name}.png").is_file()
+        assert (tmp_path / f"{name.partition('-')[0]}.md").read_text("utf-8") in text
+    assert "](guidance-begin-plot.png)" in text
+    lines = text.splitlines()
+    at = lines.index("## Side by side")
+    rows = {
+        line.split("|")[1].strip(): [cell.strip() for cell in line.split("|")[2:-1]] for line in lines[at + 4 : at + 9]
+    }
+    assert list(rows) == ["text only", "world", "world + guidance", "reference guidance only", "real pictures"]
+    head = [cell.strip() for cell in lines[at + 2].split("|")[2:-1]]
+    of = {row: dict(zip(head, cells)) for row, cells in rows.items()}
+    multi = {row.variant.name: row.numbers for row in tables[1].rows}
+    beside = multi["world, side by side + guidance"]["both shown"]
+    assert beside is not None
+    assert of["world + guidance"]["pairs, side by side %"].startswith(f"{100 * beside.value:.1f}")
+    assert of["real pictures"]["seconds a picture"] == of["text only"]["pairs, side by side %"] == "–"
+    assert float(of["world"]["seconds a picture"]) > 0 and float(of["text only"]["× text only"]) > 0.1
+    with pytest.raises(PortraitError, match="nobody is drawn without"):
+        evaluate_all(replace(asked, adapters=("none",)))
+    with pytest.raises(PortraitError, match="others beside"):
+        evaluate_all(replace(asked, protocols=("all", "single")))
+
+
+def test_what_is_swept_where_nothing_is_said_goes_out_from_what_works(world: Path, tmp_path: Path) -> None:
+    counts = ProtocolSettings(number=1, prompts=1, pictures=1)
+    prepared = run.prepare(settings(world, tmp_path, "guidance", protocol_settings=counts))
+    assert [plan.part for plan in prepared.plans] == ["begin", "strength", "reference_t"]
+    said = [
+        [one.guidance.options[plan.part] for one in plan.variants if one.guidance.enabled] for plan in prepared.plans
+    ]
+    assert said[1] == [2.125, 4.25, 8.5, 17.0, 34.0]
+    assert run._usual_sweeps(counts, {"strength": 0.4})[1] == ("strength", (0.1, 0.2, 0.4, 0.8, 1.6))
+    given = replace(counts, reference_guidance={"strength": 0.2})
+    assert run._usual_sweeps(given, {"strength": 0.4})[1][1][2] == 0.2
+
+
 def test_a_broken_run_goes_on_where_it_stopped(
     world: Path, tmp_path: Path, generated: list[int], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     put = generators.PictureCache.put
 
-    def breaks(cache: generators.PictureCache, image: Any, facts: Any, owners: Any = None) -> None:
+    def breaks(cache: generators.PictureCache, *put_there: Any) -> None:
         if cache.written == 3:
             raise KeyboardInterrupt
-        put(cache, image, facts, owners)
+        put(cache, *put_there)
 
     with monkeypatch.context() as patch:
         patch.setattr(generators.PictureCache, "put", breaks)
@@ -261,6 +435,7 @@ def test_the_recogniser_that_conditions_may_not_measure(world: Path, tmp_path: P
         ({"adapters": ("world", "world")}, "adapter"),
         ({"gallery": 0}, "gallery"),
         ({"protocols": ("single", "triple")}, "protocol"),
+        ({"adapters": ("none",)}, "adapter"),
     ],
 )
 def test_what_is_missing_is_told_before_anything_is_generated(
@@ -330,6 +505,65 @@ def test_the_command_line_becomes_settings(world: Path, tmp_path: Path, monkeypa
         steps=7,
         processes=2,
     )
+    line = f"evaluate groups guidance --output {tmp_path} --reference-guidance strength=0.3,gradient=share"
+    line += " --sweep begin=0.4,0.6 --sweep noise=fixed,step --people-per-picture 2 5 --names-each --device cpu"
+    assert command_line.run(command_line.parse(line.split())) == 0
+    assert evaluated[1].protocol_settings == ProtocolSettings(
+        people_per_picture=(2, 5),
+        names_each=True,
+        reference_guidance={"strength": 0.3, "gradient": "share"},
+        sweeps=(("begin", (0.4, 0.6)), ("noise", ("fixed", "step"))),
+    )
+    assert command_line.run(command_line.parse(["evaluate", "single", "--output", "x", "--reference-guidance"])) == 0
+    assert evaluated[2].protocol_settings.reference_guidance == {}
+    monkeypatch.setattr(page, "evaluate_all", evaluated.append)
+    assert command_line.run(command_line.parse(["evaluate", "all", "--output", "x"])) == 0
+    assert evaluated[3].protocols == ("all",)
+
+
+@pytest.mark.parametrize(
+    ("text", "options"),
+    [
+        ("", {}),
+        ("strength=0.3", {"strength": 0.3}),
+        ("strength=0.3, every=2 ,gradient=share,checkpointing=", {"strength": 0.3, "every": 2.0, "gradient": "share"}),
+        ('{"strength": 0.3, "checkpointing": true}', {"strength": 0.3, "checkpointing": True}),
+    ],
+)
+def test_guidance_is_given_as_text_or_json(text: str, options: dict[str, Any]) -> None:
+    given = guidance_options(text)
+    assert {name: given[name] for name in options} == options
+    assert set(given) - set(options) <= {"checkpointing"}
+
+
+@pytest.mark.parametrize(
+    ("text", "problem"),
+    [
+        ("force=1", "no option of reference guidance"),
+        ("strength", "no value of it"),
+        ("strength=much", "no value of it"),
+        ("strength=-1", "out of range"),
+        ("every=1.5", "no whole number"),
+        ("noise=loud", "no choice"),
+        ('{"strength": "0.3"}', "no number"),
+        ('{"strength": 0.3', "no JSON"),
+        ('{"force": 1}', "no option of reference guidance"),
+    ],
+)
+def test_guidance_that_there_is_not_is_refused(text: str, problem: str) -> None:
+    with pytest.raises(PortraitError, match=problem) as raised:
+        guidance_options(text)
+    assert raised.value.field.startswith("--reference-guidance")
+
+
+@pytest.mark.parametrize(
+    ("text", "problem"),
+    [("begin", "no values"), ("begin=", "no values"), ("begin=0.5,0.50", "twice"), ("begin=2", "out of range")],
+)
+def test_what_cannot_be_swept_is_refused(text: str, problem: str) -> None:
+    with pytest.raises(PortraitError, match=problem) as raised:
+        swept(text)
+    assert raised.value.field.startswith("--sweep")
 
 
 # ------------------------------------------------------------------------------------------------- the world's detector

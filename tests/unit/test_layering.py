@@ -71,7 +71,8 @@ ROOMS = {
         f"{SERIALISED} {PICTURES} diffusers transformers tqdm open_clip facenet_pytorch",
         "lib_portrait.errors lib_portrait.request lib_portrait.attention lib_portrait.faces lib_portrait.checkpoints "
         "lib_portrait.methods lib_portrait.methods.declarations lib_portrait.options lib_portrait.conditioning "
-        "lib_portrait.control_picture lib_portrait.standalone trainer.architectures trainer.attribute_network "
+        "lib_portrait.control_picture lib_portrait.routing_picture lib_portrait.guidance lib_portrait.guidance.options "
+        "lib_portrait.standalone trainer.architectures trainer.attribute_network "
         "trainer.dataset trainer.features trainer.shards trainer.world",
     ),
     "trainer.world": Room("numpy skia cv2 PIL", "lib_portrait.errors trainer.world"),

@@ -34,6 +34,8 @@ DARKER, FOUND = 0.15, 0.2
 KEPT = 0.5
 # Where a picture's mole is looked for, beside its place: a share of the distance between the eyes.
 REACH = 0.06
+# With so many freckles a person is freckled; with fewer, but some, they are neither that nor the opposite.
+FRECKLED = 8
 # Spots that face the viewer less are at the face's edge, where hair, ears and background are.
 CLEARLY = 0.35
 
@@ -145,6 +147,50 @@ class MolesFound:
     false: int
 
 
+@dataclass(frozen=True)
+class FaceDetails:
+    """The fine detail of one person's face in a picture.
+
+    freckled: whether the person has freckles, None for only a few. speckle: how much darker than the skin around them
+    the places are on the average that this person has freckles at, or would have; None where none faces the viewer.
+    """
+
+    moles: MolesFound
+    freckled: bool | None
+    speckle: float | None
+
+
+def find_details(image: Image, landmarks: NDArray[np.floating], person: WorldPerson) -> FaceDetails:
+    """Looks for a person's moles and freckles on a face of a picture (H, W, 3) uint8 with these landmarks (5, 2)."""
+    renderer = posed(person, landmarks)
+    count = round(person.freckles * len(person.freckle_places))
+    speckled = _as_posed(renderer, replace(person, freckles=1.0))
+    contrasts = [contrast(image, spot, 1.0) for spot in spots_of(speckled, "freckles")]
+    return FaceDetails(
+        _moles_on(image, landmarks, renderer, SMALLEST),
+        None if 0 < count < FRECKLED else count > 0,
+        float(np.mean(contrasts)) if contrasts else None,
+    )
+
+
+def freckles_told(found: Sequence[FaceDetails | None]) -> list[float | None]:
+    """Whether freckles are where people have them, and not where not: for each picture of a freckled person the share
+    of the pictures of unfreckled ones in which the places for freckles are less dark (ties half): by chance 0.5.
+
+    A freckle is too small to be found by itself, and pictures of one kind have the same noise.
+    """
+    bare = np.array(
+        [one.speckle for one in found if one is not None and one.freckled is False and one.speckle is not None]
+    )
+
+    def told(one: FaceDetails | None) -> float | None:
+        if one is None or not one.freckled or one.speckle is None or not len(bare):
+            return None
+        return float((bare < one.speckle).mean() + 0.5 * (bare == one.speckle).mean())
+
+    return [told(one) for one in found]
+
+
 def find_moles(
     image: Image, landmarks: NDArray[np.floating], person: WorldPerson, smallest: float = SMALLEST
 ) -> MolesFound:
@@ -152,11 +198,15 @@ def find_moles(
 
     Where they have none is looked at the mirrored places, those that are near no mole.
     """
-    renderer = posed(person, landmarks)
+    return _moles_on(image, landmarks, posed(person, landmarks), smallest)
+
+
+def _moles_on(image: Image, landmarks: NDArray[np.floating], renderer: PersonRenderer, smallest: float) -> MolesFound:
+    person = renderer.person
     reach = REACH * float(np.linalg.norm(landmarks[0] - landmarks[1]))
     there = [spot for spot in spots_of(renderer) if spot.diameter >= smallest]
     mirrored = replace(person, moles=tuple(replace(mole, x=-mole.x) for mole in person.moles))
-    others = PersonRenderer(mirrored, renderer.situation, renderer.view.centre, renderer.view.scale, renderer.light)
+    others = _as_posed(renderer, mirrored)
     moles = spots_of(renderer)
     bare = [
         spot
@@ -165,6 +215,10 @@ def find_moles(
     ]
     found, false = (sum(contrast(image, spot, reach) >= FOUND for spot in spots) for spots in (there, bare))
     return MolesFound(len(there), found, len(bare), false)
+
+
+def _as_posed(renderer: PersonRenderer, person: WorldPerson) -> PersonRenderer:
+    return PersonRenderer(person, renderer.situation, renderer.view.centre, renderer.view.scale, renderer.light)
 
 
 def _apart(one: Spot, other: Spot) -> float:

@@ -25,6 +25,7 @@ from lib_portrait.conditioning import Conditioner
 from lib_portrait.faces.features import Encoder, FaceFeatures
 from lib_portrait.faces.recognition import Backbone
 from lib_portrait.faces.service import FaceService
+from lib_portrait.guidance.reference import GuidedStep
 from lib_portrait.methods.base import Person
 from lib_portrait.methods.declarations import declaration
 from lib_portrait.options import Option, Value
@@ -44,24 +45,45 @@ from trainer.world.render import Image
 LAYOUTS = 2**31
 # The entry of a picture's file that says to whom its parts were routed.
 OWNERS = "routing"
+# The entry that says on whom of its people reference guidance acted.
+GUIDED = "guided"
+
+
+@dataclass(frozen=True)
+class Generated:
+    """A picture (H, W, 3) uint8.
+
+    owners: of several people whom each of its parts was routed to (`owners_of`); where all have regions and nothing is
+    routed, whose region it is. guided: whether reference guidance acted on each person at some step; None without it.
+    """
+
+    image: Image
+    owners: Tensor | None = None
+    guided: tuple[bool, ...] | None = None
 
 
 class Generator(Protocol):
-    """Generates pictures with one checkpoint and one adapter. method: the adapter's."""
+    """Generates pictures with one checkpoint and one adapter. method: the adapter's. finder: tells which detector finds
+    the faces in photos and for reference guidance."""
 
     method: str
+
+    @property
+    def finder(self) -> str: ...
 
     def weights(self, people: int) -> Mapping[str, str]:
         """Hashes, by role, of all files that decide a picture with so many injected people."""
 
+    def resolved(self, request: PortraitRequest) -> PortraitRequest:
+        """The request with all that the adapter's kit says of reference guidance where the request leaves it open."""
+
     def generate(
         self, samplings: Sequence[Sampling], request: PortraitRequest | None, pose: Image | None = None
-    ) -> list[tuple[Image, Tensor | None]]:
-        """The pictures (H, W, 3) uint8 as one batch, with the request's people in each, or nobody.
+    ) -> list[Generated]:
+        """The pictures as one batch, with the request's people in each, or nobody.
 
-        pose: skeletons of the pictures' size, for methods with a ControlNet. Of several people each picture comes with
-        the person that each of its parts was routed to (`owners_of`); where all have regions and nothing is routed,
-        with whose region it is.
+        pose: skeletons of the pictures' size, for methods with a ControlNet. Where reference guidance does not find
+        somebody, the picture is one without it.
         """
 
 
@@ -81,7 +103,8 @@ class GlobalFeatureService(FaceService):
 
 
 class StandaloneGenerator:
-    """Generation without the WebUI. hashes: of the checkpoint and its description, by role."""
+    """Generation without the WebUI. hashes: of the checkpoint and its description, by role. base: the checkpoint's
+    file."""
 
     def __init__(
         self,
@@ -90,16 +113,21 @@ class StandaloneGenerator:
         conditioner: Conditioner | None,
         name: str = "",
         method: str = "",
+        base: Path | None = None,
     ):
         """conditioner, name, method: what makes conditions of requests, the adapter's name and its method; None where
         nobody is injected."""
         self.model, self.hashes, self.conditioner = model, dict(hashes), conditioner
-        self.name, self.method = name, method
+        self.name, self.method, self.base = name, method, base
         self._prepared: tuple[object, Any] = (None, None)
         self._controls = KitControls()
 
+    @property
+    def finder(self) -> str:
+        return self.conditioner.faces.detector.key if self.conditioner is not None else ""
+
     def weights(self, people: int) -> dict[str, str]:
-        if self.conditioner is None or not people:
+        if self.conditioner is None or not people or not declaration(self.method).has_adapter:
             return self.hashes
         kit = self.conditioner.store.kit(self.name, self.method)
         kit.check_people(people)
@@ -110,27 +138,51 @@ class StandaloneGenerator:
         hashes = {"control": str(control.sha256)} if control is not None else {}
         return {**self.hashes, **hashes, **{role: self.conditioner.store.sha256(path) for role, path in files.items()}}
 
+    def resolved(self, request: PortraitRequest) -> PortraitRequest:
+        if self.conditioner is None:
+            return request
+        resolved = self.conditioner.resolved(replace(request, checkpoint=self.name), self.base)
+        return replace(resolved, checkpoint=request.checkpoint)
+
     def generate(
         self, samplings: Sequence[Sampling], request: PortraitRequest | None, pose: Image | None = None
-    ) -> list[tuple[Image, Tensor | None]]:
+    ) -> list[Generated]:
         conditioning, routing = None, None
         control: dict[str, Any] = {}
+        steps: list[GuidedStep] | None = None
         if request is not None and self.conditioner is not None:
             size, request = (samplings[0].width, samplings[0].height), replace(request, checkpoint=self.name)
             if self._prepared[0] != (request, size):
-                self._prepared = (request, size), self.conditioner.prepare(request, size, self.model.device)
+                prepared = self.conditioner.prepare(request, size, self.model.device, base=self.base)
+                self._prepared = (request, size), prepared
             conditioning = self._prepared[1]
             routing = RoutingMaps() if len(request.identities) > 1 else None
             if pose is not None:
                 store = self.conditioner.store
                 control = {"control": self._controls.control(conditioning, store, self.model, pose, "pose")}
+            if request.guidance.enabled:
+                done = steps = []
+                control |= {"guided": lambda of_batch, notices: done.extend(of_batch), "must_act": False}
         drawn = sampling.sample(self.model, samplings, conditioning, routing, **control)
         images = [np.asarray(image, np.uint8) for image in drawn]
         mean = routing.mean() if routing is not None else None
         if mean is None and routing is not None and conditioning is not None:
             mean = _places(conditioning.people, samplings[0])
             mean = None if mean is None else mean.expand(len(images), -1, -1, -1)
-        return [(image, None if mean is None else owners_of(mean[row])) for row, image in enumerate(images)]
+        return [
+            Generated(
+                image,
+                None if mean is None else owners_of(mean[row]),
+                None if steps is None else _acted([step for step in steps if step.picture == row], request),
+            )
+            for row, image in enumerate(images)
+        ]
+
+
+def _acted(steps: Sequence[GuidedStep], request: PortraitRequest | None) -> tuple[bool, ...]:
+    """Whether any of a picture's steps was guided by each of the request's people."""
+    count = len(request.identities) if request is not None else 0
+    return tuple(any(step.similarity[person] is not None for step in steps) for person in range(count))
 
 
 def _places(people: Sequence[Person], sampling: Sampling) -> Tensor | None:
@@ -154,8 +206,14 @@ class PictureCache:
         name = hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()[:32]
         return self.folder / name[:2] / f"{name}.png"
 
-    def put(self, image: Image, facts: Mapping[str, Any], owners: Tensor | None = None) -> None:
-        """owners: to whom its parts were routed (`owners_of`), which goes into the file as rows of digits."""
+    def put(
+        self,
+        image: Image,
+        facts: Mapping[str, Any],
+        owners: Tensor | None = None,
+        guided: Sequence[bool] | None = None,
+    ) -> None:
+        """owners, guided: see `Generated`; they go into the file as rows of digits."""
         path = self.path(facts)
         path.parent.mkdir(parents=True, exist_ok=True)
         text = PngInfo()
@@ -163,6 +221,8 @@ class PictureCache:
         if owners is not None:
             rows = ["".join("." if who < 0 else str(who) for who in row) for row in owners.tolist()]
             text.add_text(OWNERS, "\n".join(rows))
+        if guided is not None:
+            text.add_text(GUIDED, "".join(str(int(acted)) for acted in guided))
         part = path.with_name(f"{path.name}.{os.getpid()}.part")
         PILImage.fromarray(image).save(part, "PNG", pnginfo=text)
         os.replace(part, path)
@@ -181,6 +241,13 @@ class PictureCache:
         if text is None:
             return None
         return torch.tensor([[-1 if who == "." else int(who) for who in row] for row in text.splitlines()])
+
+    @staticmethod
+    def read_guided(path: Path) -> tuple[bool, ...] | None:
+        """On whom of a cached picture's people reference guidance acted; None where the file does not say."""
+        with PILImage.open(path) as picture:
+            text = picture.info.get(GUIDED)
+        return None if text is None else tuple(digit == "1" for digit in text)
 
 
 @dataclass(frozen=True)
@@ -217,23 +284,29 @@ class SampleProvider:
         """The files of a variant's pictures. progress: called with how many have just become ready."""
         if variant.real:
             return self.real(samples, progress)
-        generator, facts = self.generators[variant.adapter], self._facts(variant, samples)
+        facts = self._facts(variant, samples)
         missing = defaultdict(list)
         for number, sample in enumerate(samples):
             if self.cache.path(facts[number]).is_file():
                 progress(1)
             else:
                 missing[None if variant.adapter is None else self._group(variant, sample)].append(number)
-        for group, numbers in missing.items():
-            request = self._request(variant, *group) if group is not None else None
-            pose = self._pose(variant, samples[numbers[0]])
-            shown = {} if pose is None else {"pose": pose}
+        for numbers in missing.values():
             for batch in _batches(numbers, self.settings.batch):
-                pictures = generator.generate([self._sampling(samples[number]) for number in batch], request, **shown)
-                for number, (image, owners) in zip(batch, pictures, strict=True):
-                    self.cache.put(image, facts[number], owners)
+                pictures = self.draw(variant, [samples[number] for number in batch])
+                for number, made in zip(batch, pictures, strict=True):
+                    self.cache.put(made.image, facts[number], made.owners, made.guided)
                 progress(len(batch))
         return [self.cache.path(one) for one in facts]
+
+    def draw(self, variant: Variant, samples: Sequence[Sample]) -> list[Generated]:
+        """Generates pictures of the same people, in the same places, as one batch, whether they are in the cache or
+        not."""
+        request = self._request(variant, *self._group(variant, samples[0]))
+        pose = self._pose(variant, samples[0])
+        shown = {} if pose is None else {"pose": pose}
+        samplings = [self._sampling(sample) for sample in samples]
+        return self.generators[variant.adapter].generate(samplings, request, **shown)
 
     def missing(self, variant: Variant, samples: Sequence[Sample]) -> int:
         """How many pictures of a variant have yet to be generated. Real ones take no time and do not count."""
@@ -284,6 +357,8 @@ class SampleProvider:
                 "request": plain[group],
                 "version": __version__,
             }
+            if variant.guidance.enabled:
+                facts["finder"] = generator.finder
             found.append(facts if pose is None else {**facts, "pose": hashlib.sha256(pose.tobytes()).hexdigest()})
         return found
 
@@ -291,6 +366,13 @@ class SampleProvider:
     def _group(variant: Variant, sample: Sample) -> tuple[tuple[int, ...], int]:
         """What decides a sample's request: the people, and the number of their layout where they have one."""
         return sample.people, sample.seed % LAYOUTS if variant.laid_out else 0
+
+    def boxes(self, variant: Variant, sample: Sample) -> Sequence[Box] | None:
+        """Where the faces, or people, of a sample are asked for, in shares of the picture; None where that is left
+        open."""
+        if variant.adapter is None:
+            return None
+        return _boxes(variant, *self._group(variant, sample))
 
     def _pose(self, variant: Variant, sample: Sample) -> Image | None:
         """What the ControlNet is shown; None for methods without."""
@@ -302,15 +384,13 @@ class SampleProvider:
     def _request(self, variant: Variant, people: Sequence[int], layout: int) -> PortraitRequest | None:
         if variant.adapter is None:
             return None
-        method = self.generators[variant.adapter].method
-        declared, count = declaration(method), len(people)
+        generator = self.generators[variant.adapter]
+        method, count = generator.method, len(people)
+        declared = declaration(method)
         # What reads no network of faces sees the photo itself, and more of it than an aligned face.
-        whole = not declared.encoders
-        boxes: Sequence[Box | None] = [None] * count
-        if variant.laid_out:
-            boxes = layout_of(layout, count).boxes
-        elif variant.sides:
-            boxes = [(place / count, 0.0, (place + 1) / count, 1.0) for place in range(count)]
+        whole = variant.whole or not declared.encoders
+        found = _boxes(variant, people, layout)
+        boxes: Sequence[Box | None] = [None] * count if found is None else found
         own = _values(declared.identity_options, {"structure": variant.structure, **self.settings.options})
         identities = tuple(
             Identity(
@@ -321,7 +401,8 @@ class SampleProvider:
             for person, box in zip(people, boxes)
         )
         options = _values(declared.options, {"scale": self.settings.scale, **self.settings.options})
-        return PortraitRequest(identities, method=method, options=options)
+        request = PortraitRequest(identities, method=method, options=options, guidance=variant.guidance)
+        return generator.resolved(request)
 
     def _sampling(self, sample: Sample) -> Sampling:
         settings = self.settings
@@ -335,6 +416,16 @@ class SampleProvider:
             sample.seed,
             settings.sampler,
         )
+
+
+def _boxes(variant: Variant, people: Sequence[int], layout: int) -> Sequence[Box] | None:
+    """Where people have their places; None where they have none. layout: its number."""
+    count = len(people)
+    if variant.laid_out:
+        return layout_of(layout, count).boxes
+    if variant.sides:
+        return [(place / count, 0.0, (place + 1) / count, 1.0) for place in range(count)]
+    return None
 
 
 def _values(declared: Sequence[Option], given: Mapping[str, Value]) -> dict[str, Value]:

@@ -31,15 +31,17 @@ class Estimate:
 # ---------------------------------------------------------------------------------------------------------- a picture
 
 
-def multisim(own: Sequence[float | None], between: float | None) -> float:
+def multisim(own: Sequence[float | None], between: Sequence[float | None]) -> float:
     """InstantFamily's MultiSim (eq. 11): (s(A, A') + s(B, B')) / 2 + 1 - s(A', B').
 
-    own: similarity of each of the two references to its face, None where it has none; between: of the two faces to
-    each other. The paper does not say what a missing face counts. Here its similarity is 0, and the second term too,
-    as if the two faces were one and the same: a missing person must not pass for people kept apart.
+    own: similarity of each reference to its face, None where it has none; between: of each two of the faces to each
+    other. The paper prints it for two people. Of more it is here the mean of the first term over the people and of the
+    second over the pairs of them, which for two is the same. Nor does it say what a missing face counts. Here its
+    similarity is 0, and the second term of its pairs too, as if the two faces were one and the same: a missing person
+    must not pass for people kept apart.
     """
-    one, other = (value or 0.0 for value in own)
-    return (one + other) / 2 + (0.0 if between is None else 1 - between)
+    alike = sum(value or 0.0 for value in own) / len(own)
+    return alike + sum(0.0 if value is None else 1 - value for value in between) / len(between)
 
 
 def rank(face: Floats, gallery: Floats, person: int) -> int:
@@ -52,18 +54,20 @@ def rank(face: Floats, gallery: Floats, person: int) -> int:
 
 
 def jackknife(statistic: Callable[[NDArray[np.bool_]], float], members: Members) -> float | None:
-    """Standard error of a statistic by leaving out every person once, with all pictures that the person is in.
+    """Standard error of a statistic by leaving out every person once, with all pictures that the person is in. People
+    who are only ever in the same pictures are left out once together.
 
     statistic: of the pictures that a mask (n) lets in. For the mean of single people's means this is the familiar
     deviation of those means over sqrt(N); it also holds for pairs, which share people, and for what is no mean (FID).
     None where too little is left without a person.
     """
     people = sorted({person for group in members for person in group})
-    masks = [np.array([person not in group for group in members]) for person in people]
-    if len(people) < 2 or not all(mask.any() for mask in masks):
+    without = (np.array([person not in group for group in members]) for person in people)
+    masks = list({mask.tobytes(): mask for mask in without}.values())
+    if len(masks) < 2 or not all(mask.any() for mask in masks):
         return None
     values = np.array([statistic(mask) for mask in masks])
-    count = len(people)
+    count = len(masks)
     return float(np.sqrt((count - 1) / count * ((values - values.mean()) ** 2).sum()))
 
 

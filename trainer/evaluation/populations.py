@@ -19,9 +19,10 @@ from lib_portrait.faces.images import decode_image
 from lib_portrait.faces.order import TURNS
 from lib_portrait.request import Limits, Photo
 from trainer.dataset import find_photos, label_of
+from trainer.evaluation.layouts import scene_of
 from trainer.evaluation.prompts import Prompt
 from trainer.shards import encode_png
-from trainer.world import Scene, Situation, held_out, render, sample_scene, world_person
+from trainer.world import Scene, Situation, WorldPerson, held_out, render, sample_scene, world_person
 from trainer.world.render import Image
 from trainer.world.situations import EXPRESSIONS
 
@@ -70,6 +71,10 @@ class Population(ABC):
     def revision(self, people: Sequence[int]) -> str:
         """A text that changes when the real pictures of these people do."""
 
+    def drawn(self, person: int) -> WorldPerson | None:
+        """What the person is drawn from; None for photographs."""
+        return None
+
     @property
     @abstractmethod
     def follows_prompts(self) -> bool:
@@ -105,8 +110,11 @@ class WorldPopulation(Population):
         return SubjectPhoto(picture.image, picture.faces[0].landmarks)
 
     def real(self, people: Sequence[int], prompt: Prompt, seed: int, size: int) -> Image:
-        scene = sample_scene(seed, [world_person(self.numbers[person]) for person in people])
+        scene = scene_of(seed, len(people), [world_person(self.numbers[person]) for person in people])
         return render(scene_following(scene, prompt), size).image
+
+    def drawn(self, person: int) -> WorldPerson:
+        return world_person(self.numbers[person])
 
     def revision(self, people: Sequence[int]) -> str:
         return ""

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 
 from trainer.world.attributes import Attributes
 from trainer.world.captions import PLACES, STYLE_PHRASES, counted_people, enumeration, with_article
+from trainer.world.scenes import MOST_PEOPLE
 
 BACKGROUND_OF = {phrase: name for name, phrases in PLACES.items() for phrase in phrases}
 STYLE_OF = {phrase: name for name, phrases in STYLE_PHRASES.items() for phrase in phrases}
@@ -35,9 +36,15 @@ class Prompt:
     scarf_colour: str = ""
     glasses: bool = False
 
-    def text(self, words: Sequence[str]) -> str:
-        """The caption for people of these class words, "woman", "man" or, where it is not known, "person"."""
-        who = counted_people(Counter(words)) if len(words) > 1 else self._person(words[0])
+    def text(self, words: Sequence[str], each: bool = False) -> str:
+        """The caption for people of these class words, "woman", "man" or, where it is not known, "person".
+
+        each: several people are named one by one, in their order ("a woman and a woman"), not counted ("two women").
+        """
+        if len(words) == 1:
+            who = self._person(words[0])
+        else:
+            who = enumeration(list(map(with_article, words))) if each else counted_people(Counter(words))
         return " ".join(part for part in (self.opening, who, self.place) if part)
 
     def _person(self, word: str) -> str:
@@ -51,9 +58,13 @@ class Prompt:
         return f"{phrase} wearing {enumeration(wears)}" if wears else phrase
 
     def attributes(self, words: Sequence[str]) -> Attributes:
-        """What the caption states, in the words of the attribute network. Of a "person" it does not state the sex."""
-        stated = {"people": str(len(words))}
-        if "person" not in words:
+        """What the caption states, in the words of the attribute network.
+
+        Of a "person" it does not state the sex, and it does not count more people than that network has seen.
+        """
+        counted = len(words) <= MOST_PEOPLE
+        stated = {"people": str(len(words))} if counted else {}
+        if counted and "person" not in words:
             stated["women"] = str(list(words).count("woman"))
         # "a portrait of" is an opening for photographs, but does not state that.
         if STYLE_OF[self.opening] != "photo" or "photo" in self.opening:

@@ -11,7 +11,8 @@ import numpy as np
 from .scenes import Placement, Scene
 from .situations import pick
 
-NUMBERS = ("no", "one", "two", "three", "four")
+# The world's pictures show four people at most; what is asked for may be more.
+NUMBERS = ("no", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten")
 PLURALS = {"woman": "women", "man": "men", "person": "people"}
 # The place as a phrase; "against" one it is for those that are hardly a place.
 PLACES = {
@@ -102,7 +103,7 @@ def caption(scene: Scene) -> Caption:
     place = pick(rng, PLACES[scene.background]) if rng.random() < 0.75 else ""
     faces: dict[int, dict[str, str | bool]] = {}
     if len(scene.people) == 1 or rng.random() < 0.45:
-        detail = (0.75, 0.5, 0.35, 0.3)[len(scene.people) - 1]
+        detail = (0.75, 0.5, 0.35, 0.3)[min(len(scene.people), 4) - 1]
         phrases = []
         for index in sorted(range(len(scene.people)), key=lambda index: scene.people[index].x):
             phrase, stated = _person(scene.people[index], rng, detail)
