@@ -7,8 +7,10 @@ from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
+from tqdm import tqdm
 
 from lib_portrait.checkpoints.formats import read_tensors
 from lib_portrait.checkpoints.hashes import file_sha256
@@ -20,7 +22,7 @@ from lib_portrait.faces.vision import VisionTower, image_tower_from_state_dict, 
 from lib_portrait.faces.weights import check_finite
 from lib_portrait.standalone.model import load_model, load_tokenizer
 from trainer.architectures import vae_like
-from trainer.dataset import ordered_map
+from trainer.engines import Engine, Step, ordered_map
 from trainer.features import FrozenNetworks, LatentEncoder, precompute
 
 
@@ -47,18 +49,27 @@ def precompute_shards(
     references: int = 0,
     batch: int = 32,
     processes: int = 1,
+    engine: Engine | None = None,
 ) -> Counter[str]:
     """`features.precompute` by several processes, each with networks of its own and every so-manieth shard.
 
     Most of the work is to cut out and turn faces, which the processor does, also where a GPU computes the features.
+    engine: in place of `processes`; gives its workers, which keep their networks, one shard after the other.
     """
+    options: dict[str, Any] = {"files": files, "device": device, "references": references, "batch": batch}
     parts = [paths[place::processes] for place in range(min(processes, len(paths)))]
-    work = functools.partial(_precompute_part, files=files, device=device, references=references, batch=batch)
     # Anything that is wrong with the networks is told here, and once.
-    if len(parts) > 1:
+    if engine is not None or len(parts) > 1:
         frozen_networks(files, "cpu", references)
+    if engine is not None:
+        # Its workers may have begun in another folder.
+        options["files"] = NetworkFiles(*(file and file.absolute() for file in vars(files).values()))
+        work = Step(functools.partial(_precompute_one, **options), network=True)
+        results = iter(tqdm(engine.map([work], [path.absolute() for path in paths]), total=len(paths), unit="shard"))
+    else:
+        results = ordered_map(functools.partial(_precompute_part, **options), parts, len(parts))
     counts: Counter[str] = Counter()
-    for one in ordered_map(work, parts, len(parts)):
+    for one in results:
         counts.update(one)
     return counts
 
@@ -67,6 +78,16 @@ def _precompute_part(
     paths: Sequence[Path], files: NetworkFiles, device: str, references: int, batch: int
 ) -> dict[str, int]:
     return precompute(paths, frozen_networks(files, device, references), batch)
+
+
+def _precompute_one(path: Path, files: NetworkFiles, device: str, references: int, batch: int) -> dict[str, int]:
+    return precompute([path], _kept_networks(files, device, references), batch)
+
+
+@functools.lru_cache(maxsize=1)
+def _kept_networks(files: NetworkFiles, device: str, references: int) -> FrozenNetworks:
+    """For workers that end with the command: elsewhere a file may hold other weights by the next call."""
+    return frozen_networks(files, device, references)
 
 
 def frozen_networks(files: NetworkFiles, device: str, references: int = 0) -> FrozenNetworks:
