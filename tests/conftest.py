@@ -1,6 +1,6 @@
 """What holds for every test: nothing is fetched, two threads at most, one line for all skipped WebUI tests.
 
-At the end it is told how many of those that need a WebUI, or more beside it, ran.
+At the end it is told how many of those that need a WebUI, or more beside it, or Ray, ran.
 """
 
 from __future__ import annotations
@@ -29,6 +29,7 @@ NEEDS = {
     "with_adetailer": "ADetailer",
     "server_with_controlnet": "ControlNet",
     "webui_dir": "WebUI",
+    "ray": "Ray",
 }
 # Its key among what a report says of its test.
 NEED = "need"
