@@ -52,7 +52,8 @@ def pytest_unconfigure(config: pytest.Config) -> None:
     wanting: dict[str, Counter[str]] = defaultdict(Counter)
     for outcome in ("passed", "failed", "error", "skipped"):
         for report in reporter.getreports(outcome):
-            need = dict(report.user_properties).get(NEED)
+            # A file that cannot be collected has none.
+            need = dict(getattr(report, "user_properties", ())).get(NEED)
             if need is not None and outcome == "skipped":
                 wanting[need][report.longrepr[2].removeprefix("Skipped: ")] += 1
             elif need is not None:

@@ -174,6 +174,9 @@ def _put(source: Path, target: Path) -> None:
 
     Not of a file that fewer people may read than a new one: exports are for others, too.
     """
+    if target.exists() and source.samefile(target):
+        # An export into the folder where it lies, under its own name: it is there already.
+        return
     target.touch()
     rights = target.stat().st_mode
     if source.stat().st_mode & rights == rights:

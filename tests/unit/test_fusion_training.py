@@ -20,15 +20,24 @@ from lib_portrait.checkpoints.formats import read_header
 from lib_portrait.checkpoints.kit import read_manifest
 from lib_portrait.errors import PortraitError
 from lib_portrait.methods.fusion import STEP, FaceFusion, FusedIdentity, FusionRule, Properties
-from tests.unit.test_uniportrait_training import tiny_model
-from trainer.draws import Draws
+from tests.adapter_training import (
+    SIDE,
+    batch_of,
+    check_the_same,
+    draws,
+    eject,
+    gradients,
+    made_recipe,
+    ready,
+    settings,
+)
+from trainer import adapter_recipe
 from trainer.features import FACE_ONLY, Features, FrozenNetworks, LatentEncoder, features_path, precompute, uncaptioned
-from trainer.loop import Settings, train
+from trainer.loop import train
 from trainer.recipes import fusion
 from trainer.references import PicturesWithReferences
 from trainer.shards import FaceRecord, Record, Shards, encode_png, writing
 
-SIDE = 64
 # Who is in each picture; b is nowhere else, and nobody is alone in the last but one.
 WHO = (("a",), ("a",), ("b",), ("c",), ("a", "c"), ("d",), ("d",))
 UNREADABLE = 6
@@ -77,36 +86,7 @@ def data(shard: Path) -> Path:
 
 
 def recipe(monkeypatch: pytest.MonkeyPatch, data: Path, *arguments: str) -> fusion.FusionRecipe:
-    model = tiny_model()
-    monkeypatch.setattr(type(model), "size", SIDE)
-    monkeypatch.setattr(fusion, "load_model", lambda path: model)
-    base = data.parent / "base.safetensors"
-    base.write_bytes(b"stands for the checkpoint: exports say which one they were made for")
-    parser = argparse.ArgumentParser()
-    fusion.configure(parser)
-    options = parser.parse_args(["--checkpoint", str(base), "--name", "tiny", *arguments])
-    options.data = data
-    made = fusion.build(options)
-    assert isinstance(made, fusion.FusionRecipe)
-    return made
-
-
-def settings(run: Path, steps: int = 5) -> Settings:
-    return Settings(output=run, steps=steps, batch=3, rate=5e-3, warmup=0, ema=0.0, log_every=1, save_every=5)
-
-
-def ready(made: fusion.FusionRecipe, run: Path) -> fusion.FusionRecipe:
-    made.prepare(torch.device("cpu"), torch.float32, settings(run))
-    return made
-
-
-def batch_of(made: fusion.FusionRecipe, rows: int = 3) -> dict[str, Tensor]:
-    samples = [made.data[i % 2, (0, 0, i)] for i in range(rows)]
-    return {name: torch.stack([sample[name] for sample in samples]) for name in samples[0]}
-
-
-def draws(rows: int = 3, step: int = 0) -> Draws:
-    return Draws(0, step, 0, rows, slice(0, rows), torch.device("cpu"))
+    return made_recipe(monkeypatch, fusion, data, *arguments)
 
 
 def test_a_reference_is_another_photo_of_the_one_person_there(data: Path) -> None:
@@ -175,7 +155,7 @@ def test_what_is_trained_is_what_inference_computes(
             batch["latent"], times, batch["caption_ids"], hidden, torch.tensor([True, True, False])
         )
         text = made.model.text_encoder(batch["caption_ids"]).last_hidden_state
-    made._injection.eject()
+    eject(made)
     for row in range(3):
         own = times[row : row + 1] if t == STEP else torch.tensor([30])
         noisy = made.schedule(batch["reference"][row : row + 1], noise[row : row + 1], own)
@@ -196,8 +176,8 @@ def test_only_the_face_layers_are_trained_and_the_export_says_how(
     made = recipe(monkeypatch, data, "--reference-t", "7", "--reference-text", "a face", "--negative")
     began = {name: tensor.clone() for name, tensor in made.state_dict().items()}
     frozen = {name: tensor.clone() for name, tensor in made.model.unet.state_dict().items()}
-    assert train(made, settings(tmp_path)) == 5
-    made._injection.eject()
+    assert train(made, settings(tmp_path, save_every=5)) == 5
+    eject(made)
     assert all(not torch.equal(tensor, began[name]) for name, tensor in made.state_dict().items())
     assert all(torch.equal(tensor, frozen[name]) for name, tensor in made.model.unet.state_dict().items())
     lines = [json.loads(line) for line in (tmp_path / "losses.jsonl").read_text().splitlines()]
@@ -205,7 +185,7 @@ def test_only_the_face_layers_are_trained_and_the_export_says_how(
     path = tmp_path / "export" / "fusion_tiny.safetensors"
     metadata = read_header(path)[1]
     assert Properties.from_metadata(metadata) == Properties(7, "a face", SIDE, True)
-    FaceFusion.from_tensors(load_file(path)).check_fits(made._injection.sites)
+    FaceFusion.from_tensors(load_file(path)).check_fits(made.injections[0].sites)
     manifest = read_manifest(tmp_path / "export" / "tiny.kit.json")
     assert (manifest.method, manifest.adapter, manifest.picture) == ("fusion", {"fusion": path.name}, (SIDE, SIDE))
     assert manifest.training["reference_t"] == "7"
@@ -243,19 +223,12 @@ def test_gradient_checkpointing_gives_the_same_gradients(
 ) -> None:
     found = []
     for checkpointing in (False, True):
-        made = recipe(monkeypatch, data)
-        own = settings(tmp_path)
-        made.prepare(torch.device("cpu"), torch.float32, Settings(**{**vars(own), "checkpointing": checkpointing}))
-        made(batch_of(made), draws())["loss"].backward()
-        found.append([parameter.grad.clone() for parameter in made.parameters()])  # type: ignore[union-attr]
-        made._injection.eject()
-    for one, other in zip(*found, strict=True):
-        torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-6)
-        assert one.abs().max() > 0
+        found.append(gradients(ready(recipe(monkeypatch, data), tmp_path, checkpointing=checkpointing)))
+    check_the_same(*found)
 
 
 def test_pictures_are_drawn_below_their_references(monkeypatch: pytest.MonkeyPatch, data: Path, tmp_path: Path) -> None:
-    monkeypatch.setattr(fusion, "STEPS", 2)
+    monkeypatch.setattr(adapter_recipe, "STEPS", 2)
     made = ready(recipe(monkeypatch, data), tmp_path)
     made.data.faces = made.data.faces[:2]
     shown = made.pictures(draws(8))["people"]

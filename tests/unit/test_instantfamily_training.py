@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 import json
 from pathlib import Path
 from typing import Any
@@ -27,16 +26,25 @@ from lib_portrait.control_picture import skeletons, with_circles
 from lib_portrait.errors import PortraitError
 from lib_portrait.methods.instantfamily import EXCLUDE, FaceProjections, FamilyMember, FamilyRule, Properties
 from lib_portrait.standalone.control import load_control
+from tests.adapter_training import (
+    SIDE,
+    batch_of,
+    check_the_same,
+    draws,
+    eject,
+    gradients,
+    made_recipe,
+    ready,
+    settings,
+)
 from tests.small_networks import tiny_backbone
-from tests.unit.test_uniportrait_training import tiny_model
-from trainer.draws import Draws
+from trainer import adapter_recipe
 from trainer.families import PicturesOfFamilies
 from trainer.features import features_path, global_feature, uncaptioned
-from trainer.loop import Settings, train
+from trainer.loop import train
 from trainer.recipes import instantfamily
 from trainer.shards import FaceRecord, Record, Shards, encode_png, poses_of, writing
 
-SIDE = 64
 # How many people are in each picture.
 PEOPLE = (1, 6, 2)
 
@@ -85,40 +93,17 @@ def data(tmp_path: Path) -> Path:
 
 
 def recipe(monkeypatch: pytest.MonkeyPatch, data: Path, *arguments: str) -> instantfamily.InstantFamilyRecipe:
-    model = tiny_model()
-    monkeypatch.setattr(type(model), "size", SIDE)
-    monkeypatch.setattr(instantfamily, "load_model", lambda path: model)
-    base = data.parent / "base.safetensors"
-    base.write_bytes(b"stands for the checkpoint: exports say which one they were made for")
-    parser = argparse.ArgumentParser()
-    instantfamily.configure(parser)
     backbone = str(data.parent / "tiny_backbone.safetensors")
-    options = parser.parse_args(["--checkpoint", str(base), "--name", "tiny", "--backbone", backbone, *arguments])
-    options.data = data
-    torch.manual_seed(0)
-    made = instantfamily.build(options)
-    assert isinstance(made, instantfamily.InstantFamilyRecipe)
-    return made
+    return made_recipe(monkeypatch, instantfamily, data, "--backbone", backbone, *arguments)
 
 
-def settings(run: Path, steps: int = 4) -> Settings:
-    return Settings(output=run, steps=steps, batch=3, rate=5e-3, warmup=0, ema=0.0, log_every=1, save_every=4)
-
-
-def ready(made: instantfamily.InstantFamilyRecipe, run: Path) -> instantfamily.InstantFamilyRecipe:
-    made.prepare(torch.device("cpu"), torch.float32, settings(run))
-    for convolution in (*made.control.controlnet_down_blocks, made.control.controlnet_mid_block):
+def awake(made: instantfamily.InstantFamilyRecipe, run: Path, **own: Any) -> instantfamily.InstantFamilyRecipe:
+    """The same, ready, with a ControlNet that says something: its last layers begin as zeros."""
+    ready(made, run, **own)
+    silent = (made.control.controlnet_mid_block, made.control.controlnet_cond_embedding.conv_out)
+    for convolution in (*made.control.controlnet_down_blocks, *silent):
         torch.nn.init.normal_(convolution.weight, std=0.1)
     return made
-
-
-def batch_of(made: instantfamily.InstantFamilyRecipe, rows: int = 3) -> dict[str, Tensor]:
-    samples = [made.data[i % len(PEOPLE), (0, 0, i)] for i in range(rows)]
-    return {name: torch.stack([sample[name] for sample in samples]) for name in samples[0]}
-
-
-def draws(rows: int = 3, step: int = 0) -> Draws:
-    return Draws(0, step, 0, rows, slice(0, rows), torch.device("cpu"))
 
 
 def pictures(data: Path, other_photos: float = 0.0) -> PicturesOfFamilies:
@@ -169,7 +154,7 @@ def test_other_photos_tell_of_the_same_person_where_asked_for(data: Path) -> Non
 def test_what_is_trained_is_what_inference_computes(
     monkeypatch: pytest.MonkeyPatch, data: Path, tmp_path: Path, mask: str
 ) -> None:
-    made = ready(recipe(monkeypatch, data, "--mask", mask), tmp_path)
+    made = awake(recipe(monkeypatch, data, "--mask", mask), tmp_path)
     model, control, batch, times = made.model, made.control, batch_of(made), torch.tensor([900, 500, 20])
     with torch.no_grad():
         predicted = made._predict(
@@ -177,8 +162,7 @@ def test_what_is_trained_is_what_inference_computes(
         )
         text = model.text_encoder(batch["caption_ids"]).last_hidden_state
         tokens = made.adapter(F.normalize(batch["embedding"], dim=-1), batch["intrinsic"])
-    for injection in made._injections:
-        injection.eject()
+    eject(made)
     records = [Shards.under(data).record(row) for row in range(3)]
     for row in range(3):
         people = []
@@ -211,9 +195,8 @@ def test_projections_and_control_are_trained_and_the_export_says_how(
     made = recipe(monkeypatch, data, "--margin", "0.5")
     began = {name: tensor.clone() for name, tensor in made.state_dict().items()}
     frozen = {name: tensor.clone() for name, tensor in made.model.unet.state_dict().items()}
-    assert train(made, settings(tmp_path)) == 4
-    for injection in made._injections:
-        injection.eject()
+    assert train(made, settings(tmp_path, 4, save_every=4)) == 4
+    eject(made)
     still = [name for name, tensor in made.state_dict().items() if torch.equal(tensor, began[name])]
     assert not still
     assert all(torch.equal(tensor, frozen[name]) for name, tensor in made.model.unet.state_dict().items())
@@ -242,6 +225,21 @@ def test_projections_and_control_are_trained_and_the_export_says_how(
         recipe(monkeypatch, data, "--initial", str(path))
 
 
+def test_the_control_net_learns_at_its_share_of_the_rate(
+    monkeypatch: pytest.MonkeyPatch, data: Path, tmp_path: Path
+) -> None:
+    made = recipe(monkeypatch, data, "--control-rate", "0.1")
+    rates = {
+        id(parameter): group["lr"]
+        for group in made.groups(settings(tmp_path, rate=2e-3))
+        for parameter in group["params"]
+    }
+    for name, parameter in made.named_parameters():
+        assert rates[id(parameter)] == pytest.approx(2e-4 if name.startswith("control.") else 2e-3), name
+    with pytest.raises(PortraitError, match="control_rate"):
+        recipe(monkeypatch, data, "--control-rate", "0")
+
+
 def test_captions_and_faces_are_dropped_in_a_tenth_each(
     monkeypatch: pytest.MonkeyPatch, data: Path, tmp_path: Path
 ) -> None:
@@ -267,21 +265,13 @@ def test_gradient_checkpointing_gives_the_same_gradients(
 ) -> None:
     found = []
     for checkpointing in (False, True):
-        made = recipe(monkeypatch, data)
-        own = Settings(**{**vars(settings(tmp_path)), "checkpointing": checkpointing})
-        made.prepare(torch.device("cpu"), torch.float32, own)
-        made(batch_of(made), draws())["loss"].backward()
-        found.append({name: parameter.grad.clone() for name, parameter in made.named_parameters()})
-        for injection in made._injections:
-            injection.eject()
-    for name, one in found[0].items():
-        torch.testing.assert_close(one, found[1][name], rtol=1e-4, atol=1e-6)
-    assert found[0]["adapter.global_proj.0.weight"].abs().max() > 0
+        found.append(gradients(awake(recipe(monkeypatch, data), tmp_path, checkpointing=checkpointing)))
+    check_the_same(*found)
 
 
 def test_pictures_are_drawn_below_their_control(monkeypatch: pytest.MonkeyPatch, data: Path, tmp_path: Path) -> None:
-    monkeypatch.setattr(instantfamily, "STEPS", 2)
-    made = ready(recipe(monkeypatch, data), tmp_path)
+    monkeypatch.setattr(adapter_recipe, "STEPS", 2)
+    made = awake(recipe(monkeypatch, data), tmp_path)
     shown = made.pictures(draws(8))["people"]
     assert shown.shape == (3, 2 * 8, 3 * 8) and shown.isfinite().all() and 0 <= shown.min() <= shown.max() <= 1
 

@@ -21,15 +21,25 @@ from lib_portrait.errors import PortraitError
 from lib_portrait.faces.features import FaceFeatures
 from lib_portrait.methods.omniportrait import OmniPortraitRule, PivotEncoder, PivotIdentity, localization_loss
 from lib_portrait.standalone.model import load_tokenizer
-from tests.unit.test_uniportrait_training import tiny_model
-from trainer.draws import Draws
+from tests.adapter_training import (
+    SIDE,
+    batch_of,
+    check_the_same,
+    draws,
+    eject,
+    gradients,
+    made_recipe,
+    ready,
+    settings,
+)
+from trainer import adapter_recipe
 from trainer.features import Features, FrozenNetworks, LatentEncoder, features_path, precompute, uncaptioned
-from trainer.loop import Settings, train
+from trainer.loop import train
 from trainer.recipes import omniportrait
 from trainer.recipes.omniportrait_data import PicturesWithPivots
 from trainer.shards import FaceRecord, Record, Shards, encode_png, writing
 
-SIDE, E = 64, 6
+E = 6
 IMAGE = "1" * 64
 # Who is in each picture, with which noun, and what is said of it.
 SAMPLES = (
@@ -91,39 +101,7 @@ def data(shard: Path) -> Path:
 
 
 def recipe(monkeypatch: pytest.MonkeyPatch, data: Path, *arguments: str) -> omniportrait.OmniPortraitRecipe:
-    model = tiny_model()
-    monkeypatch.setattr(type(model), "size", SIDE)
-    monkeypatch.setattr(omniportrait, "load_model", lambda path: model)
-    base = data.parent / "base.safetensors"
-    base.write_bytes(b"stands for the checkpoint: exports say which one they were made for")
-    parser = argparse.ArgumentParser()
-    omniportrait.configure(parser)
-    options = parser.parse_args(["--checkpoint", str(base), "--name", "tiny", *arguments])
-    assert options.rate == 2e-5
-    options.data = data
-    made = omniportrait.build(options)
-    assert isinstance(made, omniportrait.OmniPortraitRecipe)
-    return made
-
-
-def settings(run: Path, steps: int = 5, **own: Any) -> Settings:
-    return Settings(
-        **{"output": run, "steps": steps, "batch": 3, "rate": 5e-3, "warmup": 0, "ema": 0.0, "log_every": 1, **own}
-    )
-
-
-def ready(made: omniportrait.OmniPortraitRecipe, run: Path, **own: Any) -> omniportrait.OmniPortraitRecipe:
-    made.prepare(torch.device("cpu"), torch.float32, settings(run, **own))
-    return made
-
-
-def batch_of(made: omniportrait.OmniPortraitRecipe, rows: int = 3) -> dict[str, Tensor]:
-    samples = [made.data[i % 3, (0, 0, i)] for i in range(rows)]
-    return {name: torch.stack([sample[name] for sample in samples]) for name in samples[0]}
-
-
-def draws(rows: int = 3, step: int = 0) -> Draws:
-    return Draws(0, step, 0, rows, slice(0, rows), torch.device("cpu"))
+    return made_recipe(monkeypatch, omniportrait, data, *arguments)
 
 
 def test_a_triplet_is_a_noun_a_face_and_its_mask(data: Path) -> None:
@@ -189,7 +167,7 @@ def test_what_is_trained_is_what_inference_computes(
         predicted = made._predict(batch["latent"], times, batch["caption_ids"], batch["e_ref"], words)
         text = made.model.text_encoder(batch["caption_ids"]).last_hidden_state
     attention = torch.stack([made.rule.attention[site] for site in made.located]).mean(dim=0)
-    made._injection.eject()
+    eject(made)
     for row in range(3):
         positions = tuple(words[row].nonzero().flatten().tolist())
         rule = OmniPortraitRule(made.adapter, [PivotIdentity(batch["e_ref"][row])], watched=made.located)
@@ -200,6 +178,12 @@ def test_what_is_trained_is_what_inference_computes(
         own = torch.stack([rule.attention[site] for site in made.located]).mean(dim=0)[0]
         torch.testing.assert_close(attention[row], own, atol=1e-6, rtol=1e-5)
         assert bool(own.any()) == bool(positions)
+
+
+def test_the_rate_is_the_papers() -> None:
+    parser = argparse.ArgumentParser()
+    omniportrait.configure(parser)
+    assert parser.get_default("rate") == 2e-5
 
 
 def test_the_loss_is_equation_5(monkeypatch: pytest.MonkeyPatch, data: Path, tmp_path: Path) -> None:
@@ -226,7 +210,7 @@ def test_only_the_linear_layer_is_trained_and_the_export_is_a_kit(
     assert set(began) == {"adapter.projection.weight", "adapter.projection.bias"}
     frozen_weights = {name: tensor.clone() for name, tensor in made.model.unet.state_dict().items()}
     assert train(made, settings(tmp_path, save_every=5)) == 5
-    made._injection.eject()
+    eject(made)
     assert all(not torch.equal(tensor, began[name]) for name, tensor in made.state_dict().items())
     assert made.adapter.projection.weight[:, :E].abs().max() > 0
     assert all(torch.equal(tensor, frozen_weights[name]) for name, tensor in made.model.unet.state_dict().items())
@@ -291,19 +275,14 @@ def test_gradient_checkpointing_gives_the_same_gradients(
 ) -> None:
     found = []
     for checkpointing in (False, True):
-        made = ready(recipe(monkeypatch, data, "--eta", "50"), tmp_path, checkpointing=checkpointing)
-        made(batch_of(made), draws())["loss"].backward()
-        found.append([parameter.grad.clone() for parameter in made.parameters()])  # type: ignore[union-attr]
-        made._injection.eject()
-    for one, other in zip(*found, strict=True):
-        torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-6)
-        assert one.abs().max() > 0
+        found.append(gradients(ready(recipe(monkeypatch, data, "--eta", "50"), tmp_path, checkpointing=checkpointing)))
+    check_the_same(*found)
 
 
 def test_pictures_are_drawn_below_those_they_are_of(
     monkeypatch: pytest.MonkeyPatch, data: Path, tmp_path: Path
 ) -> None:
-    monkeypatch.setattr(omniportrait, "STEPS", 2)
+    monkeypatch.setattr(adapter_recipe, "STEPS", 2)
     made = ready(recipe(monkeypatch, data), tmp_path)
     shown = made.pictures(draws(8))["people"]
     assert shown.shape == (3, 2 * 8, 4 * 8) and shown.isfinite().all() and 0 <= shown.min() <= shown.max() <= 1

@@ -172,6 +172,14 @@ def test_only_what_the_model_folders_do_not_have_is_brought_along(tmp_path: Path
     assert not (target / "same.safetensors").exists()
 
 
+def test_what_lies_in_the_folder_of_the_export_stays_as_it_is(tmp_path: Path) -> None:
+    lone = tmp_path / "lone.safetensors"
+    lone.write_bytes(b"weights")
+    for _ in range(2):
+        Companion("vision", "lone.safetensors", lone).export_to(tmp_path, [tmp_path / "none"])
+        assert lone.read_bytes() == b"weights"
+
+
 def test_where_the_file_system_has_no_second_names_it_is_a_copy(
     tmp_path: Path, models: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -14,11 +14,9 @@ import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from transformers import CLIPTextConfig, CLIPTextModel
 
 pytest.importorskip("accelerate", reason="the trainer's requirements are not installed")
 
-from diffusers import AutoencoderKL, UNet2DConditionModel
 
 from lib_portrait.attention import NEGATIVE, POSITIVE, Injection, mark
 from lib_portrait.attention.injection import Call
@@ -31,9 +29,10 @@ from lib_portrait.faces.recognition import Backbone
 from lib_portrait.methods.uniportrait import Adapter, BatchRule, Identities, Person, UniPortraitRule, routing_loss
 from lib_portrait.request import PortraitRequest
 from lib_portrait.standalone import layout
-from lib_portrait.standalone.model import Model, load_tokenizer
+from lib_portrait.standalone.model import Model
 from lib_portrait.standalone.sampling import Sampling
-from trainer import portraits
+from tests.adapter_training import CONTEXT, eject, tiny_model
+from trainer import adapter_recipe, portraits
 from trainer.diffusion import NoiseSchedule, face_weighted
 from trainer.draws import Draws
 from trainer.faces import faces_of, region_of
@@ -44,26 +43,8 @@ from trainer.portraits import PortraitDataset
 from trainer.recipes import uniportrait
 from trainer.shards import FaceRecord, Record, Shards, encode_png, writing
 
-CONTEXT, TOKENS, GRID, SHALLOW = 32, 4, 16, 24
+TOKENS, GRID, SHALLOW = 4, 16, 24
 PEOPLE = (1, 2, 1, 3, 2, 1, 4, 2)
-
-
-def tiny_model() -> Model:
-    torch.manual_seed(0)
-    unet = UNet2DConditionModel(
-        sample_size=8,
-        block_out_channels=(32, 64),
-        layers_per_block=1,
-        cross_attention_dim=CONTEXT,
-        attention_head_dim=2,
-        down_block_types=("CrossAttnDownBlock2D", "DownBlock2D"),
-        up_block_types=("UpBlock2D", "CrossAttnUpBlock2D"),
-    )
-    vae = AutoencoderKL(block_out_channels=(32,), latent_channels=4)
-    text = CLIPTextModel(
-        CLIPTextConfig(hidden_size=CONTEXT, intermediate_size=64, num_hidden_layers=1, num_attention_heads=2)
-    )
-    return Model(unet, vae, text, load_tokenizer(), layout.SD1)
 
 
 def recognition_network(seed: int = 7) -> Backbone:
@@ -120,7 +101,7 @@ def data(tmp_path: Path, recognition: Path) -> Path:
 def recipe(
     monkeypatch: pytest.MonkeyPatch, data: Path, *arguments: str, model: Model | None = None
 ) -> uniportrait.UniPortraitRecipe:
-    monkeypatch.setattr(uniportrait, "load_model", lambda path: model or tiny_model())
+    monkeypatch.setattr(adapter_recipe, "load_model", lambda path: model or tiny_model())
     parser = argparse.ArgumentParser()
     uniportrait.configure(parser)
     sizes = ["--rank", "4", "--tokens", str(TOKENS), "--width", "32", "--depth", "2"]
@@ -138,7 +119,7 @@ def trained(monkeypatch: pytest.MonkeyPatch, data: Path, run: Path, *arguments: 
     made = recipe(monkeypatch, data, *arguments)
     settings = Settings(output=run, steps=5, batch=3, rate=5e-3, warmup=0, ema=0.0, log_every=1, save_every=5)
     assert train(made, settings) == 5
-    made._injection.eject()
+    eject(made)
     return made
 
 
@@ -390,7 +371,8 @@ def test_positions_go_to_people_by_chance_as_their_logits_say(
     batch = {name: tensor.expand(many, *tensor.shape) for name, tensor in made.data[0, (0, 0, 0)].items()}
     batch = {**batch, "regions": batch["regions"][:, :2], "present": torch.ones(many, 2, dtype=torch.bool)}
     device = torch.device("cpu")
-    with Injection(made.model.unet, made.rule) as made._injection:
+    with Injection(made.model.unet, made.rule) as injection:
+        made.injections = (injection,)
         made.train()
         made(batch, Draws(0, 0, 0, many, slice(0, many), device))["diffusion"].backward()
         drawn = torch.cat([share.flatten() for share in chosen])
@@ -609,7 +591,8 @@ def test_what_is_drawn_for_the_identity_loss_is_what_inference_draws(
     empty[:, 0] = 49406
     model, guidance = made.model, Sampling("").guidance
     with torch.no_grad():
-        with Injection(model.unet, made.rule) as made._injection:
+        with Injection(model.unet, made.rule) as injection:
+            made.injections = (injection,)
             made._sample(
                 batch,
                 batch["caption_ids"],

@@ -17,8 +17,7 @@ from torch import Tensor, nn
 
 from lib_portrait.attention import POSITIVE, Injection, Row, find_sites, mark, spatial_shape
 from lib_portrait.attention.rows import NEGATIVE
-from lib_portrait.checkpoints.formats import read_tensors, write_tensors
-from lib_portrait.checkpoints.kit import SUFFIX, Manifest, bare_name, write_manifest
+from lib_portrait.checkpoints.formats import read_tensors
 from lib_portrait.errors import PortraitError
 from lib_portrait.methods.declarations.omniportrait import FILES
 from lib_portrait.methods.omniportrait import (
@@ -29,10 +28,8 @@ from lib_portrait.methods.omniportrait import (
     localization_loss,
     localized_sites,
 )
-from lib_portrait.standalone.model import Model, load_model
 from trainer import companions
-from trainer.diffusion import NoiseSchedule, add_face_weight, face_weighted
-from trainer.drawing import STEPS, ddim_sample, guided
+from trainer.adapter_recipe import AdapterRecipe, add_adapter_options, side_by_side
 from trainer.draws import Draws
 from trainer.features import uncaptioned
 from trainer.loop import Recipe, Settings
@@ -46,28 +43,23 @@ ETA, RATE = 2e-3, 2e-5
 WORLD_RUNS = ("--vision {vision} --gamma 5 --face-weight 5",)
 
 
-class OmniPortraitRecipe(Recipe):
+class OmniPortraitRecipe(AdapterRecipe):
     """See the module. Its child is the method's own module, named as in the exported file."""
 
     name = "omniportrait"
+    files = FILES
 
     def __init__(self, options: argparse.Namespace):
-        super().__init__()
-        self.adapter_name = bare_name(options.name, "name")
-        self.base, self.licence = options.checkpoint, options.licence
-        self.eta, self.gamma, self.face_weight = options.eta, options.gamma, options.face_weight
+        super().__init__(options)
+        self.eta = options.eta
         if not self.eta >= 0:
             raise PortraitError("eta", f"{self.eta} was given", "Give a number of 0 or more.")
-        model = load_model(options.checkpoint)
-        model.unet.requires_grad_(False).eval()
-        model.text_encoder.requires_grad_(False).eval()
-        self.schedule = NoiseSchedule(model.schedule)
+        model = self.model
 
         def tokens(word: str) -> list[int]:
             return model.tokenizer(word, add_special_tokens=False).input_ids
 
         self.data = PicturesWithPivots(Shards.under(options.data), model.vae.config.scaling_factor, tokens)
-        self.hashes = {"vision": self.data.features.hashes.get("image", "")}
         given = [("vision", options.vision)] if options.vision else []
         self.companions = [companions.resolve(role, text, self.hashes) for role, text in given]
         width = next(iter(self.data.features.images.values()))[0].shape[0]
@@ -84,24 +76,17 @@ class OmniPortraitRecipe(Recipe):
         else:
             self.adapter = PivotEncoder(width, next(site.context for site in self.sites if site.cross))
         METHOD.check_fits(self.adapter, self.sites)
-        # Frozen things stay out of children(): they are neither trained nor saved.
-        self._frozen: dict[str, Any] = {"model": model}
 
     @property
-    def model(self) -> Model:
-        return self._frozen["model"]
+    def hashes(self) -> Mapping[str, str]:
+        return {"vision": self.data.features.hashes.get("image", "")}
 
     def prepare(self, device: torch.device, dtype: torch.dtype, settings: Settings) -> None:
-        for network in (self.model.unet, self.model.text_encoder):
-            network.to(device, dtype)
+        super().prepare(device, dtype, settings)
         self.shapes = self._shapes()
         self.located = localized_sites(self.sites, self.shapes)
-        if settings.checkpointing:
-            self.model.unet.enable_gradient_checkpointing()
-            # Checkpointing works in training mode only; the UNet has no dropout that this would switch on.
-            self.model.unet.train()
         self.rule = OmniPortraitRule(self.adapter, [PivotIdentity(torch.empty(0))], watched=self.located)
-        self._injection = Injection(self.model.unet, self.rule).inject()
+        self.injections = (Injection(self.model.unet, self.rule).inject(),)
 
     @torch.no_grad()
     def _shapes(self) -> dict[int, tuple[int, int]]:
@@ -121,20 +106,14 @@ class OmniPortraitRecipe(Recipe):
             handle.remove()
         return found
 
-    def samples(self) -> PicturesWithPivots:
-        return self.data
-
     def forward(self, batch: dict[str, Tensor], draws: Draws) -> dict[str, Tensor]:
         latent, caption_ids = batch["latent"], batch["caption_ids"]
         untold = draws.rand() < CAPTION_DROPPED
         caption_ids = torch.where(untold[:, None], uncaptioned(caption_ids), caption_ids)
         words = batch["word"] & ~(untold | (draws.rand() < ID_DROPPED))[:, None]
-        noise, t = draws.randn(*latent.shape[1:]), draws.randint(len(self.schedule.alphas_bar))
-        predicted = self._predict(self.schedule(latent, noise, t), t, caption_ids, batch["e_ref"], words)
-        squared = (predicted - self.schedule.target(latent, noise, t)).square()
-        error = face_weighted(squared, batch["region"], self.face_weight)
-        weight = self.schedule.weights(t, self.gamma) if self.gamma else torch.ones_like(error)
-        diffusion, has = (weight * error).mean(), words.any(dim=1)
+        noise, t, noisy = self.noised(latent, draws)
+        predicted = self._predict(noisy, t, caption_ids, batch["e_ref"], words)
+        diffusion, has = self.diffusion_loss(predicted, latent, noise, t, batch["region"]), words.any(dim=1)
         attention = torch.stack([self.rule.attention[site] for site in self.located]).mean(dim=0)
         located = localization_loss(attention, batch["mask"], self.shapes[self.located[0]])
         location = (located * has).sum() / has.sum().clamp(min=1)
@@ -142,76 +121,41 @@ class OmniPortraitRecipe(Recipe):
 
     def _predict(self, noisy: Tensor, t: Tensor, caption_ids: Tensor, e_ref: Tensor, words: Tensor) -> Tensor:
         """What the UNet predicts of `noisy` (B, 4, h, w), each row with its own e_mix where `words` (B, 77) says."""
-        model, numbers = self.model, range(len(noisy))
-        with torch.no_grad():
-            text = model.text_encoder(caption_ids).last_hidden_state
+        numbers = range(len(noisy))
         self.rule.people = [PivotIdentity(e_ref)]
         positions = [tuple(own.nonzero().flatten().tolist()) for own in words]
-        self._injection.rows = {
+        self.injections[0].rows = {
             number: Row(POSITIVE if positions[number] else NEGATIVE, number, (positions[number],)) for number in numbers
         }
-        predicted = model.unet(noisy.to(model.unet.dtype), t, mark(text, numbers)).sample
-        # Gradient checkpointing runs the layers again during the backward pass, and the rule must act there too.
-        self._injection.resume()
-        return predicted.float()
+        return self.predicted(noisy, t, mark(self.encoded(caption_ids), numbers))
 
     @torch.no_grad()
     def pictures(self, draws: Draws) -> dict[str, Tensor]:
         """Four pictures of the first samples' people and captions, as a request draws them, below those they are of."""
-        device = draws.device
-        first = [self.data[i, (0, 0, 0)] for i in range(min(4, len(self.data)))]
-        batch = {name: torch.stack([sample[name] for sample in first]).to(device) for name in first[0]}
-        rows = len(first)
-        ids = torch.cat([uncaptioned(batch["caption_ids"]), batch["caption_ids"]])
-        words = torch.cat([torch.zeros_like(batch["word"]), batch["word"]])
-        e_ref = batch["e_ref"].repeat(2, 1)
+        batch = self.first_samples(draws.device)
+        words, e_ref = batch["word"].repeat(2, 1), batch["e_ref"].repeat(2, 1)
 
-        def predict(x: Tensor, t: Tensor) -> Tensor:
-            return guided(*self._predict(x.repeat(2, 1, 1, 1), t.repeat(2), ids, e_ref, words).chunk(2))
+        def predict(x: Tensor, t: Tensor, caption_ids: Tensor, positive: Tensor) -> Tensor:
+            return self._predict(x, t, caption_ids, e_ref, words & positive[:, None])
 
-        end = torch.zeros(rows, dtype=torch.long, device=device)
-        latent = ddim_sample(draws.randn(*batch["latent"].shape[1:])[:rows], end, STEPS, self.schedule, predict)
-        vae = self.model.vae.to(device)
-        shown = [
-            torch.cat(list((vae.decode(one / self.data.scale).sample.float() / 2 + 0.5).clamp(0, 1)), dim=2)
-            for one in (batch["latent"], latent)
-        ]
+        shown = [side_by_side(self.decoded(one)) for one in (batch["latent"], self.drawn(batch, draws, predict))]
         return {"people": torch.cat(shown, dim=1)}
 
     def export(self, folder: Path, facts: Mapping[str, str]) -> None:
         """omniportrait_NAME.safetensors, fp16, and the kit's manifest with the image encoder that it was trained on."""
-        path = folder / f"omniportrait_{self.adapter_name}.safetensors"
-        tensors = {
-            name: tensor.detach().half().contiguous().cpu() for name, tensor in self.adapter.state_dict().items()
-        }
-        own = {"eta": str(self.eta), "features": str(sorted(self.data.features.hashes.items()))}
-        write_tensors(path, tensors, {**facts, **own})
-        for companion in self.companions:
-            companion.export_to(folder)
-        manifest = Manifest(
-            name=self.adapter_name,
-            method=FILES.method,
-            adapter={"omniportrait": path.name},
-            encoders=companions.encoder_files(FILES, self.companions, self.hashes),
-            training={**facts, "eta": own["eta"]},
-            **companions.of_base(self.base, self.model, self.licence),
-        )
-        write_manifest(folder / f"{self.adapter_name}{SUFFIX}", manifest)
+        facts = {**facts, "eta": str(self.eta)}
+        self.write_adapter(folder, "omniportrait", self.adapter.state_dict(), facts, facts)
 
 
 def configure(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--checkpoint", type=Path, required=True, help="the base model, a single SD1.5 file")
-    parser.add_argument("--name", required=True, help="NAME in omniportrait_NAME.safetensors")
+    add_adapter_options(parser, FILES)
     parser.add_argument("--initial", type=Path, help="a file to begin with")
-    parser.add_argument("--licence", metavar="TEXT", help="of the adapter, for its manifest; default: the base kit's")
     parser.add_argument(
         "--vision",
         metavar="FILE",
         help="the image encoder of the features, a path or a name in the model folders; default: the published one",
     )
     parser.add_argument("--eta", type=float, default=ETA, help=f"of eq. 5, the weight of L_loc; default {ETA}")
-    parser.add_argument("--gamma", type=float, default=0.0, help="Min-SNR's gamma; 0 for the plain loss")
-    add_face_weight(parser)
     parser.set_defaults(rate=RATE)
 
 

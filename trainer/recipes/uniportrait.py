@@ -26,9 +26,8 @@ from torch import Tensor
 
 from lib_portrait.attention import POSITIVE, Injection, Row, mark
 from lib_portrait.attention.sites import find_sites
-from lib_portrait.checkpoints.formats import read_tensors, write_tensors
+from lib_portrait.checkpoints.formats import read_tensors
 from lib_portrait.checkpoints.hashes import file_sha256
-from lib_portrait.checkpoints.kit import SUFFIX, Manifest, bare_name, write_manifest
 from lib_portrait.errors import PortraitError
 from lib_portrait.faces.heatmap_detector import open_detector
 from lib_portrait.faces.recognition import Backbone, backbone_from_state_dict
@@ -36,9 +35,8 @@ from lib_portrait.methods.declarations.uniportrait import DECLARATION, FILES
 from lib_portrait.methods.uniportrait import Adapter, BatchRule, IDEmbedding, Identities, routing_loss
 from lib_portrait.options import defaults
 from lib_portrait.routing_picture import draw_routing
-from lib_portrait.standalone.model import Model, load_model
 from trainer import companions
-from trainer.diffusion import NoiseSchedule, add_face_weight, face_weighted
+from trainer.adapter_recipe import AdapterRecipe, add_adapter_options, side_by_side, with_share
 from trainer.drawing import STEPS, ddim_sample, guided
 from trainer.draws import Draws
 from trainer.features import global_feature, uncaptioned
@@ -104,31 +102,27 @@ class LastStep:
     who: Tensor
 
 
-class UniPortraitRecipe(Recipe):
+class UniPortraitRecipe(AdapterRecipe):
     """See the module. Children are what the stage trains, named as in the published files."""
 
+    files = FILES
+
     def __init__(self, options: argparse.Namespace):
-        super().__init__()
+        _refuse_unread(options)
+        super().__init__(options)
         self.stage = options.stage
         self.name = f"uniportrait stage {self.stage}"
-        _refuse_unread(options)
         self.route_weight = ROUTE_WEIGHT if options.route_weight is None else options.route_weight
         self.lora_rate = LORA_RATE if options.lora_rate is None else options.lora_rate
-        self.gamma, self.face_weight = options.gamma, options.face_weight
         self.identity_weight = options.identity_weight
         self.last_below = LAST_BELOW if options.last_below is None else options.last_below
         if self.identity_weight and options.components == "global":
             raise PortraitError("identity-weight", "it is for local features", "Give it without global.")
         self.dropping = not options.no_dropping
-        self.adapter_name = bare_name(options.name, "name")
-        self.base, self.licence = options.checkpoint, options.licence
-        model = load_model(options.checkpoint)
-        self.schedule = NoiseSchedule(model.schedule)
+        model = self.model
         steps = len(self.schedule.alphas_bar)
         if not 0 < self.last_below <= steps:
             raise PortraitError("last_below", f"{self.last_below} was given", f"Give a number of 1 to {steps}.")
-        model.unet.requires_grad_(False).eval()
-        model.text_encoder.requires_grad_(False).eval()
         people = (1, 1) if self.stage == 1 else (2, MOST_PEOPLE)
         self.components = options.components
         self.data = PortraitDataset(
@@ -171,8 +165,7 @@ class UniPortraitRecipe(Recipe):
             if options.initial is not None:
                 begin_with_router(self, options.initial)
         self.rule = BatchRule(adapter, several=self.stage == 2)
-        # Frozen things stay out of children(): they are neither trained nor saved.
-        self._frozen: dict[str, Any] = {"model": model, "adapter": adapter}
+        self._frozen["adapter"] = adapter
         if self.identity_weight:
             backbone = _recognition(options, "the identity loss")
             detector = open_detector(options.detector or "mtcnn", [MODELS])
@@ -181,40 +174,22 @@ class UniPortraitRecipe(Recipe):
             self._frozen["identity loss"] = IdentityLoss(model.vae, backbone, detector, self.data.scale, others)
 
     @property
-    def model(self) -> Model:
-        return self._frozen["model"]
-
-    @property
     def adapter(self) -> Adapter:
         return self._frozen["adapter"]
 
     def prepare(self, device: torch.device, dtype: torch.dtype, settings: Settings) -> None:
-        for network in (self.model.unet, self.model.text_encoder):
-            network.to(device, dtype)
+        super().prepare(device, dtype, settings)
         self.adapter.to(device)
         if self.identity_weight:
             self._frozen["identity loss"].to(device)
-        if settings.checkpointing:
-            self.model.unet.enable_gradient_checkpointing()
-            # Checkpointing works in training mode only; the UNet has no dropout that this would switch on.
-            self.model.unet.train()
-        self._injection = Injection(self.model.unet, self.rule).inject()
-
-    def samples(self) -> PortraitDataset:
-        return self.data
+        self.injections = (Injection(self.model.unet, self.rule).inject(),)
 
     def groups(self, settings: Settings) -> list[dict[str, Any]]:
         groups = super().groups(settings)
         if self.stage == 2:
             # Sec. 3.4: the LoRA learns at a tenth of the router's rate.
-            low_rank = {id(p) for name, p in self.named_parameters() if "_lora." in name}
-            split = []
-            for group in groups:
-                for lora in (True, False):
-                    params = [p for p in group["params"] if (id(p) in low_rank) is lora]
-                    rate = settings.rate * (self.lora_rate if lora else 1.0)
-                    split.append({**group, "params": params, "lr": rate})
-            return [group for group in split if group["params"]]
+            low_rank = [p for name, p in self.named_parameters() if "_lora." in name]
+            return with_share(groups, low_rank, self.lora_rate, settings.rate)
         return groups
 
     def forward(self, batch: dict[str, Tensor], draws: Draws) -> dict[str, Tensor]:
@@ -223,7 +198,7 @@ class UniPortraitRecipe(Recipe):
         no_caption, no_face = draws.rand() < CAPTION_DROPPED, draws.rand() < FACES_DROPPED
         caption_ids = torch.where(no_caption[:, None], uncaptioned(caption_ids), caption_ids)
         id_tokens = self._embed(batch, no_face, draws)
-        noise, t = draws.randn(*latent.shape[1:]), draws.randint(self.schedule.alphas_bar.shape[0])
+        noise, t, noisy = self.noised(latent, draws)
         gumbel: dict[int, Tensor] = {}
 
         def gumbel_noise(site: int, shape: torch.Size) -> Tensor:
@@ -234,17 +209,14 @@ class UniPortraitRecipe(Recipe):
                 gumbel[site] = F.pad(own, (0, 0, 0, 0, 0, shape[0] - len(own)))
             return gumbel[site]
 
-        noisy, times = self.schedule(latent, noise, t), t
+        times = t
         cond = Condition(caption_ids, Identities(id_tokens, present, latent.new_ones(len(t), 1, 1)))
         last = self._sample(batch, caption_ids, ~no_face, draws) if self.identity_weight else None
         if last is not None:
             # One call of the UNet for both losses: gradient checkpointing knows of one, and DDP too.
             noisy, times, cond = torch.cat([noisy, last.noisy]), torch.cat([t, last.t]), cond.cat(last.cond)
         predicted, logits = self._predict(noisy, times, cond, gumbel_noise if self.training else None)
-        squared = (predicted[: len(t)] - self.schedule.target(latent, noise, t)).square()
-        error = face_weighted(squared, batch["regions"].amax(dim=1), self.face_weight)
-        weight = self.schedule.weights(t, self.gamma) if self.gamma else torch.ones_like(error)
-        diffusion = (weight * error).mean()
+        diffusion = self.diffusion_loss(predicted[: len(t)], latent, noise, t, batch["regions"].amax(dim=1))
         losses = {"loss": diffusion, "diffusion": diffusion}
         if self.stage == 2:
             height, width = latent.shape[-2:]
@@ -310,18 +282,11 @@ class UniPortraitRecipe(Recipe):
         self, noisy: Tensor, t: Tensor, cond: Condition, noise: Callable[[int, torch.Size], Tensor] | None = None
     ) -> tuple[Tensor, dict[int, Tensor]]:
         """What the UNet predicts of `noisy` (B, 4, h, w), and each site's logits. noise: see `BatchRule.begin`."""
-        model = self.model
-        with torch.no_grad():
-            text = model.text_encoder(cond.caption_ids).last_hidden_state
         self.rule.begin(cond.identities, noise)
         logits = self.rule.logits
-        dtype = next(model.unet.parameters()).dtype
         numbers = range(len(noisy))
-        self._injection.rows = {number: Row(POSITIVE, picture=number) for number in numbers}
-        predicted = model.unet(noisy.to(dtype), t, mark(text, numbers)).sample
-        # Gradient checkpointing runs the layers again during the backward pass, and the rule must act there too.
-        self._injection.resume()
-        return predicted.float(), logits
+        self.injections[0].rows = {number: Row(POSITIVE, picture=number) for number in numbers}
+        return self.predicted(noisy, t, mark(self.encoded(cond.caption_ids), numbers)), logits
 
     def _embed(self, batch: dict[str, Tensor], no_face: Tensor, draws: Draws) -> Tensor:
         """F_id of all people, (B, N, T, D), with the dropping regularisation of sec. 3.4 where this trains.
@@ -358,21 +323,20 @@ class UniPortraitRecipe(Recipe):
     def pictures(self, draws: Draws) -> dict[str, Tensor]:
         """Four pictures of the first samples' people and captions, as a request with default settings draws them; with
         several people the routing map of each under it."""
-        model, device = self.model, draws.device
-        first = [self.data[i, (0, 0, 0)] for i in range(min(4, len(self.data)))]
-        batch = {name: torch.stack([sample[name] for sample in first]).to(device) for name in first[0]}
-        rows = len(first)
+        device = draws.device
+        batch = self.first_samples(device)
+        rows = len(batch["latent"])
         beta = torch.full((rows,), STRUCTURE, device=device)
         cond, uncond = self._conditions(batch, batch["caption_ids"], beta, SCALE)
         noise, end = draws.randn(*batch["latent"].shape[1:])[:rows], torch.zeros(rows, dtype=torch.long, device=device)
         latent = ddim_sample(noise, end, STEPS, self.schedule, self._guided(cond, uncond))
         _, logits = self._predict(latent, end, cond)
-        decoded = model.vae.to(device).decode(latent / self.data.scale).sample.float() / 2 + 0.5
-        rows_of = [torch.cat(list(decoded.clamp(0, 1)), dim=2)]
+        decoded = self.decoded(latent)
+        rows_of = [side_by_side(decoded)]
         if logits:
             finest = max(logits.values(), key=lambda site: site.shape[1])
             maps = finest.softmax(dim=-1).transpose(1, 2).unflatten(-1, tuple(latent.shape[-2:])).cpu()
-            made = [Image.fromarray(p.permute(1, 2, 0).mul(255).byte().cpu().numpy()) for p in decoded.clamp(0, 1)]
+            made = [Image.fromarray(p.permute(1, 2, 0).mul(255).byte().cpu().numpy()) for p in decoded]
             counts = batch["present"].sum(dim=1).tolist()
             drawn = [draw_routing([p], [m[:n]])[0] for p, m, n in zip(made, maps, counts)]
             tensors = [torch.from_numpy(np.array(p.convert("RGB"))).permute(2, 0, 1) / 255 for p in drawn]
@@ -385,30 +349,10 @@ class UniPortraitRecipe(Recipe):
         Beside it what it cannot be used without, as far as that is in none of the model folders.
         """
         role = "faceid" if self.stage == 1 else "router"
-        tensors = {name: tensor.detach().half().contiguous().cpu() for name, tensor in self.state_dict().items()}
-        path = folder / f"uniportrait-{role}_{self.adapter_name}.safetensors"
         named = {one.role: one.name for one in self.companions} if self.stage == 1 else {}
-        named["components"] = self.components
-        write_tensors(path, tensors, {**facts, **named, "features": str(sorted(self.data.features.hashes.items()))})
-        for companion in self.companions:
-            companion.export_to(folder)
-        self._write_manifest(folder, {role: path.name}, {**facts, "components": self.components})
-
-    def _write_manifest(self, folder: Path, adapter: Mapping[str, str], facts: Mapping[str, str]) -> None:
-        """NAME.kit.json: the files of this export, with what they were made and for what.
-
-        adapter: the file of this stage, by role.
-        """
+        facts = {**facts, "components": self.components}
         first = {one.role: one.name for one in self.companions if one.role == "faceid"}
-        manifest = Manifest(
-            name=self.adapter_name,
-            method=FILES.method,
-            adapter={**first, **adapter},
-            encoders=companions.encoder_files(FILES, self.companions, self.data.features.hashes),
-            training=facts,
-            **companions.of_base(self.base, self.model, self.licence),
-        )
-        write_manifest(folder / f"{self.adapter_name}{SUFFIX}", manifest)
+        self.write_adapter(folder, role, self.state_dict(), {**facts, **named}, facts, first)
 
 
 def _refuse_unread(options: argparse.Namespace) -> None:
@@ -444,9 +388,7 @@ def _recognition(options: argparse.Namespace, what: str) -> Backbone:
 
 def configure(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--stage", type=int, choices=(1, 2), default=1)
-    parser.add_argument("--checkpoint", type=Path, required=True, help="the base model, a single SD1.5 file")
-    parser.add_argument("--name", required=True, help="NAME in uniportrait-faceid_NAME.safetensors")
-    parser.add_argument("--licence", metavar="TEXT", help="of the adapter, for its manifest; default: the base kit's")
+    add_adapter_options(parser, FILES)
     parser.add_argument("--faceid", type=Path, help="stage 2: the faceid file of stage 1")
     parser.add_argument("--initial", type=Path, help="a file of the same stage to begin with; stage 2 takes its router")
     for role, what in (("backbone", "recognition network"), ("vision", "image encoder")):
@@ -486,8 +428,6 @@ def configure(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--no-dropping", action="store_true", help="without the dropping regularisation (Table 3)")
     parser.add_argument("--route-weight", type=float, help=f"stage 2: lambda of eq. 4, default {ROUTE_WEIGHT}")
     parser.add_argument("--lora-rate", type=float, help=f"stage 2: the LoRA's share of the rate, default {LORA_RATE}")
-    parser.add_argument("--gamma", type=float, default=0.0, help="Min-SNR's gamma; 0 for eq. 1 as it stands")
-    add_face_weight(parser)
 
 
 def build(options: argparse.Namespace) -> Recipe:
