@@ -20,6 +20,7 @@ from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
 from multiprocessing import get_context
+from pathlib import Path
 from types import ModuleType
 from typing import Any, Protocol, TypeVar
 
@@ -28,6 +29,7 @@ import cv2
 from lib_portrait.errors import PortraitError
 
 ENGINES = ("local", "ray")
+ROOT = Path(__file__).resolve().parents[1]
 Job = TypeVar("Job")
 Result = TypeVar("Result")
 # How many results of a process may wait for the writer.
@@ -116,6 +118,26 @@ def _one_thread() -> None:
     """The processes share the cores already. OpenMP reads its variable when torch is imported, which comes later."""
     os.environ["OMP_NUM_THREADS"] = "1"
     cv2.setNumThreads(1)
+
+
+def engine_of(name: str, device: str, processes: int | None = None, address: str | None = None) -> Engine:
+    """One of ENGINES. processes: None for one, or with Ray as `RayEngine` has it. address: of a cluster of Ray's.
+
+    Raises PortraitError for what makes no sense, or a device that is not there.
+    """
+    if processes is not None and processes < 1:
+        raise PortraitError("processes", f"{processes} was given", "Give 1 or more.")
+    gpu = device.startswith("cuda")
+    if name == "ray":
+        return RayEngine(address, processes, gpu)
+    if address is not None:
+        raise PortraitError("ray_address", "the engine is not Ray", "Give --engine ray too, or leave it away.")
+    if gpu:
+        import torch
+
+        if not torch.cuda.is_available():
+            raise PortraitError("device", "there is no CUDA GPU here", "Leave --device away.")
+    return LocalEngine(processes or 1)
 
 
 # ---------------------------------------------------------------------------------------------------------------- Ray
@@ -238,6 +260,8 @@ def _connected(ray: ModuleType, address: str | None, processes: int | None) -> I
     os.environ |= {"RAY_USAGE_STATS_ENABLED": "0"}
     logging.getLogger("ray.data").setLevel(logging.ERROR)
     options: dict[str, Any] = {"logging_level": logging.ERROR, "log_to_driver": False}
+    # Workers know nothing of where this process finds its modules.
+    options["runtime_env"] = {"env_vars": {"PYTHONPATH": str(ROOT)}}
     if address is None:
         options |= {"address": "local", "num_cpus": processes or os.cpu_count() or 1, "include_dashboard": False}
     else:
@@ -249,9 +273,11 @@ def _connected(ray: ModuleType, address: str | None, processes: int | None) -> I
         raise PortraitError(
             "ray_address" if address else "engine",
             f"{where} ({type(error).__name__}: {str(error)[:200]})",
-            "Look whether it runs (ray status), with the Ray and Python of this environment."
+            "Look whether it runs (ray status), with the Ray and Python of this environment, and whether it asks for a "
+            "token (RAY_AUTH_MODE=token)."
             if address
-            else "Give --engine local.",
+            else "Its own processes must start within seconds: try again when the machine is less busy, or give "
+            "--engine local.",
             status_code=500,
         ) from error
     try:

@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from tqdm import tqdm
 
 from lib_portrait.checkpoints.formats import read_tensors
 from lib_portrait.checkpoints.hashes import file_sha256
@@ -22,7 +21,7 @@ from lib_portrait.faces.vision import VisionTower, image_tower_from_state_dict, 
 from lib_portrait.faces.weights import check_finite
 from lib_portrait.standalone.model import load_model, load_tokenizer
 from trainer.architectures import vae_like
-from trainer.engines import Engine, Step, ordered_map
+from trainer.engines import Engine, LocalEngine, Step, ordered_map
 from trainer.features import FrozenNetworks, LatentEncoder, precompute
 
 
@@ -48,26 +47,26 @@ def precompute_shards(
     device: str,
     references: int = 0,
     batch: int = 32,
-    processes: int = 1,
     engine: Engine | None = None,
 ) -> Counter[str]:
-    """`features.precompute` by several processes, each with networks of its own and every so-manieth shard.
+    """`features.precompute` by an engine: each process with networks of its own and every so-manieth shard, each of
+    Ray's actors, which keep their networks, one shard after the other.
 
     Most of the work is to cut out and turn faces, which the processor does, also where a GPU computes the features.
-    engine: in place of `processes`; gives its workers, which keep their networks, one shard after the other.
     """
-    options: dict[str, Any] = {"files": files, "device": device, "references": references, "batch": batch}
-    parts = [paths[place::processes] for place in range(min(processes, len(paths)))]
+    engine = engine or LocalEngine()
+    options: dict[str, Any] = {"device": device, "references": references, "batch": batch}
     # Anything that is wrong with the networks is told here, and once.
-    if engine is not None or len(parts) > 1:
+    if engine != LocalEngine(1) and len(paths) > 1:
         frozen_networks(files, "cpu", references)
-    if engine is not None:
-        # Its workers may have begun in another folder.
-        options["files"] = NetworkFiles(*(file and file.absolute() for file in vars(files).values()))
-        work = Step(functools.partial(_precompute_one, **options), network=True)
-        results = iter(tqdm(engine.map([work], [path.absolute() for path in paths]), total=len(paths), unit="shard"))
+    if isinstance(engine, LocalEngine):
+        parts = [paths[place :: engine.processes] for place in range(min(engine.processes, len(paths)))]
+        results = ordered_map(functools.partial(_precompute_part, files=files, **options), parts, len(parts))
     else:
-        results = ordered_map(functools.partial(_precompute_part, **options), parts, len(parts))
+        # Its workers may have begun in another folder.
+        files = NetworkFiles(*(file and file.absolute() for file in vars(files).values()))
+        work = Step(functools.partial(_precompute_one, files=files, **options), network=True)
+        results = engine.map([work], [path.absolute() for path in paths])
     counts: Counter[str] = Counter()
     for one in results:
         counts.update(one)

@@ -604,12 +604,16 @@ def test_ray_that_is_not_there_is_told_with_how_to_install_it(monkeypatch):
 def test_options_that_make_no_sense_are_refused(folder, tmp_path, capsys, monkeypatch, others, problem):
     folder("a.png", (256, 256), *ONE)
     monkeypatch.undo()  # the true detectors
-    monkeypatch.setattr("trainer.frozen.default_device", lambda: "cpu")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     assert command_line.run(command_line.parse(words(folder.place, tmp_path / "out", *others))) == 1
     assert problem in capsys.readouterr().err
 
 
 # ---------------------------------------------------------------------------------------------------------------- Ray
+
+
+# HOST:PORT of a cluster on this machine to test with; without it, each test starts one of its own.
+CLUSTER = os.environ.get("PORTRAIT_RAY_ADDRESS")
 
 
 @pytest.fixture(scope="module")
@@ -652,6 +656,7 @@ def test_the_number_of_processes_changes_no_byte(pictures, whole, tmp_path):
 def test_ray_makes_the_same_bytes(ray, pictures, whole, tmp_path):
     options = words(pictures, tmp_path / "out", "--engine", "ray", "--processes", "2", "--size", "128", "--kind", "png")
     options += ["--smallest-face", "12", "--detector", str(DETECTOR), "--shard", "10"]
+    options += ["--ray-address", CLUSTER] if CLUSTER else []
     assert command_line.run(command_line.parse(options)) == 0
     assert contents(tmp_path / "out") == whole
 
@@ -679,7 +684,7 @@ def test_nothing_is_lost_when_ray_s_workers_are_killed(ray, pictures, whole, tmp
     thread = threading.Thread(target=kill)
     thread.start()
     try:
-        make_photos(pictures, tmp_path / "out", DRAWN, engine=RayEngine(processes=2))
+        make_photos(pictures, tmp_path / "out", DRAWN, engine=RayEngine(CLUSTER, 2))
     finally:
         stop.set()
         thread.join()
@@ -692,7 +697,7 @@ def test_a_killed_command_goes_on_with_the_other_engine(ray, pictures, whole, tm
     code = (
         "from pathlib import Path; from trainer.engines import RayEngine; from trainer.photos import *\n"
         f"settings = PhotoSettings(size=128, kind='png', smallest_face=12, detector={str(DETECTOR)!r}, shard=10)\n"
-        f"make_photos(Path({str(pictures)!r}), Path({str(output)!r}), settings, engine=RayEngine(processes=1))"
+        f"make_photos(Path({str(pictures)!r}), Path({str(output)!r}), settings, engine=RayEngine({CLUSTER!r}, 1))"
     )
     process = subprocess.Popen([sys.executable, "-c", code], cwd=ROOT, stderr=subprocess.DEVNULL)
     deadline = time.monotonic() + 120
@@ -710,4 +715,10 @@ def test_a_killed_command_goes_on_with_the_other_engine(ray, pictures, whole, tm
 
 def test_what_is_wrong_in_a_worker_of_ray_s_is_told_as_in_this_process(ray):
     with pytest.raises(PortraitError, match=r"^size: 3 was given\. Give 64 or more"):
-        list(RayEngine(processes=1).map([Step(PhotoSettings, network=True), Step(str)], [512, 3]))
+        list(RayEngine(CLUSTER, 1).map([Step(PhotoSettings, network=True), Step(str)], [512, 3]))
+
+
+@pytest.mark.parametrize("network", [False, True])
+def test_what_kills_every_worker_of_ray_s_ends_the_command(ray, network):
+    with pytest.raises(PortraitError, match=r"a process was killed.*Start the same command again"):
+        list(RayEngine(CLUSTER, 1).map([Step(abs), Step(os._exit, network)], [9]))

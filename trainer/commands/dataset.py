@@ -128,6 +128,7 @@ def run(options: argparse.Namespace) -> int:
 
 
 def _photos(options: argparse.Namespace) -> int:
+    from trainer.engines import engine_of
     from trainer.photos import PhotoSettings, make_photos
 
     photos = PhotoSettings(
@@ -149,7 +150,8 @@ def _photos(options: argparse.Namespace) -> int:
         parser=options.parser,
         device=options.device,
     )
-    engine = _engine(options, os.cpu_count() or 1)
+    processes = options.processes if options.processes is not None or options.engine == "ray" else os.cpu_count() or 1
+    engine = engine_of(options.engine, options.device, processes, options.ray_address)
     made = make_photos(options.folder, options.output, photos, options.name, engine)
     print(f"{made.samples} samples in {options.output} ({options.name}-report.md says what became of all photos)")
     if made.skipped:
@@ -159,23 +161,6 @@ def _photos(options: argparse.Namespace) -> int:
         print(f"Of others there is something to say ({options.output / f'{options.name}-notices.txt'} lists them):")
         _print_counts(Counter(line.rpartition(": ")[2] for line in made.notices))
     return 0 if made.samples else 1
-
-
-def _engine(options: argparse.Namespace, processes: int) -> Any:
-    """The engine that was asked for. processes: those of the local one, where nothing is said."""
-    from lib_portrait.errors import PortraitError
-    from trainer.engines import LocalEngine, RayEngine
-    from trainer.frozen import default_device
-
-    if options.processes is not None and options.processes < 1:
-        raise PortraitError("processes", f"{options.processes} was given", "Give 1 or more.")
-    if options.engine == "ray":
-        return RayEngine(options.ray_address, options.processes, gpu=options.device.startswith("cuda"))
-    if options.ray_address is not None:
-        raise PortraitError("ray_address", "the engine is not Ray", "Give --engine ray too, or leave it away.")
-    if options.device.startswith("cuda") and default_device() != "cuda":
-        raise PortraitError("device", "there is no CUDA GPU here", "Leave --device away.")
-    return LocalEngine(options.processes or processes)
 
 
 def _world(options: argparse.Namespace) -> int:
@@ -190,23 +175,16 @@ def _world(options: argparse.Namespace) -> int:
 
 
 def _features(options: argparse.Namespace) -> int:
+    from trainer.engines import engine_of
     from trainer.frozen import NetworkFiles, default_device, precompute_shards
     from trainer.shards import Shards
 
     files = NetworkFiles(
         options.checkpoint, options.vae, options.backbone, options.vision, options.image, options.parser
     )
-    options.device = options.device or default_device()
-    paths, processes, engine = Shards.under(options.data).paths, options.processes or 1, _engine(options, 1)
-    counts = precompute_shards(
-        paths,
-        files,
-        options.device,
-        options.references,
-        options.batch,
-        processes,
-        engine if options.engine == "ray" else None,
-    )
+    device, paths = options.device or default_device(), Shards.under(options.data).paths
+    engine = engine_of(options.engine, device, options.processes, options.ray_address)
+    counts = precompute_shards(paths, files, device, options.references, options.batch, engine)
     print(f"{counts['shards']} shards: {counts['pictures']} pictures, {counts['faces']} faces")
     if counts["unusable"]:
         print(f"{counts['unusable']} pictures cannot be used; portrait.py dataset check {options.data} says why")
