@@ -253,3 +253,22 @@ def test_a_file_that_holds_another_network_is_refused_by_name(tmp_path, networks
     words = ["dataset", "features", str(tmp_path), "--vae", str(networks / "backbone.safetensors")]
     assert command_line.run(command_line.parse(words)) == 1
     assert "backbone.safetensors does not hold the world's VAE" in capsys.readouterr().err
+
+
+def test_ray_makes_the_same_features(ray, tmp_path, networks, capsys):
+    for place in ("one", "two"):
+        make_world(tmp_path / place, WorldSettings(0, 3, size=64, shard=1))
+    assert features(networks, tmp_path / "one", "vae", "backbone", "vision") == 0
+    words = ["dataset", "features", str(tmp_path / "two"), "--engine", "ray", "--processes", "2", "--device", "cpu"]
+    words += [
+        word for name in ("vae", "backbone", "vision") for word in (f"--{name}", f"{networks / name}.safetensors")
+    ]
+    words += ["--batch", "2", *(["--ray-address", ray] if ray else [])]
+    assert command_line.run(command_line.parse(words)) == 0
+    first, second = capsys.readouterr().out.splitlines()
+    assert first == second and first.startswith("3 shards: 3 pictures")
+    for number in range(3):
+        one, two = (load_file(tmp_path / p / f"world-0000{number}.features.safetensors") for p in ("one", "two"))
+        assert one.keys() == two.keys()
+        for name in one:
+            torch.testing.assert_close(one[name], two[name], rtol=2e-3, atol=2e-3)

@@ -612,15 +612,6 @@ def test_options_that_make_no_sense_are_refused(folder, tmp_path, capsys, monkey
 # ---------------------------------------------------------------------------------------------------------------- Ray
 
 
-# HOST:PORT of a cluster on this machine to test with; without it, each test starts one of its own.
-CLUSTER = os.environ.get("PORTRAIT_RAY_ADDRESS")
-
-
-@pytest.fixture(scope="module")
-def ray():
-    return pytest.importorskip("ray", reason="Ray is not installed (requirements/ray.txt)")
-
-
 @pytest.fixture(scope="module")
 def pictures(tmp_path_factory):
     """Files of the world's pictures, one of them broken, one of nobody."""
@@ -656,7 +647,7 @@ def test_the_number_of_processes_changes_no_byte(pictures, whole, tmp_path):
 def test_ray_makes_the_same_bytes(ray, pictures, whole, tmp_path):
     options = words(pictures, tmp_path / "out", "--engine", "ray", "--processes", "2", "--size", "128", "--kind", "png")
     options += ["--smallest-face", "12", "--detector", str(DETECTOR), "--shard", "10"]
-    options += ["--ray-address", CLUSTER] if CLUSTER else []
+    options += ["--ray-address", ray] if ray else []
     assert command_line.run(command_line.parse(options)) == 0
     assert contents(tmp_path / "out") == whole
 
@@ -684,7 +675,7 @@ def test_nothing_is_lost_when_ray_s_workers_are_killed(ray, pictures, whole, tmp
     thread = threading.Thread(target=kill)
     thread.start()
     try:
-        make_photos(pictures, tmp_path / "out", DRAWN, engine=RayEngine(CLUSTER, 2))
+        make_photos(pictures, tmp_path / "out", DRAWN, engine=RayEngine(ray, 2))
     finally:
         stop.set()
         thread.join()
@@ -697,7 +688,7 @@ def test_a_killed_command_goes_on_with_the_other_engine(ray, pictures, whole, tm
     code = (
         "from pathlib import Path; from trainer.engines import RayEngine; from trainer.photos import *\n"
         f"settings = PhotoSettings(size=128, kind='png', smallest_face=12, detector={str(DETECTOR)!r}, shard=10)\n"
-        f"make_photos(Path({str(pictures)!r}), Path({str(output)!r}), settings, engine=RayEngine({CLUSTER!r}, 1))"
+        f"make_photos(Path({str(pictures)!r}), Path({str(output)!r}), settings, engine=RayEngine({ray!r}, 1))"
     )
     process = subprocess.Popen([sys.executable, "-c", code], cwd=ROOT, stderr=subprocess.DEVNULL)
     deadline = time.monotonic() + 120
@@ -715,10 +706,10 @@ def test_a_killed_command_goes_on_with_the_other_engine(ray, pictures, whole, tm
 
 def test_what_is_wrong_in_a_worker_of_ray_s_is_told_as_in_this_process(ray):
     with pytest.raises(PortraitError, match=r"^size: 3 was given\. Give 64 or more"):
-        list(RayEngine(CLUSTER, 1).map([Step(PhotoSettings, network=True), Step(str)], [512, 3]))
+        list(RayEngine(ray, 1).map([Step(PhotoSettings, network=True), Step(str)], [512, 3]))
 
 
 @pytest.mark.parametrize("network", [False, True])
 def test_what_kills_every_worker_of_ray_s_ends_the_command(ray, network):
     with pytest.raises(PortraitError, match=r"a process was killed.*Start the same command again"):
-        list(RayEngine(CLUSTER, 1).map([Step(abs), Step(os._exit, network)], [9]))
+        list(RayEngine(ray, 1).map([Step(abs), Step(os._exit, network)], [9]))

@@ -7,7 +7,7 @@ portrait.py dataset features SHARDS --checkpoint MODEL --backbone FILE --vision 
 portrait.py dataset check SHARDS                    what shards hold, and which samples cannot be used
 
 Started again, a command that was broken off goes on with the first shard that is missing.
-With --engine ray, photos and features are made by Ray, on this machine or a cluster: the same bytes.
+With --engine ray, photos and features are made by Ray, on this machine or a cluster; the shards are the same.
 """
 
 from __future__ import annotations
