@@ -102,7 +102,7 @@ class PhotoSettings:
         if not 0 <= low < high <= 1:
             raise PortraitError("face_share", f"{low:g} {high:g} was given", "Give two shares, 0 <= LEAST < MOST <= 1.")
         if not (self.sharpness >= 0 and math.isfinite(self.sharpness)):
-            raise PortraitError("sharpness", f"{self.sharpness:g} was given", "Give 0 or more; 0.01 is little.")
+            raise PortraitError("sharpness", f"{self.sharpness:g} was given", "Give 0 or more.")
 
 
 @dataclass(frozen=True)
