@@ -65,7 +65,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
         help="part of the photo's area that its largest face covers, default 0 1",
     )
     filters.add_argument(
-        "--sharpness", type=float, default=0.0, metavar="LEAST", help="of the largest face; default 0: blurred as well"
+        "--sharpness", type=float, default=0.0, metavar="LEAST", help="of the largest face, such as 0.05; default 0"
     )
     filters.add_argument("--nouns", action="store_true", help="only photos whose caption has a word for a person")
     world = _kind(kinds, "world", _world, "shards of the drawn world")
