@@ -42,6 +42,7 @@ COMMANDS = {
 REQUIREMENTS = {
     "standalone": ("standalone",),
     "train": ("standalone", "train"),
+    "ray": ("standalone", "train", "ray"),
     "dev": ("standalone", "train", "dev"),
 }
 
@@ -119,7 +120,7 @@ def ensure(environment: Path, wanted: str) -> None:
 
 
 def fresh(environment: Path, wanted: str) -> bool:
-    """Whether the environment holds what the requirement files say now. "dev" holds all that the others do."""
+    """Whether the environment holds what the requirement files say now. "dev" holds all that others do, but for Ray."""
     if not interpreter(environment).exists():
         return False
     return any(

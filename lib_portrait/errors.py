@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 
 @dataclass(frozen=True)
@@ -37,6 +38,16 @@ class PortraitError(Exception):
         self.status_code = status_code
         self.detail = f"{self.field}: {self.problem}. {self.remedy}"
         super().__init__(self.detail)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """Without it, one raised in another process could not come back: `args` is not what the class is made of."""
+        return _again, (type(self), self.__dict__)
+
+
+def _again(kind: type[PortraitError], facts: dict[str, Any]) -> PortraitError:
+    error = kind.__new__(kind, facts["detail"])
+    error.__dict__.update(facts)
+    return error
 
 
 class NoSuchFace(PortraitError):

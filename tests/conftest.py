@@ -1,6 +1,6 @@
 """What holds for every test: nothing is fetched, two threads at most, one line for all skipped WebUI tests.
 
-At the end it is told how many of those that need a WebUI, or more beside it, ran.
+At the end it is told how many of those that need a WebUI, or more beside it, or Ray, ran.
 """
 
 from __future__ import annotations
@@ -16,6 +16,13 @@ os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ.setdefault("OMP_NUM_THREADS", "2")
 
 
+@pytest.fixture(scope="session")
+def ray() -> str | None:
+    """PORTRAIT_RAY_ADDRESS, HOST:PORT of a cluster on this machine, or None: then each test starts one of its own."""
+    pytest.importorskip("ray", reason="Ray is not installed (requirements/ray.txt)")
+    return os.environ.get("PORTRAIT_RAY_ADDRESS")
+
+
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
     """WebUI tests skipped for one reason are folded into one line of the summary, which else has one for each place."""
     for report in terminalreporter.getreports("skipped"):
@@ -29,6 +36,7 @@ NEEDS = {
     "with_adetailer": "ADetailer",
     "server_with_controlnet": "ControlNet",
     "webui_dir": "WebUI",
+    "ray": "Ray",
 }
 # Its key among what a report says of its test.
 NEED = "need"

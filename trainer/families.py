@@ -58,7 +58,7 @@ class PicturesOfFamilies:
             raise PortraitError(
                 "data",
                 f"its records have no poses ({error})",
-                "Make the shards with them: portrait.py dataset world --poses.",
+                "Make the shards with them: portrait.py dataset world --poses, or dataset photos --keypoints FILE.",
             ) from None
 
     def __len__(self) -> int:

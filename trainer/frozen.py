@@ -7,6 +7,7 @@ from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -20,7 +21,7 @@ from lib_portrait.faces.vision import VisionTower, image_tower_from_state_dict, 
 from lib_portrait.faces.weights import check_finite
 from lib_portrait.standalone.model import load_model, load_tokenizer
 from trainer.architectures import vae_like
-from trainer.dataset import ordered_map
+from trainer.engines import Engine, LocalEngine, Step, ordered_map
 from trainer.features import FrozenNetworks, LatentEncoder, precompute
 
 
@@ -46,19 +47,28 @@ def precompute_shards(
     device: str,
     references: int = 0,
     batch: int = 32,
-    processes: int = 1,
+    engine: Engine | None = None,
 ) -> Counter[str]:
-    """`features.precompute` by several processes, each with networks of its own and every so-manieth shard.
+    """`features.precompute` by an engine: each process with networks of its own and every so-manieth shard, each of
+    Ray's actors, which keep their networks, one shard after the other.
 
     Most of the work is to cut out and turn faces, which the processor does, also where a GPU computes the features.
     """
-    parts = [paths[place::processes] for place in range(min(processes, len(paths)))]
-    work = functools.partial(_precompute_part, files=files, device=device, references=references, batch=batch)
+    engine = engine or LocalEngine()
+    options: dict[str, Any] = {"device": device, "references": references, "batch": batch}
     # Anything that is wrong with the networks is told here, and once.
-    if len(parts) > 1:
+    if engine != LocalEngine(1) and len(paths) > 1:
         frozen_networks(files, "cpu", references)
+    if isinstance(engine, LocalEngine):
+        parts = [paths[place :: engine.processes] for place in range(min(engine.processes, len(paths)))]
+        results = ordered_map(functools.partial(_precompute_part, files=files, **options), parts, len(parts))
+    else:
+        # Its workers may have begun in another folder.
+        files = NetworkFiles(*(file and file.absolute() for file in vars(files).values()))
+        work = Step(functools.partial(_precompute_one, files=files, **options), network=True)
+        results = engine.map([work], [path.absolute() for path in paths])
     counts: Counter[str] = Counter()
-    for one in ordered_map(work, parts, len(parts)):
+    for one in results:
         counts.update(one)
     return counts
 
@@ -67,6 +77,16 @@ def _precompute_part(
     paths: Sequence[Path], files: NetworkFiles, device: str, references: int, batch: int
 ) -> dict[str, int]:
     return precompute(paths, frozen_networks(files, device, references), batch)
+
+
+def _precompute_one(path: Path, files: NetworkFiles, device: str, references: int, batch: int) -> dict[str, int]:
+    return precompute([path], _kept_networks(files, device, references), batch)
+
+
+@functools.lru_cache(maxsize=1)
+def _kept_networks(files: NetworkFiles, device: str, references: int) -> FrozenNetworks:
+    """For workers that end with the command: elsewhere a file may hold other weights by the next call."""
+    return frozen_networks(files, device, references)
 
 
 def frozen_networks(files: NetworkFiles, device: str, references: int = 0) -> FrozenNetworks:

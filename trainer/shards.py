@@ -143,6 +143,20 @@ class ShardWriter:
         self._tar.addfile(info, io.BytesIO(data))
 
 
+@dataclass(frozen=True)
+class EncodedSample:
+    """A sample with its picture encoded, as `ShardWriter.add` takes it."""
+
+    key: str
+    picture: bytes
+    suffix: str
+    record: Record
+    labels: NDArray[np.uint8] | None = None
+
+    def add_to(self, shard: ShardWriter) -> None:
+        shard.add(self.key, self.picture, self.suffix, self.record, self.labels)
+
+
 @contextmanager
 def writing(path: Path) -> Iterator[ShardWriter]:
     """A shard that appears under its name only when it is whole."""

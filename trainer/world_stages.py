@@ -28,6 +28,7 @@ from lib_portrait.methods.declarations import ADAPTED
 from trainer import release
 from trainer.companions import MODELS, stored_file
 from trainer.dataset import WorldSettings, make_world
+from trainer.engines import LocalEngine
 from trainer.frozen import NetworkFiles, precompute_shards
 from trainer.loop import progress
 from trainer.recipes import recipe_module, train_recipe
@@ -365,7 +366,7 @@ def _pictures(options: WorldOptions) -> bool:
 
 def _latents(options: WorldOptions) -> bool:
     files = NetworkFiles(vae=options.export("autoencoder") / "vae.safetensors")
-    precompute_shards(_shards(options), files, options.device, batch=64, processes=_precomputing(options))
+    precompute_shards(_shards(options), files, options.device, batch=64, engine=LocalEngine(_precomputing(options)))
     return True
 
 
@@ -377,7 +378,9 @@ def _faces(options: WorldOptions) -> bool:
         vision=options.kit / "world-vision.safetensors",
         image=options.kit / "world-vision.safetensors",
     )
-    precompute_shards(_shards(options), files, options.device, options.size, batch=64, processes=_precomputing(options))
+    precompute_shards(
+        _shards(options), files, options.device, options.size, batch=64, engine=LocalEngine(_precomputing(options))
+    )
     return True
 
 

@@ -79,6 +79,10 @@ def mark_conditions(conditions: Conditions, numbers: int | Sequence[int]) -> Con
     return marked
 
 
+# What stands for a person in a text, where they have no word of their own.
+PERSON_WORDS = ("woman", "man", "girl", "boy", "person", "women", "men", "girls", "boys", "persons", "people")
+
+
 def word_positions(tokens: Sequence[int], word: Sequence[int]) -> tuple[tuple[int, ...], ...]:
     """Where the tokens of a word stand among those of a prompt: their positions, for every time that it is there."""
     length = len(word)

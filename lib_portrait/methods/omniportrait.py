@@ -25,6 +25,7 @@ from torch import Tensor, nn
 from lib_portrait.attention.injection import Call, Wrapper
 from lib_portrait.attention.maps import RoutingMaps, word_attention
 from lib_portrait.attention.regions import Region
+from lib_portrait.attention.rows import PERSON_WORDS as WORDS
 from lib_portrait.attention.rows import POSITIVE
 from lib_portrait.attention.sites import Site
 from lib_portrait.attention.windows import takes_part
@@ -34,8 +35,6 @@ from lib_portrait.faces.references import IdentityFaces
 from lib_portrait.faces.weights import checked, fill, unfit
 from lib_portrait.methods.base import Host, Method, Options, Placement, Rule
 
-# What stands for a person in a prompt, where they have no word of their own.
-WORDS = ("woman", "man", "girl", "boy", "person", "women", "men", "girls", "boys", "persons", "people")
 # Where eq. 5 holds A_t(m) to the mask: on the level with about as many positions.
 LOCALIZED = 16 * 16
 

@@ -61,7 +61,7 @@ ROOMS = {
     ),
     "tests.command": Room(),
     "trainer": Room(
-        f"{SERIALISED} {PICTURES} accelerate diffusers transformers tqdm",
+        f"{SERIALISED} {PICTURES} accelerate diffusers transformers tqdm torchvision ray",
         "lib_portrait.errors lib_portrait.options lib_portrait.request lib_portrait.attention lib_portrait.faces "
         "lib_portrait.checkpoints lib_portrait.methods lib_portrait.methods.declarations lib_portrait.picture_files "
         "lib_portrait.routing_picture lib_portrait.control_picture lib_portrait.standalone trainer.world",
@@ -73,7 +73,7 @@ ROOMS = {
         "lib_portrait.methods lib_portrait.methods.declarations lib_portrait.options lib_portrait.conditioning "
         "lib_portrait.control_picture lib_portrait.routing_picture lib_portrait.guidance lib_portrait.guidance.options "
         "lib_portrait.standalone trainer.architectures trainer.attribute_network "
-        "trainer.dataset trainer.features trainer.shards trainer.world",
+        "trainer.features trainer.photos trainer.shards trainer.world",
     ),
     "trainer.world": Room("numpy skia cv2 PIL", "lib_portrait.errors trainer.world"),
     "lib_portrait": Room(),

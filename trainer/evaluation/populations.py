@@ -18,9 +18,9 @@ from lib_portrait.faces.detection import RULES, Detector, detect_in_photo, turne
 from lib_portrait.faces.images import decode_image
 from lib_portrait.faces.order import TURNS
 from lib_portrait.request import Limits, Photo
-from trainer.dataset import find_photos, label_of
 from trainer.evaluation.layouts import scene_of
 from trainer.evaluation.prompts import Prompt
+from trainer.photos import find_photos, label_of
 from trainer.shards import encode_png
 from trainer.world import Scene, Situation, WorldPerson, held_out, render, sample_scene, world_person
 from trainer.world.render import Image
