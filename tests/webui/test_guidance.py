@@ -237,7 +237,8 @@ def test_other_models_are_guided_too(server: Client, people: dict[str, str], che
 
 
 def test_nothing_is_left(server: Client, people: dict[str, str]) -> None:
-    portraits = [request_of(people, method) for method in METHODS]
+    # Alone, with a rule whose reference rides along, and with one that is told of words: the others come and go alike.
+    portraits = [request_of(people, method) for method in ("none", "riding", "omniportrait")]
     for portrait in portraits:
         assert server.generate(portrait).status == 200
     vanilla = server.generate().images
