@@ -128,9 +128,9 @@ class Switch(_Declared):
         return self.name if value else f"{self.name} off"
 
     def from_text(self, text: str) -> bool:
-        if text not in ("", "off"):
+        if text not in ("", "on", "off"):
             raise ValueError(f"{text!r} is neither on nor off")
-        return not text
+        return text != "off"
 
 
 @dataclass(frozen=True)

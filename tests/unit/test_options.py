@@ -81,6 +81,10 @@ def test_a_clause_that_says_nothing_is_refused(option, text):
         option.from_text(text)
 
 
+def test_a_switch_may_be_said_to_be_on():
+    assert ON.from_text("on") is ON.from_text("") is True and ON.from_text("off") is False
+
+
 def test_spaces_around_a_word_do_not_count():
     assert WORD.check(" old  man ", "x") == "old  man"
 

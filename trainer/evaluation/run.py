@@ -28,7 +28,7 @@ from lib_portrait.faces.recognition import backbone_from_state_dict
 from lib_portrait.faces.service import FaceService
 from lib_portrait.guidance.options import BEGIN, REFERENCE_T, STRENGTH
 from lib_portrait.methods.declarations import Declaration, adapter_files, declaration, declarations
-from lib_portrait.options import Value
+from lib_portrait.options import Switch, Value
 from lib_portrait.request import AUTOMATIC, Guidance
 from lib_portrait.standalone.model import Model, load_model
 from trainer.attribute_network import AttributeNetwork
@@ -243,7 +243,8 @@ def _options(texts: Sequence[str], methods: Sequence[Declaration]) -> dict[str, 
         try:
             chosen[name] = declared[name].check(declared[name].from_text(value), f"option {name}")
         except ValueError:
-            raise PortraitError(f"option {name}", f"{value!r} is no value of it", declared[name].help) from None
+            remedy = "Give on or off." if isinstance(declared[name], Switch) else declared[name].help
+            raise PortraitError(f"option {name}", f"{value!r} is no value of it", remedy) from None
     return chosen
 
 
