@@ -249,6 +249,15 @@ def test_the_manifest_names_the_image_encoder_by_its_content(
         recipe(monkeypatch, shard.parent, "--vision", str(other))
 
 
+def test_of_features_that_do_not_say_whose_they_are_no_encoder_is_named(
+    monkeypatch: pytest.MonkeyPatch, data: Path, tmp_path: Path
+) -> None:
+    path = next(data.glob("*.features.safetensors"))
+    save_file(load_file(path), path, {"vae": "v"})
+    recipe(monkeypatch, data).export(tmp_path, {})
+    assert "vision" not in read_manifest(tmp_path / "tiny.kit.json").encoders
+
+
 def test_captions_and_ids_are_dropped_in_a_tenth_each(
     monkeypatch: pytest.MonkeyPatch, data: Path, tmp_path: Path
 ) -> None:

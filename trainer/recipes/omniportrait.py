@@ -79,7 +79,8 @@ class OmniPortraitRecipe(AdapterRecipe):
 
     @property
     def hashes(self) -> Mapping[str, str]:
-        return {"vision": self.data.features.hashes.get("image", "")}
+        image = self.data.features.hashes.get("image")
+        return {"vision": image} if image else {}
 
     def prepare(self, device: torch.device, dtype: torch.dtype, settings: Settings) -> None:
         super().prepare(device, dtype, settings)
