@@ -95,7 +95,10 @@ class AdapterRecipe(Recipe):
         return noise, t, self.schedule(latent, noise, t)
 
     def diffusion_loss(self, predicted: Tensor, latent: Tensor, noise: Tensor, t: Tensor, faces: Tensor) -> Tensor:
-        """L_diff of a batch, (): the squared error, by `--face-weight` where faces (B, h, w) are and by `--gamma`."""
+        """L_diff of a batch, (): the squared error of the prediction (UniPortrait eq. 1, OmniPortrait eq. 5).
+
+        With `--face-weight` it counts more where faces (B, h, w) in [0, 1] are, with `--gamma` by Min-SNR's weight.
+        """
         squared = (predicted - self.schedule.target(latent, noise, t)).square()
         error = face_weighted(squared, faces, self.face_weight)
         weight = self.schedule.weights(t, self.gamma) if self.gamma else torch.ones_like(error)
