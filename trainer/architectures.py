@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 
 from diffusers import AutoencoderKL, UNet2DConditionModel
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPVisionConfig, CLIPVisionModel
 
 from lib_portrait.errors import PortraitError
@@ -59,6 +59,23 @@ def vae_like(tensors: Mapping[str, Tensor], name: str) -> AutoencoderKL:
             "vae", f"{name} does not hold the world's VAE", "Use the export of the recipe vae."
         ) from None
     return world_vae(channels, _count(tensors, "decoder.up_blocks.0.resnets.") - 1)
+
+
+def deepened(vae: AutoencoderKL, layers: int) -> AutoencoderKL:
+    """The same function with `layers` residual blocks a level before the bottleneck, one more after it, where `vae` has
+    fewer: the last convolution of each new block is zero, so that it adds nothing yet. Else `vae` itself.
+    """
+    before = vae.config.layers_per_block
+    if layers <= before:
+        return vae
+    made = world_vae(vae.config.block_out_channels, layers)
+    made.load_state_dict(vae.state_dict(), strict=False)
+    for levels, had in ((made.encoder.down_blocks, before), (made.decoder.up_blocks, before + 1)):
+        for level in levels:
+            for block in level.resnets[had:]:
+                nn.init.zeros_(block.conv2.weight)
+                nn.init.zeros_(block.conv2.bias)
+    return made
 
 
 def _count(tensors: Mapping[str, Tensor], start: str) -> int:

@@ -27,7 +27,7 @@ from lib_portrait.standalone.sampling import Sampling, sample
 from trainer import release
 from trainer.architectures import world_measuring, world_recognition, world_vae
 from trainer.recipes.base import latent_scale
-from trainer.recipes.vae import detail_difference
+from trainer.recipes.vae import VAERecipe, detail_difference
 
 QUICK = "--steps 2 --batch 4 --warmup 0 --log-every 1 --save-every 2 --ema 0 --optimizer muon"
 NUMBER = 40
@@ -111,6 +111,19 @@ def test_the_detail_term_is_the_difference_of_high_passes_where_there_is_detail(
     # A level that is wrong everywhere is no detail, and a picture without any is no reason to divide by nothing.
     assert float(detail_difference(pixels + 0.3, pixels, weight)) == pytest.approx(0, abs=1e-5)
     assert float(detail_difference(pixels, torch.zeros_like(pixels), weight)) > 0
+
+
+def test_an_autoencoder_with_more_layers_begins_as_the_one_it_goes_on_from(runs: Path) -> None:
+    """And what is new in it learns from the first step."""
+    before = VAERecipe(runs / "shards", initial=runs / "vae" / "export" / "vae.safetensors").vae
+    after = VAERecipe(runs / "shards", initial=runs / "vae" / "export" / "vae.safetensors", layers=1).vae
+    assert (before.config.layers_per_block, after.config.layers_per_block) == (0, 1)
+    pictures = torch.rand(2, 3, 64, 64) * 2 - 1
+    with torch.no_grad():
+        assert torch.equal(before(pictures).sample, after(pictures).sample)
+    after(pictures).sample.square().mean().backward()
+    for block in (*after.encoder.down_blocks, *after.decoder.up_blocks):
+        assert block.resnets[-1].conv2.weight.grad.abs().max() > 0
 
 
 def test_an_autoencoder_and_a_base_model_of_other_widths_and_sizes(runs: Path, tmp_path: Path) -> None:

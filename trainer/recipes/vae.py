@@ -26,7 +26,7 @@ from torch import Tensor, nn
 from lib_portrait.checkpoints.formats import read_tensors, write_tensors
 from lib_portrait.faces.recognition import Backbone, backbone_from_state_dict
 from lib_portrait.faces.weights import fitting
-from trainer.architectures import VAE_CHANNELS, vae_like, world_vae
+from trainer.architectures import VAE_CHANNELS, deepened, vae_like, world_vae
 from trainer.draws import Draws
 from trainer.loop import Recipe, Settings, fast_on_gpu
 from trainer.shards import Shards
@@ -133,8 +133,9 @@ class VAERecipe(Recipe):
             self.vae = world_vae(channels, layers)
         else:
             tensors = read_tensors(initial).tensors
-            self.vae = vae_like(tensors, initial.name)
-            self.vae.load_state_dict(fitting(self.vae, tensors, initial.name))
+            vae = vae_like(tensors, initial.name)
+            vae.load_state_dict(fitting(vae, tensors, initial.name))
+            self.vae = deepened(vae, layers)
         self.perceptual = perceptual
         # In a list: it is not trained, and no child.
         self._recognition: list[Backbone] = []
@@ -260,7 +261,12 @@ def configure(parser: argparse.ArgumentParser) -> None:
         metavar="N",
         help=f"of its levels, multiples of the first; default {' '.join(map(str, VAE_CHANNELS))}",
     )
-    parser.add_argument("--layers", type=int, default=0, help="residual blocks of a level before the bottleneck")
+    parser.add_argument(
+        "--layers",
+        type=int,
+        default=0,
+        help="residual blocks of a level before the bottleneck; more than --initial has are added to it",
+    )
     parser.add_argument("--absolute", type=float, default=1.0, help="weight of the difference of pixels")
     parser.add_argument("--gradient", type=float, default=0.5, help="weight of that of their gradients")
     parser.add_argument("--detail", type=float, default=0.0, help="weight of that of high-passes; 2 keeps moles")
