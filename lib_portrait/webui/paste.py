@@ -9,12 +9,12 @@ from __future__ import annotations
 import dataclasses
 import functools
 from collections.abc import Callable, Mapping
-from html import escape
 from typing import Any
 
 from lib_portrait.errors import PortraitError
 from lib_portrait.infotext import from_infotext
 from lib_portrait.request import Limits, Photo, with_photos
+from lib_portrait.webui.messages import message_html
 from lib_portrait.webui.panel_values import controls, said_in_panel, values_from_request
 
 INFOTEXT_KEY = "Portrait"
@@ -76,11 +76,6 @@ def message_update(params: Mapping[str, Any], identities: int, named: Named) -> 
     """The update of the panel's message after pasting."""
     read = _read(params, identities, named)
     return _update(message_html(read[1]) if read is not None and read[1] else "")
-
-
-def message_html(text: str, kind: str = "error") -> str:
-    """A message for the panel; kind is "error", "warning" or "info"."""
-    return f'<div class="portrait-message portrait-{kind}" role="alert">{escape(text)}</div>'
 
 
 def _update(value: Any) -> dict[str, Any]:

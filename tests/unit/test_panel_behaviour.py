@@ -26,7 +26,8 @@ from lib_portrait.methods.declarations import adapter_files
 from lib_portrait.request import Limits, Photo
 
 WORLD = Path(__file__).resolve().parents[2] / "models" / "world"
-MODULES = tuple(f"lib_portrait.webui.{name}" for name in ("adetailer", "checkpoint", "panel", "instances", "settings"))
+PARTS = ("panel", "panel_photos", "panel_regions", "panel_weights")
+MODULES = tuple(f"lib_portrait.webui.{name}" for name in ("adetailer", "checkpoint", "instances", "settings", *PARTS))
 
 
 def face(shade, *notices, bystander=False):
@@ -168,43 +169,43 @@ def cards(html):
 
 def test_uploads_are_stored_once_and_listed_in_order(panel, host):
     first, second = picture(1), picture(2)
-    kept, notice, added = panel.add_photos([host.upload("a.png", first), host.upload("b.png", second)], "")
+    kept, notice, added = panel.panel_photos.add_photos([host.upload("a.png", first), host.upload("b.png", second)], "")
     assert added and not notice
     assert kept == stored(Photo.of(first).sha256, Photo.of(second).sha256)
-    again, notice, added = panel.add_photos([host.upload("c.png", first)], kept)
+    again, notice, added = panel.panel_photos.add_photos([host.upload("c.png", first)], kept)
     assert (again, notice, added) == (kept, "", True)
 
 
 def test_a_photo_whose_face_was_chosen_is_not_added_again(panel, host):
     data = picture(1)
     kept = listed(entry(Photo.of(data).sha256, face=1))
-    assert panel.add_photos([host.upload("a.png", data)], kept) == (kept, "", True)
+    assert panel.panel_photos.add_photos([host.upload("a.png", data)], kept) == (kept, "", True)
 
 
 def test_a_notice_goes_with_the_list_it_was_about(panel, host):
     host.faces.counts = {A: 1}
-    kept, notice, _ = panel.add_photos([host.upload("bad.png", b"no picture")], stored(A))
+    kept, notice, _ = panel.panel_photos.add_photos([host.upload("bad.png", b"no picture")], stored(A))
     assert "bad.png" in notice
     # The page asks for the cards once with both, and again whenever the list has changed.
-    assert panel.draw_photos(kept, notice) == [panel.found_html(kept), panel.paste.UNCHANGED]
+    assert panel.panel_photos.draw_photos(kept, notice) == [panel.panel_photos.found_html(kept), panel.paste.UNCHANGED]
     for changed in ("", stored(A, A), listed(entry(A, face=0))):
-        assert panel.draw_photos(changed, notice)[1] == ""
-    assert panel.draw_photos(kept, "")[1] == panel.paste.UNCHANGED
+        assert panel.panel_photos.draw_photos(changed, notice)[1] == ""
+    assert panel.panel_photos.draw_photos(kept, "")[1] == panel.paste.UNCHANGED
 
 
 def test_what_is_refused_is_named_and_the_rest_is_kept(panel, host):
     files = [host.upload("good.png", picture(1)), host.upload("<b>bad.png", b"no picture")]
-    kept, notice, added = panel.add_photos(files, "")
+    kept, notice, added = panel.panel_photos.add_photos(files, "")
     assert added and kept == stored(Photo.of(picture(1)).sha256)
     assert "&lt;b&gt;bad" in notice and "<b>" not in notice
 
 
 def test_nothing_usable_changes_nothing(panel, host):
-    assert panel.add_photos([host.upload("bad.png", b"")], stored(A))[::2] == (stored(A), False)
+    assert panel.panel_photos.add_photos([host.upload("bad.png", b"")], stored(A))[::2] == (stored(A), False)
 
 
 def test_too_many_photos_are_refused(panel, host):
-    kept, notice, _ = panel.add_photos([host.upload(f"{i}.png", picture(i)) for i in range(5)], "")
+    kept, notice, _ = panel.panel_photos.add_photos([host.upload(f"{i}.png", picture(i)) for i in range(5)], "")
     assert len(json.loads(kept)) == 3
     assert notice.count("at most 3 photos") == 2
 
@@ -214,11 +215,11 @@ def test_too_many_photos_are_refused(panel, host):
 
 def test_each_photo_has_its_crop(panel, host):
     host.faces.counts = {A: 1, B: 3}
-    html = panel.found_html(stored(A, B))
+    html = panel.panel_photos.found_html(stored(A, B))
     assert len(cards(html)) == html.count("<figcaption>") == html.count("portrait-remove") == 2
     assert "1 face" in html and "Largest of 3 faces" in html
-    assert "2nd from left of 3 faces" in panel.found_html(listed(entry(B, face=1)))
-    assert "aligned crop" in panel.found_html(listed(entry(A, aligned=True)))
+    assert "2nd from left of 3 faces" in panel.panel_photos.found_html(listed(entry(B, face=1)))
+    assert "aligned crop" in panel.panel_photos.found_html(listed(entry(A, aligned=True)))
 
 
 def choice(html):
@@ -231,26 +232,26 @@ def choice(html):
 
 def test_the_faces_of_each_photo_stand_on_its_card(panel, host):
     host.faces.counts = {A: 1, B: 3}
-    alone, group = panel.found_html(listed("sha256:" + A, entry(B, face=2))).split('data-index="1"')
+    alone, group = panel.panel_photos.found_html(listed("sha256:" + A, entry(B, face=2))).split('data-index="1"')
     assert choice(alone) == []
     assert choice(group) == [(0, False), (1, False), (2, True)]
     # Without a choice the one in use is marked, and a face that is not there leaves those that are.
-    assert choice(panel.found_html(stored(B))) == [(0, False), (1, True), (2, False)]
-    assert choice(panel.found_html(listed(entry(B, face=7)))) == [(0, False), (1, False), (2, False)]
-    assert choice(panel.found_html(listed(entry(B, aligned=True)))) == []
+    assert choice(panel.panel_photos.found_html(stored(B))) == [(0, False), (1, True), (2, False)]
+    assert choice(panel.panel_photos.found_html(listed(entry(B, face=7)))) == [(0, False), (1, False), (2, False)]
+    assert choice(panel.panel_photos.found_html(listed(entry(B, aligned=True)))) == []
 
 
 def test_what_is_to_be_known_of_a_face_stands_on_its_card(panel, host):
     host.faces.photos = {A: [face(1, "the photo was turned"), face(2, "it is <small>", bystander=True)]}
-    html = panel.found_html(listed(entry(A, face=0)))
+    html = panel.panel_photos.found_html(listed(entry(A, face=0)))
     assert '<p class="portrait-notice">the photo was turned</p>' in html and html.count("portrait-notice") == 1
     assert html.count("portrait-bystander") == 1 and "Bystander; it is &lt;small&gt;" in html
-    assert "Bystander of 2 faces" in panel.found_html(listed(entry(A, face=1)))
+    assert "Bystander of 2 faces" in panel.panel_photos.found_html(listed(entry(A, face=1)))
 
 
 def test_a_photo_without_a_face_says_so_in_its_place(panel, host):
     host.faces.counts = {A: 1, B: 0}
-    html = panel.found_html(stored(A, B))
+    html = panel.panel_photos.found_html(stored(A, B))
     assert "Photo 2:" in html and "no face was found" in html
     assert len(cards(html)) == 2
     # A detector is slow: once for each photo, and once more for the face of the one that has some.
@@ -258,12 +259,12 @@ def test_a_photo_without_a_face_says_so_in_its_place(panel, host):
 
 
 def test_a_photo_no_longer_kept_says_so(panel):
-    assert "not kept here" in panel.found_html(stored(C))
+    assert "not kept here" in panel.panel_photos.found_html(stored(C))
 
 
 def test_a_face_that_is_not_there_says_so(panel, host):
     host.faces.counts = {A: 1}
-    html = panel.found_html(listed(entry(A, face=2)))
+    html = panel.panel_photos.found_html(listed(entry(A, face=2)))
     assert "the 3rd face from the left was chosen, but there is one face" in html and choice(html) == [(0, False)]
 
 
@@ -272,27 +273,27 @@ def test_messages_are_text_and_not_markup(panel, host):
         raise PortraitError(field, "<img src=x onerror=alert(1)>", "<script>")
 
     host.faces.find = find
-    html = panel.found_html(stored(A))
+    html = panel.panel_photos.found_html(stored(A))
     assert "<img" not in html and "<script" not in html and "&lt;img" in html
 
 
 def test_a_fault_of_ours_is_said_and_logged(panel, host):
     host.faces.find = host.faces.mask = lambda photo, field: 1 / 0
-    assert "ZeroDivisionError" in panel.found_html(stored(A))
-    assert "ZeroDivisionError" in panel.spread_faces([stored(A), ""])[0]
-    assert "ZeroDivisionError" in panel.mask_html(stored(A))
+    assert "ZeroDivisionError" in panel.panel_photos.found_html(stored(A))
+    assert "ZeroDivisionError" in panel.panel_photos.spread_faces([stored(A), ""])[0]
+    assert "ZeroDivisionError" in panel.panel_regions.mask_html(stored(A))
     assert len(host.reported) == 3
 
 
 def test_no_photos_no_cards(panel):
-    assert panel.found_html("") == panel.found_html("[]") == ""
+    assert panel.panel_photos.found_html("") == panel.panel_photos.found_html("[]") == ""
 
 
 @pytest.mark.parametrize(
     "kept", ["[", '["../../x"]', '[{"image": 3}]', "<script>", '[{"image": "x", "y": 1}]', "[[[1]]]"]
 )
 def test_whatever_stands_in_the_textbox_only_gives_a_message(panel, kept):
-    html = panel.found_html(kept)
+    html = panel.panel_photos.found_html(kept)
     assert "portrait-error" in html or "portrait-card-error" in html
     assert "<script>" not in html
 
@@ -302,7 +303,7 @@ def test_whatever_stands_in_the_textbox_only_gives_a_message(panel, kept):
 
 def spread(panel, *lists):
     """The message of *One identity per face*, whether it can be undone, and the lists after it."""
-    message, kept, undo, *updates = panel.spread_faces(lists)
+    message, kept, undo, *updates = panel.panel_photos.spread_faces(lists)
     after = [old if new == panel.paste.UNCHANGED else new for new, old in zip(updates, lists, strict=True)]
     assert (undo == {**panel.paste.UNCHANGED, "visible": True}) is ("after" in kept)
     return message, kept, after
@@ -328,7 +329,7 @@ def test_the_group_is_found_where_it_stands_and_nothing_is_lost(panel, host):
     ]
     assert "keeps its other photos, and of photo 2 the face shown there" in message
     assert "Left as they are: Identity 2." in message
-    assert panel.undo_spread(kept, after)[3:] == [stored(A, B), stored(C), "", ""]
+    assert panel.panel_photos.undo_spread(kept, after)[3:] == [stored(A, B), stored(C), "", ""]
 
 
 def test_the_face_chosen_on_the_group_stays_with_the_other_photos(panel, host):
@@ -350,7 +351,7 @@ def test_bystanders_get_no_identity(panel, host):
 )
 def test_what_cannot_be_spread_is_said(panel, host, kept, text):
     host.faces.counts = {B: 1}
-    message, _, *unchanged = panel.spread_faces([kept, stored(A)])
+    message, _, *unchanged = panel.panel_photos.spread_faces([kept, stored(A)])
     assert text in message and all(update == panel.paste.UNCHANGED for update in unchanged)
 
 
@@ -364,31 +365,31 @@ def test_people_without_a_tab_are_said(panel, host):
 def test_undoing_leaves_what_was_changed_since(panel, host):
     host.faces.counts = {A: 3}
     _, kept, after = spread(panel, stored(A), "", "")
-    message, kept, undo, *lists = panel.undo_spread(kept, [after[0], stored(B), after[2]])
+    message, kept, undo, *lists = panel.panel_photos.undo_spread(kept, [after[0], stored(B), after[2]])
     assert lists == [stored(A), stored(B), ""] and "Identity 2" in message
     assert kept == "" and undo == {**panel.paste.UNCHANGED, "visible": False}
 
 
 @pytest.mark.parametrize("kept", ["", "{", "[]", '{"before": [], "after": []}', '{"before": 3, "after": 4}'])
 def test_undoing_nothing_changes_nothing(panel, kept):
-    assert panel.undo_spread(kept, [stored(A), ""])[3:] == [stored(A), ""]
+    assert panel.panel_photos.undo_spread(kept, [stored(A), ""])[3:] == [stored(A), ""]
 
 
 # ------------------------------------------------------------------------------------------------------------ regions
 
 
 def test_the_box_is_drawn_or_explained(panel):
-    assert '<rect x="0" y="10" width="50" height="90"/>' in panel.box_html("0, 10, 50, 100")
-    assert panel.box_html("") == panel.box_html(None) == ""
-    assert "instead of 4" in panel.box_html("<b>")
+    assert '<rect x="0" y="10" width="50" height="90"/>' in panel.panel_regions.box_html("0, 10, 50, 100")
+    assert panel.panel_regions.box_html("") == panel.panel_regions.box_html(None) == ""
+    assert "instead of 4" in panel.panel_regions.box_html("<b>")
 
 
 def test_a_kept_mask_is_shown(panel, host):
     host.faces.counts = {A: 1}
-    assert "<img" in panel.mask_html(stored(A))
-    assert "not kept here" in panel.mask_html(stored(B))
-    assert panel.mask_html("") == ""
-    assert "portrait-error" in panel.mask_html("[3]")
+    assert "<img" in panel.panel_regions.mask_html(stored(A))
+    assert "not kept here" in panel.panel_regions.mask_html(stored(B))
+    assert panel.panel_regions.mask_html("") == ""
+    assert "portrait-error" in panel.panel_regions.mask_html("[3]")
 
 
 @pytest.mark.parametrize(
@@ -396,7 +397,7 @@ def test_a_kept_mask_is_shown(panel, host):
     [("512 x 768", (341, 512)), ("1024 x 512", (512, 256)), ("", (512, 512)), (None, (512, 512)), ("0 x 9", (57, 512))],
 )
 def test_the_canvas_has_the_pictures_aspect(panel, text, size):
-    assert panel.blank_canvas(text).size == size
+    assert panel.panel_regions.blank_canvas(text).size == size
 
 
 # ------------------------------------------------------------------------------------------------------------ weights
@@ -433,20 +434,23 @@ def loaded_world(panel, host):
 def test_another_method_takes_its_own_checkpoint(panel, host):
     complete_world(host.store)
     first, other = (one.name for one in panel.declarations()[:2])
-    world, its = panel.checkpoint_choices(first)[-1], panel.checkpoint_choices(other)
+    world, its = panel.panel_weights.checkpoint_choices(first)[-1], panel.panel_weights.checkpoint_choices(other)
     assert world == "world" and world not in its
-    assert panel.kept_choice(world, its, other) == "automatic"
+    assert panel.panel_weights.kept_choice(world, its, other) == "automatic"
     # What a picture's parameters name stays, also where it is not here, and so does what is still incomplete.
-    assert panel.kept_choice("of-somebody", its, other) == "of-somebody"
-    assert panel.kept_choice("sd15", panel.checkpoint_choices(first), first) == "sd15 (files missing)"
+    assert panel.panel_weights.kept_choice("of-somebody", its, other) == "of-somebody"
+    assert (
+        panel.panel_weights.kept_choice("sd15", panel.panel_weights.checkpoint_choices(first), first)
+        == "sd15 (files missing)"
+    )
 
 
 @pytest.mark.parametrize("family", ["SD1.5", None])
 def test_a_new_user_is_told_loudly_which_button_to_press(panel, host, tmp_path, family):
     # The embedded world's adapter is always there, and is no use for an SD1.5 checkpoint.
     complete_world(host.store)
-    assert panel.checkpoint_choices() == ["automatic", "sd15 (files missing)", "world"]
-    message, loadable = panel.weights_html("automatic", loaded(panel, family))
+    assert panel.panel_weights.checkpoint_choices() == ["automatic", "sd15 (files missing)", "world"]
+    message, loadable = panel.panel_weights.weights_html("automatic", loaded(panel, family))
     assert loadable and "portrait-warning" in message
     first, details = message.split("<details>")
     assert (
@@ -459,18 +463,18 @@ def test_a_new_user_is_told_loudly_which_button_to_press(panel, host, tmp_path, 
 def test_what_is_missing_is_judged_for_what_is_loaded(panel, host):
     complete_world(host.store)
     world = loaded_world(panel, host)
-    message, loadable = panel.weights_html("automatic", world)
+    message, loadable = panel.panel_weights.weights_html("automatic", world)
     assert "128 × 128 px" in message and "DDIM" in message and "missing" not in message and not loadable
-    assert "missing" in panel.weights_html("sd15 (files missing)", world)[0]
+    assert "missing" in panel.panel_weights.weights_html("sd15 (files missing)", world)[0]
     complete(host.store, "sd15")
-    assert panel.weights_html("automatic", loaded(panel)) == ("", False)
+    assert panel.panel_weights.weights_html("automatic", loaded(panel)) == ("", False)
 
 
 def test_a_kit_whose_manifest_cannot_be_read_is_told_by_the_panel(panel, host):
     complete_world(host.store)
     (host.store.home / "kit.json").rename(host.store.home / "world.kit.json")
     (host.store.home / "world.kit.json").write_text("{}")
-    assert "world.kit.json: format: it is missing" in panel.weights_html("world", loaded(panel))[0]
+    assert "world.kit.json: format: it is missing" in panel.panel_weights.weights_html("world", loaded(panel))[0]
 
 
 def test_the_settings_of_a_kit_go_to_the_hosts_controls(panel, host, monkeypatch):
@@ -479,10 +483,10 @@ def test_the_settings_of_a_kit_go_to_the_hosts_controls(panel, host, monkeypatch
     world = loaded_world(panel, host)
     assert panel.checkpoint.controls(world.manifest()) == values and tuple(values) == panel.checkpoint.CONTROLS
     monkeypatch.setattr(panel.checkpoint, "loaded", lambda: world)
-    assert panel.kit_settings() == list(values.values())
+    assert panel.panel_weights.kit_settings() == list(values.values())
     monkeypatch.setattr(panel.checkpoint, "loaded", lambda: loaded(panel))
     with pytest.raises(PortraitError, match="no kit tells settings for the loaded checkpoint"):
-        panel.kit_settings()
+        panel.panel_weights.kit_settings()
 
 
 FOUND = {"strength": 0.3, "gradient": "share"}
@@ -499,31 +503,34 @@ def test_what_was_found_to_work_is_told_of_the_adapters_kit_or_the_checkpoints(p
     )
     write_manifest(host.store.home / "own.kit.json", Manifest("own", "uniportrait", adapter, guidance={"block": 2.0}))
     monkeypatch.setattr(panel.checkpoint, "loaded", lambda: loaded(panel, file=base))
-    assert panel.kit_guidance("own", "UniPortrait") == {"block": 2.0}
-    assert panel.kit_guidance("not there", "UniPortrait") == FOUND
-    assert panel.kit_guidance("left over", "Reference guidance only") == FOUND
-    assert "Strength (p) 0.3, Gradient Share of the noise" in panel.guidance_html(FOUND)
+    assert panel.panel_weights.kit_guidance("own", "UniPortrait") == {"block": 2.0}
+    assert panel.panel_weights.kit_guidance("not there", "UniPortrait") == FOUND
+    assert panel.panel_weights.kit_guidance("left over", "Reference guidance only") == FOUND
+    assert "Strength (p) 0.3, Gradient Share of the noise" in panel.panel_weights.guidance_html(FOUND)
     monkeypatch.setattr(panel.checkpoint, "loaded", lambda: loaded(panel))
-    assert panel.kit_guidance("automatic", "Reference guidance only") == {} and panel.guidance_html({}) == ""
+    assert (
+        panel.panel_weights.kit_guidance("automatic", "Reference guidance only") == {}
+        and panel.panel_weights.guidance_html({}) == ""
+    )
 
 
 def test_without_adapters_every_family_will_do_and_nothing_is_missing(panel, host):
     for family in ("SD1.5", "SD2", "SDXL"):
-        assert panel.weights_html("automatic", loaded(panel, family), "none") == ("", False)
-    assert panel.checkpoint_choices("none") == ["automatic"]
+        assert panel.panel_weights.weights_html("automatic", loaded(panel, family), "none") == ("", False)
+    assert panel.panel_weights.checkpoint_choices("none") == ["automatic"]
     complete_world(host.store)
-    assert "128 × 128 px" in panel.weights_html("automatic", loaded_world(panel, host), "none")[0]
+    assert "128 × 128 px" in panel.panel_weights.weights_html("automatic", loaded_world(panel, host), "none")[0]
 
 
 def test_what_of_the_photos_guides_is_shown_while_it_is_on_and_for_whom(panel, host):
     ada, ben = "a" * 64, "b" * 64
     host.faces.counts = {ada: 1, ben: 0}
     lists = [json.dumps([f"sha256:{ada}"] * 2), "", json.dumps([f"sha256:{ben}"]), "[ nothing"]
-    assert panel.references_html(False, True, True, True, True, *lists) == ""
-    html = panel.references_html(True, True, True, False, True, *lists)
+    assert panel.panel_photos.references_html(False, True, True, True, True, *lists) == ""
+    html = panel.panel_photos.references_html(True, True, True, False, True, *lists)
     assert html.count("<img") == 2 and html.count("Identity 1") >= 2 and "There is no parser" in html
     assert html.count("There is no parser") == 1, "once for all"
-    told = panel.references_html(True, False, False, True, False, *lists)
+    told = panel.panel_photos.references_html(True, False, False, True, False, *lists)
     assert "<img" not in told and "Identity 3, photo 1: no face was found" in told
 
 
@@ -544,7 +551,7 @@ def test_settings_are_offered_of_any_kit_that_was_made_on_the_loaded_checkpoint(
     assert list(panel.checkpoint.controls(manifest).values()) == ["Euler a", "Automatic", 30, 512, 768, 7.5]
     complete(host.store, "sd15")
     assert (loaded(panel, file=base).automatic(), loaded(panel).automatic()) == ("mine", "sd15")
-    assert "kit mine is loaded" in panel.weights_html("automatic", loaded(panel, file=base))[0]
+    assert "kit mine is loaded" in panel.panel_weights.weights_html("automatic", loaded(panel, file=base))[0]
     base.write_bytes(b"b base")
     assert loaded(panel, file=base).manifest() is None is loaded(panel).manifest()
     base.write_bytes(b"a base")
@@ -554,15 +561,15 @@ def test_settings_are_offered_of_any_kit_that_was_made_on_the_loaded_checkpoint(
 
 def test_another_complete_adapter_is_enough(panel, host):
     complete(host.store, "mine")
-    assert panel.weights_html("automatic", loaded(panel)) == ("", False)
+    assert panel.panel_weights.weights_html("automatic", loaded(panel)) == ("", False)
     complete(host.store, "ours", router=False)
-    message, loadable = panel.weights_html("ours", loaded(panel))
+    message, loadable = panel.panel_weights.weights_html("ours", loaded(panel))
     assert "portrait-info" in message and "several people" in message and not loadable
-    assert "no adapter theirs." in panel.weights_html("theirs (files missing)", loaded(panel))[0]
+    assert "no adapter theirs." in panel.panel_weights.weights_html("theirs (files missing)", loaded(panel))[0]
 
 
 def test_a_checkpoint_of_another_family_is_named(panel, host):
-    message, loadable = panel.weights_html("automatic", loaded(panel, "SDXL"))
+    message, loadable = panel.panel_weights.weights_html("automatic", loaded(panel, "SDXL"))
     assert "SD1.5" in message and "SDXL" in message and "missing" not in message and not loadable
 
 
@@ -575,19 +582,19 @@ def test_a_download_that_fails_ends_with_its_message(panel, monkeypatch):
         if len(calls) == 2:
             raise PortraitError(known.filename, "its source cannot be reached", "Put it there by hand.", 503)
 
-    monkeypatch.setattr(panel, "DOWNLOAD_PERIOD", 0.01)
+    monkeypatch.setattr(panel.panel_weights, "DOWNLOAD_PERIOD", 0.01)
     monkeypatch.setattr("lib_portrait.checkpoints.download.download", download)
-    messages = list(panel.download_missing("sd15", loaded(panel)))
+    messages = list(panel.panel_weights.download_missing("sd15", loaded(panel)))
     assert len(calls) == 2
     assert "cannot be reached" in messages[-1] and "portrait-error" in messages[-1]
     calls[:] = ["", ""]
-    assert "All weights are there" in list(panel.download_missing("automatic", loaded(panel)))[-1]
+    assert "All weights are there" in list(panel.panel_weights.download_missing("automatic", loaded(panel)))[-1]
 
 
 def test_what_no_download_brings_is_not_called_there(panel, host):
     complete(host.store, "mine")
     (host.store.home / "uniportrait-router_mine.bin").unlink()
-    last = list(panel.download_missing("mine", loaded(panel)))[-1]
+    last = list(panel.panel_weights.download_missing("mine", loaded(panel)))[-1]
     assert "uniportrait-router_mine" in last and "All weights" not in last
 
 
@@ -655,7 +662,7 @@ def test_the_panel_says_how_adetailer_is_told_of_it(panel, there, options, told)
     modules = sys.modules["modules"]
     modules.scripts.scripts_data = [types.SimpleNamespace(path="/x/scripts/!adetailer.py")] if there else []
     vars(modules.shared.opts).update(options)
-    html = panel.neighbours_html()
+    html = panel.panel_weights.neighbours_html()
     assert bool(html) == told
     assert not told or "add &quot;portrait&quot; to the script names in Settings &gt; ADetailer" in html
 
@@ -670,14 +677,14 @@ def test_a_picture_gives_everybody_in_use_a_box_from_the_left(host, panel, monke
     host.faces.places = places
     upload = host.upload("group.png", b"group")
     ada, ben = (panel.inputs.stored_text([f"sha256:{digit * 64}"]) for digit in "ab")
-    emptied, said, *controls = panel.places_from(upload, [ada, "", ben])
+    emptied, said, *controls = panel.panel_regions.places_from(upload, [ada, "", ben])
     assert emptied is None and "2 faces" in said and "2 people" in said
     unchanged = panel.paste.UNCHANGED
     assert controls == [panel.inputs.BOX, "10, 20, 30, 40", unchanged, unchanged, panel.inputs.BOX, "50, 0, 100, 60"]
     assert seen == [(b"group", "Places from a picture")]
     for kept, told in (([ada, ben, ada], "2 faces, and there are 3 people"),):
-        _, said, *controls = panel.places_from(upload, kept)
+        _, said, *controls = panel.panel_regions.places_from(upload, kept)
         assert told in said and controls == [unchanged] * 6
     host.faces.places = lambda photo, field: host.faces.find(photo, field)
-    _, said, *controls = panel.places_from(upload, [ada])
+    _, said, *controls = panel.panel_regions.places_from(upload, [ada])
     assert "not kept here" in said and controls == [unchanged] * 2
