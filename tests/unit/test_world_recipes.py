@@ -26,7 +26,7 @@ from lib_portrait.standalone.model import load_model
 from lib_portrait.standalone.sampling import Sampling, sample
 from trainer import release
 from trainer.architectures import world_measuring, world_recognition, world_vae
-from trainer.recipes.base import latent_scale
+from trainer.recipes.base import BaseRecipe, latent_scale
 from trainer.recipes.vae import VAERecipe, detail_difference
 
 QUICK = "--steps 2 --batch 4 --warmup 0 --log-every 1 --save-every 2 --ema 0 --optimizer muon"
@@ -185,6 +185,15 @@ def test_a_base_model_goes_on_with_its_text_encoder_as_it_is(runs: Path) -> None
     moved = {name for name in before if not torch.equal(before[name], after[name])}
     assert moved and all(name.startswith("unet.") for name in moved)
     assert command_line.run(command_line.parse(f"{line} --output {runs}/off --fixed-text".split())) == 1
+
+
+def test_a_base_model_takes_the_text_encoder_of_one_with_another_unet(runs: Path) -> None:
+    vae, text = runs / "vae" / "export" / "vae.safetensors", runs / "base" / "export" / "base.safetensors"
+    begun = BaseRecipe(runs / "shards", vae, channels=(32, 32, 64, 32), heads=1, text=text)
+    assert begun.unet.config.block_out_channels == (32, 32, 64, 32)
+    stored = load_file(text)
+    for name, tensor in begun.text_encoder.state_dict().items():
+        assert torch.equal(tensor, stored[f"text_encoder.{name}"]), name
 
 
 def test_both_stages_fit_the_base_model(runs: Path) -> None:

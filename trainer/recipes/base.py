@@ -55,7 +55,9 @@ class Latents:
 class BaseRecipe(Recipe):
     """See the module. vae: vae.safetensors of the recipe `vae`, whose metadata hold the latents' scale.
 
-    fixed_text: the text encoder stays as `initial` has it, so that what was trained against it still fits.
+    initial: base.safetensors of another run to begin with. text: one whose text encoder it begins with, whatever the
+    UNet beside it is like. fixed_text: the text encoder stays as it was there, so that what was trained against it
+    still fits.
     """
 
     name = "base"
@@ -72,6 +74,7 @@ class BaseRecipe(Recipe):
         channels: Sequence[int] = UNET_CHANNELS,
         layers: int = 1,
         heads: int = HEADS,
+        text: Path | None = None,
     ):
         super().__init__()
         self.scale = latent_scale(vae)
@@ -82,13 +85,14 @@ class BaseRecipe(Recipe):
         if initial is None:
             self.unet = world_unet(channels, layers, heads, self.latent)
         else:
-            tensors, facts = (stored := read_tensors(initial)).tensors, stored.metadata
-            own = {k.removeprefix("unet."): v for k, v in tensors.items() if k.startswith("unet.")}
+            own, facts = _stored(initial, "unet")
             self.unet = unet_like(own, facts, initial.name)
             self.heads = int(facts.get("heads", HEADS))
-            for name, network in self.networks().items():
-                own = {k.removeprefix(f"{name}."): v for k, v in tensors.items() if k.startswith(name)}
-                network.load_state_dict(fitting(network, own, initial.name, f"{name}."))
+            self.unet.load_state_dict(fitting(self.unet, own, initial.name, "unet."))
+        text = text or initial
+        if text is not None:
+            own, _ = _stored(text, "text_encoder")
+            self.text_encoder.load_state_dict(fitting(self.text_encoder, own, text.name, "text_encoder."))
         self.text_encoder.requires_grad_(not fixed_text)
         # Not a child: it is not trained, and only draws pictures for the log.
         self._vae = [vae]
@@ -148,6 +152,13 @@ class BaseRecipe(Recipe):
         write_tensors(folder / "base.safetensors", tensors, {**facts, **own})
 
 
+def _stored(file: Path, network: str) -> tuple[dict[str, Tensor], Mapping[str, str]]:
+    """One of the two networks that a base.safetensors holds, and the file's metadata."""
+    stored = read_tensors(file)
+    start = f"{network}."
+    return {k.removeprefix(start): v for k, v in stored.tensors.items() if k.startswith(start)}, stored.metadata
+
+
 def latent_scale(vae: Path) -> float:
     """The factor that gives latents unit deviation, from the metadata of vae.safetensors."""
     text = read_header(vae)[1].get("scaling_factor")
@@ -171,15 +182,20 @@ def configure(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--layers", type=int, default=1, help="residual blocks of a level, default 1")
     parser.add_argument("--heads", type=int, default=HEADS, help=f"of every attention, default {HEADS}")
+    parser.add_argument("--text", type=Path, help="base.safetensors of a run whose text encoder to begin with")
     parser.add_argument(
-        "--fixed-text", action="store_true", help="leave the text encoder of --initial as it is; a vision tower fits on"
+        "--fixed-text",
+        action="store_true",
+        help="leave the text encoder of --initial or --text as it is; a vision tower fits on",
     )
     add_face_weight(parser)
 
 
 def build(options: argparse.Namespace) -> Recipe:
-    if options.fixed_text and options.initial is None:
-        raise PortraitError("fixed_text", "a text encoder of random weights would stay so", "Give --initial as well.")
+    if options.fixed_text and options.initial is None and options.text is None:
+        raise PortraitError(
+            "fixed_text", "a text encoder of random weights would stay so", "Give --initial or --text as well."
+        )
     return BaseRecipe(
         options.data,
         options.vae,
@@ -191,4 +207,5 @@ def build(options: argparse.Namespace) -> Recipe:
         options.channels,
         options.layers,
         options.heads,
+        options.text,
     )
