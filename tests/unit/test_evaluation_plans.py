@@ -241,6 +241,18 @@ def test_a_sweep_has_a_part_for_each_option_and_the_rest_as_it_is_given() -> Non
         make_plans("guidance", PEOPLE, [Adapter("a")], replace(counts, sweeps=()))
 
 
+def test_t0_is_swept_of_a_reference_that_is_noised_to_it() -> None:
+    """Whatever a kit says; where it is asked to be noised as each step, all values would give the same pictures."""
+    sweeps = (("reference_t", (271.0, 671.0)),)
+    counts = ProtocolSettings(number=4, prompts=1, pictures=1, sweeps=sweeps, reference_guidance={"block": 2})
+    adapters = [Adapter("a"), Adapter("alone", draws=False)]
+    (plan,) = make_plans("guidance", PEOPLE, adapters, counts)
+    guided = [dict(row.guidance.options) for row in plan.variants if row.guidance.enabled]
+    assert guided == [{"block": 2, "noise": "fixed", "reference_t": t} for _ in adapters for t in (271.0, 671.0)]
+    with pytest.raises(PortraitError, match="no say"):
+        make_plans("guidance", PEOPLE, adapters, replace(counts, reference_guidance={"noise": "step"}))
+
+
 def test_with_a_method_that_needs_a_word_for_each_person_all_rows_have_one() -> None:
     people = [Subject(str(number), word) for number, word in enumerate(("woman", "woman", "man"))]
     counts = ProtocolSettings(number=3, prompts=1, pictures=1)

@@ -362,6 +362,8 @@ def test_what_is_swept_where_nothing_is_said_goes_out_from_what_works(world: Pat
     assert run._usual_sweeps(counts, {"strength": 0.4})[1] == ("strength", (0.1, 0.2, 0.4, 0.8, 1.6))
     given = replace(counts, reference_guidance={"strength": 0.2})
     assert run._usual_sweeps(given, {"strength": 0.4})[1][1][2] == 0.2
+    stepwise = replace(counts, reference_guidance={"noise": "step"})
+    assert [name for name, _ in run._usual_sweeps(stepwise, {})] == ["begin", "strength"]
 
 
 def test_a_broken_run_goes_on_where_it_stopped(

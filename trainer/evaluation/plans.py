@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from lib_portrait.errors import PortraitError
+from lib_portrait.guidance.options import NOISE, REFERENCE_T
 from lib_portrait.options import Value
 from lib_portrait.request import Guidance
 from trainer.evaluation.guided import value_said
@@ -262,8 +263,18 @@ def _sweep(
     adapters: Sequence[Adapter],
     settings: ProtocolSettings,
 ) -> EvaluationPlan:
-    """OmniPortrait, fig. 7 and 14: an option of reference guidance with each of the values, the others as they are."""
+    """OmniPortrait, fig. 7 and 14: an option of reference guidance with each of the values, the others as they are; but
+    t0, which has a say only where the reference is noised to it, whatever a kit says.
+
+    Raises PortraitError for a sweep of t0 where the reference is to be noised as each step.
+    """
     given = settings.reference_guidance or {}
+    if name == REFERENCE_T.name:
+        if given.get(NOISE.name, NOISE.default) != NOISE.default:
+            raise PortraitError(
+                "sweep", f"{name} has no say where the reference is noised as each step", "Leave noise=step out."
+            )
+        given = {**given, NOISE.name: NOISE.default}
     settings = dataclasses.replace(settings, reference_guidance=given)
     counts = settings.counts("guidance")
     variants = [Variant(BASE)]

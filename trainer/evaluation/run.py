@@ -26,7 +26,7 @@ from lib_portrait.faces.detection import DETECTORS, Detector
 from lib_portrait.faces.heatmap_detector import open_detector
 from lib_portrait.faces.recognition import backbone_from_state_dict
 from lib_portrait.faces.service import FaceService
-from lib_portrait.guidance.options import BEGIN, REFERENCE_T, STRENGTH
+from lib_portrait.guidance.options import BEGIN, NOISE, REFERENCE_T, STRENGTH
 from lib_portrait.methods.declarations import Declaration, adapter_files, declaration, declarations
 from lib_portrait.options import Switch, Value
 from lib_portrait.request import AUTOMATIC, Guidance
@@ -223,13 +223,16 @@ def _planned(label: str, method: Declaration) -> Adapter:
 
 
 def _usual_sweeps(settings: ProtocolSettings, kit: Mapping[str, Value]) -> tuple[tuple[str, tuple[Value, ...]], ...]:
-    """What is swept where nothing is said: u and t0 around the paper's values, and p around what it is otherwise.
+    """What is swept where nothing is said: u and t0 around the paper's values, and p around what it is otherwise; t0
+    only where the reference is not to be noised as each step.
 
     kit: what the adapter's kit says of reference guidance.
     """
     strength = float(Guidance(True, settings.reference_guidance or {}).values(kit)[STRENGTH.name])
     strengths = (min(strength * factor, STRENGTH.high) for factor in SWEPT_FACTORS)
-    return ((BEGIN.name, SWEPT_BEGIN), (STRENGTH.name, tuple(dict.fromkeys(strengths))), (REFERENCE_T.name, SWEPT_T0))
+    sweeps = ((BEGIN.name, SWEPT_BEGIN), (STRENGTH.name, tuple(dict.fromkeys(strengths))))
+    fixed = (settings.reference_guidance or {}).get(NOISE.name, NOISE.default) == NOISE.default
+    return (*sweeps, (REFERENCE_T.name, SWEPT_T0)) if fixed else sweeps
 
 
 def _options(texts: Sequence[str], methods: Sequence[Declaration]) -> dict[str, Value]:
