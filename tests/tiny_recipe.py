@@ -1,15 +1,10 @@
-"""A training that takes no time: two small layers learn numbers drawn from a sample's own number.
-
-`python -m tests.tiny_recipe OUTPUT CALL SIGNAL CHANGES` trains with those changes of the settings (JSON), and in that
-forward pass sends that signal to itself and the processes that load its data; of several processes the second does.
-"""
+"""A training that takes no time: two small layers learn numbers drawn from a sample's own number."""
 
 from __future__ import annotations
 
-import json
+import multiprocessing
 import os
-import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -79,17 +74,60 @@ class Tiny(Recipe):
         save_file(tensors, folder / "tiny.safetensors", metadata=dict(facts))
 
 
-def _sending(call: int, number: int) -> Callable[[Tiny], None]:
+def exit_statuses(
+    output: Path, call: int, number: int, environments: Sequence[Mapping[str, str | None]], **changes: Any
+) -> list[int | None]:
+    """Trains in a process (and group) of its own for each of `environments`, what to change in it (None: to leave out).
+
+    In forward pass `call` each sends signal `number` to itself and the processes that load its data; of several
+    processes the second does. What they say is printed.
+    """
+    # Each is forked off one that has imported this file: importing it takes longer than all of the training.
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload([__name__])
+    logs = [output.with_name(f"{output.name}-{rank}.log") for rank in range(len(environments))]
+    started = [
+        context.Process(
+            target=_train,
+            args=(output, call, number, dict(environment), changes, log, multiprocessing.get_start_method()),
+        )
+        for environment, log in zip(environments, logs, strict=True)
+    ]
+    for process in started:
+        process.start()
+    for process, log in zip(started, logs, strict=True):
+        process.join(300)
+        process.kill()
+        process.join()
+        print(log.read_text())
+    return [process.exitcode for process in started]
+
+
+def _train(
+    output: Path,
+    call: int,
+    number: int,
+    environment: dict[str, str | None],
+    changes: dict[str, Any],
+    log: Path,
+    start_method: str,
+) -> None:
+    # Processes that load data are started as they are in a process that was not forked off.
+    multiprocessing.set_start_method(start_method, force=True)
+    os.setsid()
+    with log.open("w") as said:
+        for stream in (1, 2):
+            os.dup2(said.fileno(), stream)
+    for name, value in environment.items():
+        os.environ.pop(name, None)
+        if value is not None:
+            os.environ[name] = value
+
     def each_call(recipe: Tiny) -> None:
         if recipe.calls == call and os.environ.get("RANK", "1") == "1":
             os.killpg(0, number)
 
-    return each_call
-
-
-if __name__ == "__main__":
-    output, call, number, changes = sys.argv[1:]
-    chosen = settings(Path(output), **json.loads(changes))
+    chosen = settings(output, **changes)
     # Drop-out is each process's own, with which two would not train what one does.
     alone = "RANK" not in os.environ
-    train(seeded(lambda: Tiny(drawn=alone, each_call=_sending(int(call), int(number))), chosen), chosen)
+    train(seeded(lambda: Tiny(drawn=alone, each_call=each_call), chosen), chosen)

@@ -23,7 +23,7 @@ import portrait as command_line
 from benchmarks import train as bench
 from lib_portrait.errors import PortraitError
 from lib_portrait.methods.declarations import ADAPTED
-from tests.tiny_recipe import Numbers, Tiny, settings
+from tests.tiny_recipe import Numbers, Tiny, exit_statuses, settings
 from trainer.dataset import world_sample
 from trainer.loop import _Watch, progress, rate_at, seeded, train
 from trainer.shards import writing
@@ -61,35 +61,25 @@ def checkpoints(output):
     return sorted(path.name for path in (output / "checkpoints").iterdir())
 
 
-def sending(output, call, number, *launcher, **changes):
+def sending(output, call, number, **changes):
     """The exit status of a run in a process (group) of its own, which in that forward pass gets that signal."""
-    words = ["-m", "tests.tiny_recipe", str(output), str(call), str(int(number)), json.dumps(changes)]
-    done = subprocess.run(
-        [sys.executable, *launcher, *words],
-        cwd=ROOT,
-        env=os.environ if not launcher else environment_of_processes(),
-        capture_output=True,
-        text=True,
-        timeout=300,
-        start_new_session=True,
-    )
-    print(done.stdout, done.stderr)
-    return done.returncode
+    (status,) = exit_statuses(output, call, int(number), [{}], **changes)
+    return status
 
 
-def two_processes():
-    """The words that have accelerate launch start two."""
+def sending_of_two(output, call, number, **changes):
+    """The exit statuses of two that train together, of which the second gets the signal."""
+    # As accelerate launch starts them. With ACCELERATE_USE_CPU it would want mpirun.
+    shared = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": free_port(), "ACCELERATE_USE_CPU": None}
+    shared |= {"LOCAL_WORLD_SIZE": "2", "CUDA_VISIBLE_DEVICES": ""}
+    ranks = [{**shared, "RANK": str(rank), "LOCAL_RANK": str(rank)} for rank in range(2)]
+    return exit_statuses(output, call, int(number), ranks, **changes)
+
+
+def free_port():
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    # Accelerate's --cpu would need mpirun; its --multi_gpu starts processes, and they take what device there is.
-    words = ["-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", "2", "--num_machines", "1"]
-    return [*words, "--mixed_precision", "no", "--dynamo_backend", "no", "--main_process_port", str(port)]
-
-
-def environment_of_processes():
-    environment = {name: value for name, value in os.environ.items() if name != "ACCELERATE_USE_CPU"}
-    return {**environment, "PORTRAIT_VENV": sys.prefix, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+        return str(free.getsockname()[1])
 
 
 # ------------------------------------------------------------------------------------------------------------- resume
@@ -432,10 +422,14 @@ def test_two_processes_of_accelerate_launch_train_what_one_does(tmp_path, capsys
         f"import sys\nsys.path.insert(0, {str(ROOT)!r})\nimport portrait\nportrait.ensure = lambda *_: None\n"
         "sys.exit(portrait.main(sys.argv[1:]))\n"
     )
-    command = [sys.executable, *two_processes(), str(script), *words, "--batch", "2"]
+    # Accelerate's --cpu would need mpirun; its --multi_gpu starts processes, and they take what device there is.
+    launch = [sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", "2"]
+    launch += ["--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no"]
+    launch += ["--main_process_port", free_port(), str(script), *words, "--batch", "2"]
+    environment = {name: value for name, value in os.environ.items() if name != "ACCELERATE_USE_CPU"}
     both = subprocess.run(
-        [*command, "--output", str(tmp_path / "two")],
-        env=environment_of_processes(),
+        [*launch, "--output", str(tmp_path / "two")],
+        env={**environment, "PORTRAIT_VENV": sys.prefix, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""},
         capture_output=True,
         text=True,
         timeout=300,
@@ -458,9 +452,9 @@ def test_two_processes_of_accelerate_launch_train_what_one_does(tmp_path, capsys
 
 def test_when_one_of_two_processes_is_asked_to_end_both_save_after_that_step(tmp_path):
     changes = {"batch": 2, "log_every": 4}
-    assert sending(tmp_path / "two", 5, signal.SIGTERM, *two_processes(), **changes) == 0
+    assert sending_of_two(tmp_path / "two", 5, signal.SIGTERM, **changes) == [0, 0]
     assert checkpoints(tmp_path / "two") == ["step-00000004", "step-00000005"]
-    assert sending(tmp_path / "two", 0, 0, *two_processes(), **changes) == 0
+    assert sending_of_two(tmp_path / "two", 0, 0, **changes) == [0, 0]
     run(tmp_path / "one", lambda: Tiny(drawn=False), log_every=4)
     one, two = losses(tmp_path / "one"), losses(tmp_path / "two")
     assert [line["step"] for line in two] == [4, 8, 12]
