@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from tests.webui.oracle import Oracle, assert_nobody_is_seen, assert_people_are_seen
-from tests.webui.server import Client, changes, unlike_new
+from tests.webui.server import STEPS, Client, changes, unlike_new
 from tests.webui.test_matrix import drawing, one, two
 from tests.webui.world import KIT
 
@@ -82,7 +82,7 @@ def test_after_an_exception_inside_a_step(server: Client, people: dict[str, str]
 
 def test_after_an_exception_in_the_second_pass(server: Client, people: dict[str, str], before: Any) -> None:
     recording = server.record(
-        one(people), probe={"fail": {"call": 4, "site": 13}}, enable_hr=True, denoising_strength=0.7
+        one(people), probe={"fail": {"call": STEPS + 1, "site": 13}}, enable_hr=True, denoising_strength=0.7
     )
     assert recording.answer.status == 500
     assert_same_as_before(server, *before)
@@ -146,7 +146,7 @@ def test_an_sdxl_model_is_refused_with_an_sd15_adapter(server: Client, people: d
 @pytest.mark.slow
 def test_fifty_alternating_requests_leave_nothing(server: Client, people: dict[str, str], before: Any) -> None:
     images, state = before
-    small = {"steps": 1}
+    small = {"steps": 1, "width": 64, "height": 64}
     vanilla = server.generate(**small).images
     middle = None
     for number in range(50):

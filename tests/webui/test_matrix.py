@@ -15,7 +15,7 @@ from PIL import Image, ImageDraw
 
 from lib_portrait.request import HASH_DIGITS, Photo, parse_request, to_json
 from tests.webui.oracle import NOBODY, Oracle, assert_nobody_is_seen, assert_people_are_seen
-from tests.webui.server import Client, Recording
+from tests.webui.server import STEPS, Client, Recording
 from tests.webui.world import KIT
 
 pytestmark = pytest.mark.webui
@@ -77,24 +77,29 @@ SAMPLERS = [
     ("LCM", "Automatic"),
 ]
 CELLS = [
-    Cell("txt2img", rows=["pn"] * 3),
+    Cell("txt2img", rows=["pn"] * STEPS),
     Cell("img2img", {"init_images": [drawing()], "denoising_strength": 0.9}),
     Cell("inpaint", {"init_images": [drawing()], "mask": half_mask(), "denoising_strength": 0.9, "inpainting_fill": 1}),
-    Cell("batch size x count", {"batch_size": 2, "n_iter": 2}, rows=["ppnn"] * 6),
-    Cell("AND", {"prompt": "a person in a garden AND a red hat :0.6"}, rows=["ppn"] * 3),
-    Cell("AND in a batch", {"prompt": "a person AND a hat", "batch_size": 2}, rows=["ppppnn"] * 3),
-    Cell("prompt editing", {"prompt": "a person in a [garden:city:0.4] with [a hat|a cat]"}, rows=["pn"] * 3),
-    Cell("long prompt", {"prompt": LONG}, {"pad_cond_uncond": False}, rows=["p", "n"] * 3, contexts={77, 154}),
-    Cell("long prompt, padded", {"prompt": LONG}, {"pad_cond_uncond": True}, rows=["pn"] * 3, contexts={154}),
-    Cell("long prompt, padded as v0", {"prompt": LONG}, {"pad_cond_uncond_v0": True}, rows=["pn"] * 3, contexts={154}),
-    Cell("long negative, cut as v0", {"negative_prompt": LONG}, {"pad_cond_uncond_v0": True}, ["pn"] * 3, {77}),
-    Cell("long negative, padded", {"negative_prompt": LONG}, {"pad_cond_uncond": True}, ["pn"] * 3, {154}),
-    Cell("cond and uncond apart", {"batch_size": 2}, {"batch_cond_uncond": False}, rows=["pp", "nn"] * 3),
+    Cell("batch size x count", {"batch_size": 2, "n_iter": 2}, rows=["ppnn"] * 2 * STEPS),
+    Cell("AND", {"prompt": "a person in a garden AND a red hat :0.6"}, rows=["ppn"] * STEPS),
+    Cell("AND in a batch", {"prompt": "a person AND a hat", "batch_size": 2}, rows=["ppppnn"] * STEPS),
+    Cell(
+        "prompt editing", {"prompt": "a person in a [garden:city:0.4] with [a hat|a cat]", "steps": 3}, rows=["pn"] * 3
+    ),
+    Cell("long prompt", {"prompt": LONG}, {"pad_cond_uncond": False}, rows=["p", "n"] * STEPS, contexts={77, 154}),
+    Cell("long prompt, padded", {"prompt": LONG}, {"pad_cond_uncond": True}, rows=["pn"] * STEPS, contexts={154}),
+    Cell(
+        "long prompt, padded as v0", {"prompt": LONG}, {"pad_cond_uncond_v0": True}, rows=["pn"] * STEPS, contexts={154}
+    ),
+    Cell("long negative, cut as v0", {"negative_prompt": LONG}, {"pad_cond_uncond_v0": True}, ["pn"] * STEPS, {77}),
+    Cell("long negative, padded", {"negative_prompt": LONG}, {"pad_cond_uncond": True}, ["pn"] * STEPS, {154}),
+    Cell("cond and uncond apart", {"batch_size": 2}, {"batch_cond_uncond": False}, rows=["pp", "nn"] * STEPS),
     Cell("NGMS", {"s_min_uncond": 4.0, "steps": 5}, {}, rows=None),
     Cell("NGMS on all steps", {"s_min_uncond": 4.0, "steps": 5}, {"s_min_uncond_all": True}, rows=None),
     Cell("skip early CFG", {"steps": 4}, {"skip_early_cond": 0.3}, rows=["p", "p", "pn", "pn"]),
     Cell("CLIP skip", {}, {"CLIP_stop_at_last_layers": 2}),
-    *(Cell(f"{name} {scheduler}", {"sampler_name": name, "scheduler": scheduler}) for name, scheduler in SAMPLERS),
+    # As many as the orders of those that look back at earlier steps.
+    *(Cell(f"{name} {of}", {"sampler_name": name, "scheduler": of, "steps": 3}) for name, of in SAMPLERS),
 ]
 
 

@@ -20,7 +20,7 @@ from PIL import Image, ImageDraw
 from lib_portrait.routing_picture import OUTSIDE, colour_of
 from tests.webui.browser import Page
 from tests.webui.oracle import Oracle
-from tests.webui.server import Answer, Client, Recording
+from tests.webui.server import STEPS, Answer, Client, Recording
 from tests.webui.test_matrix import encoded, half_mask, one, two
 from tests.webui.world import KIT
 
@@ -180,7 +180,7 @@ def test_each_loop_of_loopback_follows(server: Client, oracle: Oracle, people: d
     changes = inpainted((96, 0, 224, 128), script_name="Loopback", script_args=[2, 1.0, "Linear", "None"])
     recording = server.record(portrait, **changes)
     assert recording.answer.status == 200, recording.answer.detail
-    assert len(recording.calls) >= 6
+    assert len(recording.calls) >= 2 * STEPS
     for call in range(len(recording.calls)):
         labels = labels_at(recording, oracle, portrait, call)
         assert (labels[:, :4] == 0).all()

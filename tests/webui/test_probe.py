@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from tests.webui.oracle import Oracle, assert_nobody_is_seen
-from tests.webui.server import SITES, Client, changes
+from tests.webui.server import SITES, STEPS, Client, changes
 
 pytestmark = pytest.mark.webui
 
@@ -14,7 +14,7 @@ def test_a_vanilla_picture_is_seen_with_nobody_in_it(server: Client, oracle: Ora
     recording = server.record()
 
     assert len(recording.answer.images) == 1
-    assert [call["kinds"] for call in recording.calls] == [["positive", "negative"]] * 3
+    assert [call["kinds"] for call in recording.calls] == [["positive", "negative"]] * STEPS
     assert all(len(call["seen"]) == 32 for call in recording.calls)
     assert set(SITES) <= set(map(int, recording.calls[0]["seen"]))
     assert recording.latents().shape == (1, 4, 16, 16)
