@@ -8,6 +8,7 @@ from __future__ import annotations
 import os
 from collections import Counter, defaultdict
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -42,7 +43,60 @@ NEEDS = {
 NEED = "need"
 
 
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+# Files that some process starts a WebUI with ControlNet for: one process gets all of them.
+BESIDE_CONTROLNET = tuple(
+    f"tests/webui/test_{name}.py"
+    for name in ("guidance", "fusion", "instantfamily", "controlnet", "omniportrait", "ip_adapter")
+)
+# Those that take longest, in this order: of several processes one that gets a long file last works on alone.
+LONGEST = (
+    *BESIDE_CONTROLNET,
+    "tests/webui/test_panel_browser.py",
+    "tests/unit/test_evaluation_run.py",
+    "tests/webui/test_matrix.py",
+    "tests/quality/test_world_quality.py",
+    "tests/unit/test_guidance_reference.py",
+    "tests/unit/test_session.py",
+    "tests/webui/test_world.py",
+    "tests/webui/test_places.py",
+    "tests/webui/test_bad_input.py",
+    "tests/webui/test_left_behind.py",
+    "tests/webui/test_drawn_or_said.py",
+    "tests/unit/test_uniportrait_training.py",
+    "tests/unit/test_standalone_generation.py",
+    "tests/unit/test_world_stages.py",
+    "tests/unit/test_world_recipes.py",
+    "tests/unit/test_trainer_loop.py",
+    "tests/unit/test_faces_detection.py",
+    "tests/unit/test_guidance.py",
+    "tests/unit/test_instantfamily.py",
+    "tests/unit/test_installer.py",
+    "tests/unit/test_session_guidance.py",
+    "tests/quality/test_guidance_quality.py",
+)
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
+    """As --dist=loadfile, but for the order of the files and those that are handed out together."""
+    if config.getoption("dist") != "loadfile":
+        return None
+    from xdist.scheduler import LoadFileScheduling
+
+    class Scheduling(LoadFileScheduling):
+        def _split_scope(self, nodeid: str) -> str:
+            file = super()._split_scope(nodeid)
+            return "beside ControlNet" if file in BESIDE_CONTROLNET else file
+
+    # It would hand out files with many tests first, however short these are.
+    config.option.loadscopereorder = False
+    return Scheduling(config, log)
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    if hasattr(config, "workerinput"):
+        places = {file: place for place, file in enumerate(LONGEST)}
+        items.sort(key=lambda item: places.get(item.nodeid.split("::", 1)[0], len(places)))
     for item in items:
         fixtures = getattr(item, "fixturenames", ())
         need = next((name for fixture, name in NEEDS.items() if fixture in fixtures), None)

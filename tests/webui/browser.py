@@ -84,7 +84,7 @@ class Page:
             found = condition()
             if found:
                 return found
-            time.sleep(0.2)
+            time.sleep(0.1)
         self.save("timeout")
         raise TimeoutError(f"waited {SECONDS} s for {what}; see timeout.png in {self.screenshots}")
 
