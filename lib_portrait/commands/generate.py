@@ -38,6 +38,8 @@ FILE = "file:"
 # Where an error lies, by the request's own names: a photo of a person, or of one mixed in.
 PHOTO = re.compile(r"identities\[(\d+)\](?:\.mix\[(\d+)\])?\.photos\[(\d+)\]")
 SAMPLERS = ("ddim", "euler", "dpm++2m")
+# In characters: what file systems allow, and #aligned behind it.
+LONGEST_NAME = 255 + len("#aligned")
 
 
 def configure(parser: argparse.ArgumentParser) -> None:
@@ -212,13 +214,31 @@ def _names(texts: Sequence[str]) -> list[str]:
     for text in texts:
         parts = text.split(",")
         while parts:
-            for count in range(len(parts), 0, -1):
+            for count in range(_parts_of_a_name(parts), 0, -1):
                 found = _there(",".join(parts[:count]))
                 if found:
                     break
             names += found or parts[:1]
             del parts[:count]
     return names
+
+
+def _parts_of_a_name(parts: Sequence[str]) -> int:
+    """How many of the parts between commas, from the first on, one name can have: of a thousand photos not all.
+
+    A pattern may be of any length, a name only as long as file systems allow.
+    """
+    if glob.has_magic(",".join(parts)):
+        return len(parts)
+    length = 0
+    for count, part in enumerate(parts):
+        first, *others = re.split(r"[/\\]", part)
+        length += len(first) + 1
+        if length > LONGEST_NAME:
+            return max(count, 1)
+        if others:
+            length = len(others[-1])
+    return len(parts)
 
 
 def _there(text: str) -> list[str]:

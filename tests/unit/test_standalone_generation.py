@@ -235,11 +235,16 @@ def test_a_request_file_may_have_any_mark_that_editors_write(
 # -------------------------------------------------------------------------------------------------------- which photos
 
 
+# As long as a name may be.
+COMMAS = "commas/" + "x," * 125 + ".jpg"
+
+
 @pytest.fixture
 def album(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """The working directory, with photos of awkward names; nothing in them is looked at."""
     (tmp_path / "bob").mkdir()
-    for name in ("a,b.jpg", "a", "c.JPG", "d#1.png", "bob/1.jpg", "bob/2.webp", "bob/notes.txt", "bob/._1.jpg"):
+    (tmp_path / "commas").mkdir()
+    for name in ("a,b.jpg", "a", "c.JPG", "d#1.png", "bob/1.jpg", "bob/2.webp", "bob/notes.txt", "bob/._1.jpg", COMMAS):
         (tmp_path / name).write_bytes(name.encode())
     (tmp_path / "none").mkdir()
     monkeypatch.chdir(tmp_path)
@@ -261,6 +266,7 @@ def album(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
         (["d#1.png,d#1.png#0"], ["d#1.png", "d#1.png#0"]),
         (["gone.jpg,c.JPG,x"], ["gone.jpg", "c.JPG", "x"]),
         ([",".join(["c.JPG"] * 1000)], ["c.JPG"] * 1000),
+        ([f"c.JPG,{COMMAS}#aligned,bob/1.jpg,{COMMAS}"], ["c.JPG", f"{COMMAS}#aligned", "bob/1.jpg", COMMAS]),
     ],
 )
 def test_folders_patterns_and_commas_in_names(album: Path, texts: list[str], names: list[str]) -> None:
