@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from lib_portrait.faces.alignment import oval_radius, portrait, portrait_matrix, similarity, warped
-from lib_portrait.faces.weights import beside, fill, unfit
+from lib_portrait.faces.weights import beside, fill, unfilled, unfit
 
 # Eyes, nose, corners of the mouth in FFHQ's crop of 512 pixels: facexlib, utils/face_restoration_helper.py.
 FFHQ_512 = np.array(
@@ -106,7 +106,7 @@ def parser_from_state_dict(tensors: Mapping[str, Tensor], field: str = "parser")
     named = beside(tensors, "out_mask_conv.conv2d.weight")
     if not named:
         raise unfit(field, "it is no ParseNet of facexlib: out_mask_conv.conv2d.weight is missing")
-    with torch.device("meta"):
+    with unfilled():
         network = ParseNet()
     fill(network, named, field)
     return network.float()

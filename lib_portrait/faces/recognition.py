@@ -10,10 +10,9 @@ import math
 import re
 from collections.abc import Mapping, Sequence
 
-import torch
 from torch import Tensor, nn
 
-from lib_portrait.faces.weights import beside, fill, unfit
+from lib_portrait.faces.weights import beside, fill, unfilled, unfit
 
 # Blocks in each of the four stages.
 IR_18 = (2, 2, 2, 2)
@@ -137,7 +136,7 @@ def backbone_from_state_dict(tensors: Mapping[str, Tensor], field: str = "backbo
     grid = math.isqrt(linear.shape[1] // widths[-1])
     if not grid:
         raise unfit(field, f"output_layer.3.weight has the shape {tuple(linear.shape)}")
-    with torch.device("meta"):
+    with unfilled():
         backbone = Backbone(blocks, widths, embedding=linear.shape[0], image_size=grid * 2 ** len(blocks))
     fill(backbone, named, field)
     return backbone

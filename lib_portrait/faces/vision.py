@@ -13,7 +13,7 @@ from torch.nn import functional
 from transformers import CLIPVisionConfig, CLIPVisionModel
 
 from lib_portrait.errors import PortraitError
-from lib_portrait.faces.weights import beside, fill, unfit
+from lib_portrait.faces.weights import beside, fill, unfilled, unfit
 
 CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
 CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
@@ -111,7 +111,7 @@ def vision_from_state_dict(
     """
     named, layers, sizes = _read(tensors, config or {}, field, _QUICK_GELU_WIDTHS)
     width, grid, patch, heads, mlp, activation = sizes
-    with torch.device("meta"):
+    with unfilled():
         tower = VisionTower(width, grid, patch, layers - 1, heads, mlp, activation)
     _fill(tower, named, field)
     return tower.eval()
@@ -130,7 +130,7 @@ def image_tower_from_state_dict(
         projection = None if own is None or own.ndim != 2 else own.T
     if projection is None or projection.ndim != 2:
         raise unfit(field, "it has no projection of pictures (visual_projection.weight, or visual.proj)")
-    with torch.device("meta"):
+    with unfilled():
         tower = ImageTower(projection.shape[0], width, grid, patch, layers, heads, mlp, activation)
     fill(tower.projection, {"weight": projection.contiguous()}, field, "visual_projection.")
     _fill(tower, named, field)

@@ -2,15 +2,37 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 
 from lib_portrait.errors import PortraitError
 
 # Numbers looked at together: as many as stay in a processor's cache.
 STRETCH = 2**20
+
+
+@contextmanager
+def unfilled() -> Iterator[None]:
+    """Networks that are made meanwhile have no memory of their own and no initial values, for `fill` to give them."""
+    with torch.device("meta"), _Undrawn():
+        yield
+
+
+class _Undrawn(TorchFunctionMode):
+    """Leaves out `torch.nn.init`: on "meta" it fills nothing, and takes longer than all else of making a network."""
+
+    def __torch_function__(
+        self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        given = kwargs or {}
+        if getattr(func, "__module__", None) == nn.init.__name__:
+            return args[0] if args else given["tensor"]
+        return func(*args, **given)
 
 
 def beside(tensors: Mapping[str, Tensor], leaf: str) -> dict[str, Tensor]:

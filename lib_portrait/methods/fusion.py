@@ -41,7 +41,7 @@ from lib_portrait.checkpoints.formats import Checkpoint
 from lib_portrait.errors import PortraitError
 from lib_portrait.faces.cache import Recent
 from lib_portrait.faces.references import IdentityFaces
-from lib_portrait.faces.weights import fill
+from lib_portrait.faces.weights import fill, unfilled
 from lib_portrait.methods.base import Host, Method, Options, Placement, Rule
 
 # Whom a position's queries see besides the text, where it is not the number of one identity.
@@ -170,7 +170,7 @@ class FaceFusion(nn.ModuleDict):
             if len(shape) != 2 or shape != tuple(tensors[min(pair)].shape):
                 raise PortraitError(field, f"{name} has the shape {shape}", _REMEDY)
             if number not in made:
-                with torch.device("meta"):
+                with unfilled():
                     made[number] = FaceKeys(shape[1], shape[0])
         if not made:
             raise PortraitError(field, "it holds no layers", _REMEDY)

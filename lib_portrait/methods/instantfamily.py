@@ -40,7 +40,7 @@ from lib_portrait.checkpoints.formats import Checkpoint
 from lib_portrait.control_picture import Circle
 from lib_portrait.errors import PortraitError
 from lib_portrait.faces.references import IdentityFaces
-from lib_portrait.faces.weights import checked, fill
+from lib_portrait.faces.weights import checked, fill, unfilled
 from lib_portrait.methods.base import Method, Options, Placement, Rule
 
 # How faces are kept apart (the option `mask`): M times the logits (eq. 6), keys left out where M is 0, or M = 1.
@@ -135,7 +135,7 @@ class FaceProjections(nn.Module):
         together, and numbers that are not finite."""
         context, global_width = checked(tensors, "global_proj.0.weight", (None, None), field).shape
         _, local_width = checked(tensors, "local_proj.0.weight", (context, None), field).shape
-        with torch.device("meta"):
+        with unfilled():
             made = FaceProjections(global_width, local_width, context, properties)
         odd = sorted(set(tensors) - set(made.state_dict()))
         if odd:

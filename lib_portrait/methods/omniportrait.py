@@ -32,7 +32,7 @@ from lib_portrait.attention.windows import takes_part
 from lib_portrait.checkpoints.formats import Checkpoint
 from lib_portrait.errors import PortraitError
 from lib_portrait.faces.references import IdentityFaces
-from lib_portrait.faces.weights import checked, fill, unfit
+from lib_portrait.faces.weights import checked, fill, unfilled, unfit
 from lib_portrait.methods.base import Host, Method, Options, Placement, Rule
 
 # Where eq. 5 holds A_t(m) to the mask: on the level with about as many positions.
@@ -85,7 +85,7 @@ class PivotEncoder(nn.Module):
         text, whole = checked(tensors, "projection.weight", (None, None), field).shape
         if whole <= text:
             raise unfit(field, f"projection.weight has the shape {(text, whole)}, in which there is no picture")
-        with torch.device("meta"):
+        with unfilled():
             made = PivotEncoder(whole - text, text)
         fill(made, tensors, field)
         return made.float()

@@ -38,7 +38,7 @@ from lib_portrait.checkpoints.formats import Checkpoint
 from lib_portrait.errors import Notice, PortraitError
 from lib_portrait.faces.features import FaceFeatures
 from lib_portrait.faces.references import IdentityFaces, Reference
-from lib_portrait.faces.weights import checked, fill, unfit
+from lib_portrait.faces.weights import checked, fill, unfilled, unfit
 from lib_portrait.methods.base import Method, Options, Placement, Rule
 
 # What stands before the names of tensors in the released files, and the names that a site has there.
@@ -135,7 +135,7 @@ class IDEmbedding(nn.Module):
         try:
             _, count, width = tensors["latents"].shape
             layers = {int(key.split(".")[1]) for key in tensors if key.startswith("layers.")}
-            with torch.device("meta"):
+            with unfilled():
                 module = IDEmbedding(
                     intrinsic=tensors["proj_id.0.weight"].shape[1],
                     structure=tensors["proj_clip.0.weight"].shape[1],
@@ -459,7 +459,7 @@ class _SiteTensors:
 
     def layers(self, width: int, tokens: int) -> SiteLayers:
         """The modules that these tensors are of, without a copy. width: D; tokens: T."""
-        with torch.device("meta"):
+        with unfilled():
             layers = SiteLayers()
             for name in PROJECTIONS:
                 up, down = f"{name}_lora.up.weight", f"{name}_lora.down.weight"
