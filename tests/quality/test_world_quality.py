@@ -35,7 +35,7 @@ pytestmark = [
 SINGLE = ProtocolSettings(number=12, prompts=2, pictures=1)
 # All six pairs of 4 people, 4 prompts each.
 PAIRS = ProtocolSettings(number=4, prompts=4, pictures=1)
-STEPS = 10
+STEPS = 6
 
 
 @pytest.fixture(scope="module")

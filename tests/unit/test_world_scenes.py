@@ -144,5 +144,5 @@ def test_the_command_writes_a_contact_sheet(tmp_path):
 
 @pytest.mark.slow
 def test_pictures_come_fast_enough_to_train_on():
-    # CPU time, and the best of several, so that other work does not fail it; on a quiet machine it is about 11.
-    assert min(bench(128, 70, 2)["cpu_ms"] for _ in range(3)) < 40
+    # CPU time, and several tries, so that other work does not fail it; on a quiet machine it is about 11.
+    assert any(bench(128, 70, 2)["cpu_ms"] < 40 for _ in range(3))

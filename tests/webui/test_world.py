@@ -28,7 +28,7 @@ from tests.webui.world import World
 pytestmark = pytest.mark.webui
 
 SETTINGS = {
-    "steps": 20,
+    "steps": 10,
     "width": 128,
     "height": 128,
     "cfg_scale": 5,
@@ -112,7 +112,7 @@ def pictures(images: Sequence[str]) -> list[np.ndarray]:
 def drawn(pipeline: PortraitPipeline, prompt: str, request: PortraitRequest | None) -> list[np.ndarray]:
     """What the standalone generator makes of DDIM."""
     seeds = range(DDIM["seed"], DDIM["seed"] + DDIM["batch_size"])
-    samplings = [pipeline.sampling(prompt, {"steps": 20, "guidance": 5.0, "seed": seed}) for seed in seeds]
+    samplings = [pipeline.sampling(prompt, {"steps": DDIM["steps"], "guidance": 5.0, "seed": seed}) for seed in seeds]
     return [np.asarray(one.picture) for one in pipeline.generate(request, samplings)]
 
 
@@ -200,7 +200,7 @@ def test_the_panel_draws_what_the_api_does(
     """Two people uploaded, the adapter left on automatic: what was measured of the API's pictures holds for these."""
     prompt, first = prompt_of(shipped), {**DDIM, "batch_size": 1}
     page = Page(driver, host.base, screenshots)
-    page.paste(f"{prompt}\nSteps: 20, Sampler: DDIM, CFG scale: 5, Seed: {DDIM['seed']}, Size: 128x128")
+    page.paste(f"{prompt}\nSteps: {DDIM['steps']}, Sampler: DDIM, CFG scale: 5, Seed: {DDIM['seed']}, Size: 128x128")
     page.wait(lambda: page.one("#txt2img_width input[type=number]").get_property("value") == "128", "the parameters")
     for number, person in enumerate(sample_people(shipped / "faces")[:2], 1):
         if number > 1:
