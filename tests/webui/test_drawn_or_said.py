@@ -93,9 +93,8 @@ def with_adetailer(webui_dir: Path, world: World, tmp_path_factory: pytest.TempP
     if not (extension / "scripts" / "!adetailer.py").is_file():
         pytest.skip(f"no ADetailer in {extension.parent}: install Bing-su/adetailer there")
     python = webui_python(webui_dir)
-    if subprocess.run(
-        [str(python), "-c", "import mediapipe, ultralytics"], capture_output=True, check=False
-    ).returncode:
+    there = "import importlib.util as u, sys; sys.exit(not all(map(u.find_spec, ('mediapipe', 'ultralytics'))))"
+    if subprocess.run([str(python), "-c", there], check=False).returncode:
         pytest.skip("the WebUI's Python has no mediapipe or ultralytics, which ADetailer needs")
     with running(webui_dir, python, world.models, tmp_path_factory.mktemp("webui-adetailer"), [extension]) as client:
         yield client
