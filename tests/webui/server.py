@@ -184,13 +184,14 @@ def changes(before: Mapping[str, Any], after: Mapping[str, Any]) -> dict[str, An
 def unlike_new(client: Client) -> dict[str, Any]:
     """What no request may change for good, as far as it is not what it was when the server started.
 
-    The host's own Lora extension leaves its bookkeeping (network_*) on layers once it has been used.
+    The host's own Lora extension, Hypertile and token merging leave their bookkeeping on layers once they were used.
     """
+    bookkeeping = ("network_", "__webui_hypertile_", "_tome_info", "applied_token_merged_ratio")
 
     def lasting(state: dict[str, Any]) -> dict[str, Any]:
         kept = {name: state[name] for name in ("classes", "global_hooks", "weights", "callbacks")}
         kept["modules"] = {
-            path: {**seen, "attributes": [name for name in seen["attributes"] if not name.startswith("network_")]}
+            path: {**seen, "attributes": [name for name in seen["attributes"] if not name.startswith(bookkeeping)]}
             for path, seen in state["modules"].items()
         }
         return kept

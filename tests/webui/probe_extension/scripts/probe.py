@@ -227,6 +227,17 @@ def modules_watched() -> list[tuple[str, torch.nn.Module]]:
     return found + [("unet." + name, module) for name, module in model.model.diffusion_model.named_modules()]
 
 
+def attributes(module: torch.nn.Module) -> list[str]:
+    """The names of what is set on a module. Hypertile's wrapper of a forward, which it leaves there, has its own."""
+
+    def name_of(name: str, value: Any) -> str:
+        code = getattr(value, "__code__", None)
+        its = name == "forward" and code is not None and Path(code.co_filename).name == "hypertile.py"
+        return "__webui_hypertile_forward" if its else name
+
+    return sorted(name_of(name, value) for name, value in vars(module).items())
+
+
 def function_name(owner: type, name: str) -> str:
     function = getattr(owner, name)
     return f"{function.__module__}.{getattr(function, '__qualname__', function)}@{id(function)}"
@@ -239,7 +250,7 @@ def state() -> dict[str, Any]:
     modules = {
         name: {
             "class": f"{type(module).__module__}.{type(module).__qualname__}",
-            "attributes": sorted(vars(module)),
+            "attributes": attributes(module),
             "hooks": {key: len(value) for key, value in vars(module).items() if "hooks" in key and value},
         }
         for name, module in modules_watched()
