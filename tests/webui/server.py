@@ -181,21 +181,22 @@ def changes(before: Mapping[str, Any], after: Mapping[str, Any]) -> dict[str, An
     return found
 
 
+# The host's own Lora extension, Hypertile and token merging leave it on layers once they were used.
+BOOKKEEPING = ("network_", "__webui_hypertile_", "_tome_info", "applied_token_merged_ratio")
+
+
+def lasting(state: Mapping[str, Any]) -> dict[str, Any]:
+    """What no request may change for good, of a state of the server: without the host's own bookkeeping."""
+    kept = {name: state[name] for name in ("classes", "global_hooks", "weights", "callbacks")}
+    kept["modules"] = {
+        path: {**seen, "attributes": [name for name in seen["attributes"] if not name.startswith(BOOKKEEPING)]}
+        for path, seen in state["modules"].items()
+    }
+    return kept
+
+
 def unlike_new(client: Client) -> dict[str, Any]:
-    """What no request may change for good, as far as it is not what it was when the server started.
-
-    The host's own Lora extension, Hypertile and token merging leave their bookkeeping on layers once they were used.
-    """
-    bookkeeping = ("network_", "__webui_hypertile_", "_tome_info", "applied_token_merged_ratio")
-
-    def lasting(state: dict[str, Any]) -> dict[str, Any]:
-        kept = {name: state[name] for name in ("classes", "global_hooks", "weights", "callbacks")}
-        kept["modules"] = {
-            path: {**seen, "attributes": [name for name in seen["attributes"] if not name.startswith(bookkeeping)]}
-            for path, seen in state["modules"].items()
-        }
-        return kept
-
+    """What no request may change for good, as far as it is not what it was when the server started."""
     return changes(lasting(client.at_start), lasting(client.state()))
 
 
