@@ -20,7 +20,6 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from lib_portrait.attention import ip_adapters
 from lib_portrait.attention.arguments import LATENT, TIMESTEPS, predicted, rows_of, with_predicted
 from lib_portrait.attention.injection import Call, Injection, Wrapper
 from lib_portrait.attention.rows import NEGATIVE, POSITIVE, REFERENCE, Row
@@ -170,6 +169,11 @@ class FeatureGuidance(ABC):
         prediction (P, 4, h, w)."""
         return gradient
 
+    def adds_to(self, site: Site) -> bool:
+        """Whether somebody else adds to what this attention layer gives. It then keeps its own forward, as PyTorch's
+        attention in its place would leave that out."""
+        return False
+
     @property
     def looks(self) -> bool:
         """Whether `look` wants to be told."""
@@ -283,8 +287,7 @@ class FeatureGuidance(ABC):
                 return host(*args, **kwargs)
             if self.looks:
                 self.look(site, *site.arguments(args, kwargs), under_way[0])
-            # A layer that an IP-Adapter adds to runs PyTorch's own attention, and what is added would be missing.
-            plain = self._plain and not ip_adapters.adds_to(site.module)
+            plain = self._plain and not self.adds_to(site)
             out = _plain_attention(site, args, kwargs) if plain else host(*args, **kwargs)
             ran.add(site.index)
             if not out.requires_grad:

@@ -28,7 +28,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from lib_portrait.attention import ip_adapters
 from lib_portrait.attention.injection import Call, Injection
 from lib_portrait.attention.maps import word_attention
 from lib_portrait.attention.regions import FAINTEST, WHOLE, Box, Region, coverage
@@ -228,6 +227,9 @@ class ReferenceGuidance(FeatureGuidance):
             self._steps.append(t)
         return (len(self._steps) - 1) % int(self.options["every"]) == 0
 
+    def adds_to(self, site: Site) -> bool:
+        return self._host is not None and self._host.adds_to(site.module)
+
     def before(self, current: Pass, run: Callable[[], Tensor], call: Call, injection: Injection) -> None:
         """Finds the faces where nothing else tells where people are, and has the UNet look at references that are as
         noisy as the step."""
@@ -238,7 +240,8 @@ class ReferenceGuidance(FeatureGuidance):
         if any("face" in own for own in sources):
             self._find_faces(current, run, call.latent)
         if self._latents:
-            with injection.aside(), ip_adapters.left_out(injection.unet):
+            assert self._host is not None
+            with injection.aside(), self._host.bare():
                 self._look_at_step(injection.unet, current)
 
     def _source(self, number: int, mark: Row) -> str:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import importlib
 from abc import ABC, abstractmethod
 from collections.abc import Hashable, Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
 from typing import Any, Generic, Literal, Protocol, TypeVar
 
@@ -101,6 +102,13 @@ class Host(Protocol):
     def call(self, latent: Tensor, t: Tensor, context: Any) -> Tensor:
         """The UNet's output (B, 4, h, w) for latents (B, 4, h, w), timesteps (B,) and a context of `text`; the model's
         other inputs are filled in."""
+
+    def bare(self) -> AbstractContextManager[None]:
+        """While this lasts, the layers of its UNet give what they would without what other extensions have hung onto
+        them, as they do in `call`; for who runs the UNet by themselves within a call of it."""
+
+    def adds_to(self, layer: nn.Module) -> bool:
+        """Whether another extension adds to what this attention layer gives, which its projections do not show."""
 
 
 class Rule(ABC, Generic[P]):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import warnings
 from collections.abc import Hashable, Sequence
 from typing import Literal
@@ -9,7 +10,7 @@ from typing import Literal
 import numpy as np
 import torch
 from diffusers import DDPMScheduler, UNet2DConditionModel
-from torch import Tensor
+from torch import Tensor, nn
 
 from lib_portrait.attention.rows import word_positions
 from lib_portrait.standalone.model import Model
@@ -73,6 +74,12 @@ class DiffusersHost:
         dtype = self.model.unet.dtype
         context = context.expand(len(latent), -1, -1)
         return self.model.unet(latent.to(dtype), t.expand(len(latent)), context.to(dtype)).sample
+
+    def bare(self) -> contextlib.AbstractContextManager[None]:
+        return contextlib.nullcontext()
+
+    def adds_to(self, layer: nn.Module) -> bool:
+        return False
 
 
 def as_pixels(decoded: Tensor) -> list[np.ndarray]:

@@ -16,9 +16,9 @@ import torch
 from modules import devices, lowvram, prompt_parser, sd_samplers_common, sd_vae, shared
 from torch import Tensor, nn
 
-from lib_portrait.attention import ip_adapters
 from lib_portrait.attention.rows import word_positions
 from lib_portrait.errors import PortraitError
+from lib_portrait.webui import hooks
 
 # Of an inpainting model: what is painted (1), and the latent of what is not (4).
 INPAINTING_CHANNELS = 5
@@ -126,6 +126,12 @@ class WebuiHost:
         with _alone(self.unet):
             return self.sd_model.apply_model(latent, t.expand(rows), conditions)
 
+    def bare(self) -> contextlib.AbstractContextManager[None]:
+        return hooks.left_out(self.unet)
+
+    def adds_to(self, layer: nn.Module) -> bool:
+        return hooks.adds_to(layer)
+
     def _concatenated(self, latent: Tensor) -> list[Tensor]:
         """What stands beside the latent's channels at the UNet's entry."""
         unet: Any = self.unet
@@ -166,11 +172,11 @@ class WebuiHost:
 
 @contextlib.contextmanager
 def _alone(unet: nn.Module) -> Iterator[None]:
-    """Without the `forward` that ControlNet and others put on the UNet's instance, and without its IP-Adapters: what
-    they do there is for the pictures that are drawn, in calls that they have marked."""
+    """Without the `forward` that ControlNet and others put on the UNet's instance, and without what its units hang onto
+    layers: what they do there is for the pictures that are drawn, in calls that they have marked."""
     theirs = vars(unet).pop("forward", None)
     try:
-        with ip_adapters.left_out(unet):
+        with hooks.left_out(unet):
             yield
     finally:
         if theirs is not None:

@@ -28,7 +28,6 @@ from lib_portrait.attention import (
     Row,
     control_sites,
     find_sites,
-    ip_adapters,
     mark_conditions,
 )
 from lib_portrait.attention.regions import WHOLE, Box, check_takes_part
@@ -43,6 +42,7 @@ from lib_portrait.webui import (
     axes,
     checkpoint,
     control,
+    hooks,
     instances,
     jobs,
     panel_values,
@@ -204,7 +204,7 @@ class Session:
     def _enter(self, p: Any, unet: torch.nn.Module) -> None:
         self._pre_hook = unet.register_forward_pre_hook(self._check_call)
         assert self._conditioning is not None and self._rule is not None
-        if self._rule.replaces_attention and ip_adapters.are_on(unet):
+        if self._rule.replaces_attention and hooks.are_on(unet):
             raise PortraitError(
                 "ControlNet",
                 f"an IP-Adapter, InstantID or PuLID unit adds to the attention that {self.method.title} replaces, so "

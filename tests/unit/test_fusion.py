@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -76,6 +77,12 @@ class SmallHost:
         more = {"y": more} if isinstance(more, Tensor) else {}
         out = self.unet(latent.to(dtype), t, context.to(dtype), **more)
         return out if isinstance(out, Tensor) else out.sample
+
+    def bare(self) -> contextlib.AbstractContextManager[None]:
+        return contextlib.nullcontext()
+
+    def adds_to(self, layer: nn.Module) -> bool:
+        return False
 
 
 def adapter(unet: nn.Module, **properties: Any) -> FaceFusion:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Iterator
 from pathlib import Path
 from types import MethodType, SimpleNamespace
@@ -13,9 +14,10 @@ import torch.nn.functional as F
 from ldm.modules.diffusionmodules.util import timestep_embedding
 from torch import Tensor, nn
 
-from lib_portrait.attention import Injection, find_sites, ip_adapters, mark
+from lib_portrait.attention import Injection, find_sites, mark
 from lib_portrait.guidance.reference import forget
 from lib_portrait.methods.uniportrait import Adapter
+from lib_portrait.webui import hooks
 from tests.host_stand_in import Host, Processing, Script, standing_in
 from tests.parity.unets import flatten, ldm_unet, load_bin
 from tests.unit.test_attention import attributes
@@ -35,6 +37,20 @@ from tests.unit.test_session import folder, one, unets, untouched  # noqa: F401
 from tests.unit.test_session_guidance import alone as guided_alone
 
 ADAPTER_FILES = ("uniportrait-faceid_small.bin", "uniportrait-router_small.bin")
+
+
+class HostWithUnits(PictureHost):
+    """Answers as `WebuiHost` does where units hang onto its UNet."""
+
+    def call(self, latent: Tensor, t: Tensor, context: Any) -> Tensor:
+        with self.bare():
+            return super().call(latent, t, context)
+
+    def bare(self) -> contextlib.AbstractContextManager[None]:
+        return hooks.left_out(self.unet)
+
+    def adds_to(self, layer: nn.Module) -> bool:
+        return hooks.adds_to(layer)
 
 
 class IPAdapter:
@@ -98,13 +114,13 @@ def test_it_is_left_out_for_a_while_and_put_back_whatever_happens(unet: nn.Modul
     z, t, context = inputs()
     functions = [layer.ipadapter_hacks for layer in adapter.layers]
     with_it = run(unet, z, t, context)
-    with ip_adapters.left_out(unet):
-        assert not ip_adapters.are_on(unet)
+    with hooks.left_out(unet):
+        assert not hooks.are_on(unet)
         without = run(unet, z, t, context)
-    with pytest.raises(RuntimeError, match="in between"), ip_adapters.left_out(unet):
+    with pytest.raises(RuntimeError, match="in between"), hooks.left_out(unet):
         raise RuntimeError("in between")
     assert all(layer.ipadapter_hacks is own for layer, own in zip(adapter.layers, functions, strict=True))
-    assert ip_adapters.are_on(unet) and adapter.seen == [4] * len(adapter.layers)
+    assert hooks.are_on(unet) and adapter.seen == [4] * len(adapter.layers)
     assert torch.equal(run(unet, z, t, context), with_it)
     torch.testing.assert_close(without, run(ldm_unet(), z, t, context), atol=1e-5, rtol=0)
     assert (with_it - without).abs().max() > 1e-2
@@ -115,16 +131,13 @@ def test_references_are_seen_without_it_and_guided_rows_with_it(
     unet: nn.Module, noise: str, request: pytest.FixtureRequest
 ) -> None:
     z, t, context = inputs()
-    plain = guidance(PictureHost(unet), [person(0)], noise=noise)
+    plain = guidance(HostWithUnits(unet), [person(0)], noise=noise)
     with Injection(unet, guidance=plain, rows=ROWS):
         run(unet, z, t, mark(context, [1, 2, 3, 4]))
     adapter: IPAdapter = request.getfixturevalue("adapter")
     expected = run(unet, z, t, context)
     adapter.seen.clear()
-    host = PictureHost(unet)
-    # As `WebuiHost.call` does.
-    with ip_adapters.left_out(unet):
-        made = guidance(host, [person(0)], noise=noise)
+    made = guidance(HostWithUnits(unet), [person(0)], noise=noise)
     # ControlNet stands around the UNet's forward, and so all rows run together.
     original = unet.forward
     unet.forward = lambda *args, **kwargs: original(*args, **kwargs)
@@ -146,7 +159,7 @@ def test_it_stays_where_other_layers_have_no_backward_pass(
 ) -> None:
     z, t, context = inputs()
     expected = run(unet, z, t, context)
-    made = guidance(PictureHost(unet), [person(0)], strength=0.0001)
+    made = guidance(HostWithUnits(unet), [person(0)], strength=0.0001)
     kind = type(find_sites(unet)[0].module)
     monkeypatch.setattr(kind, "forward", without_backward("No operator found for memory_efficient_attention_backward"))
     original = unet.forward
@@ -161,7 +174,7 @@ def test_it_stays_where_other_layers_have_no_backward_pass(
 def test_the_gradient_goes_through_an_encoder_that_is_run_without_gradients(unet: nn.Module, added: float) -> None:
     """As ControlNet runs it, which between its blocks adds what T2I-Adapters give."""
     z, t, context = inputs()
-    made, bare = (guidance(PictureHost(unet), [person(0)]) for _ in range(2))
+    made, bare = (guidance(HostWithUnits(unet), [person(0)]) for _ in range(2))
 
     def walk(x: Tensor, timesteps: Tensor, context: Tensor) -> Tensor:
         kept = []
@@ -218,7 +231,7 @@ def test_the_host_s_calls_of_ours_are_without_it(host: Host) -> None:
         try:
             torch.testing.assert_close(asked.call(*given), bare, atol=1e-5, rtol=0)
             assert not adapter.seen
-            assert ip_adapters.are_on(host.unet)
+            assert hooks.are_on(host.unet)
         finally:
             adapter.take_off()
 
@@ -264,7 +277,7 @@ def test_weights_of_control_networks_need_no_gradient_in_guided_samplings(host: 
 @pytest.mark.parametrize("method", ["uniportrait", "fusion"])
 def test_who_says_so_replaces_it_and_who_does_not_leaves_it(unet: nn.Module, adapter: IPAdapter, method: str) -> None:
     z, t, context = inputs()
-    with ip_adapters.left_out(unet):
+    with hooks.left_out(unet):
         rule: Any = (
             uniportrait(Adapter.from_tensors(*map(flatten, map(load_bin, ADAPTER_FILES))), 2)
             if method == "uniportrait"
