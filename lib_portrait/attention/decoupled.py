@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
+from typing import Any
 
 import torch.nn.functional as F
 from torch import Tensor
@@ -70,8 +71,9 @@ class DecoupledAttention(ABC):
 
     def __init__(self, lora_scale: float = 1.0):
         self.lora_scale = lora_scale
+        self._hidden: dict[int, Tensor] = {}
         self._query: dict[int, tuple[Tensor, Tensor]] = {}
-        """By site number, while the site runs: its input and its query."""
+        """By site number, while the site runs: its input, and beside it its query."""
 
     @abstractmethod
     def lora(self, site: Site) -> Mapping[str, LowRank]:
@@ -94,9 +96,17 @@ class DecoupledAttention(ABC):
         def project(name: str, host: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
             return linears[name](host, x, call) if name in linears else host(x)
 
+        def layer(host: Callable[..., Tensor], *args: Any, **kwargs: Any) -> Tensor:
+            # Others may change what enters a projection, and that is not the layer's input then.
+            self._hidden[site.index] = site.input(args, kwargs)
+            try:
+                return host(*args, **kwargs)
+            finally:
+                del self._hidden[site.index]
+
         def query(host: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
             q = project("to_q", host, x)
-            self._query[site.index] = (x, q)
+            self._query[site.index] = (self._hidden.get(site.index, x), q)
             return q
 
         def output(host: Callable[[Tensor], Tensor], attended: Tensor) -> Tensor:
@@ -115,4 +125,4 @@ class DecoupledAttention(ABC):
         functions: dict[str, Wrapper] = {
             PATHS[name]: lambda host, x, name=name: project(name, host, x) for name in linears
         }
-        return {**functions, "to_q": query, "to_out.0": output} if site.cross else functions
+        return {**functions, "": layer, "to_q": query, "to_out.0": output} if site.cross else functions

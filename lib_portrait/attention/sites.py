@@ -80,6 +80,12 @@ class Site:
         return x, x if context is None else context
 
     @staticmethod
+    def input(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> torch.Tensor:
+        """What the layer attends from, x (B, n, channels), whatever else its forward was called with."""
+        x: torch.Tensor = args[0] if args else next(kwargs[name] for name in ("x", "hidden_states") if name in kwargs)
+        return x
+
+    @staticmethod
     def others(kwargs: Mapping[str, Any]) -> dict[str, Any]:
         """What the layer's forward was called with beside `arguments`."""
         return {name: value for name, value in kwargs.items() if name not in _ARGUMENTS}

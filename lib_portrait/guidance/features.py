@@ -283,7 +283,7 @@ class FeatureGuidance(ABC):
             return activations.detach()
 
         def attention(site: Site, host: Callable[..., Tensor], *args: Any, **kwargs: Any) -> Tensor:
-            if not (under_way and under_way[0].running and _given(args, kwargs).requires_grad):
+            if not (under_way and under_way[0].running and site.input(args, kwargs).requires_grad):
                 return host(*args, **kwargs)
             if self.looks:
                 self.look(site, *site.arguments(args, kwargs), under_way[0])
@@ -445,11 +445,6 @@ def _frozen(unet: nn.Module) -> Iterator[None]:
     finally:
         for weight in trained:
             weight.requires_grad_(True)
-
-
-def _given(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Tensor:
-    """An attention layer's input."""
-    return args[0] if args else kwargs.get("x", kwargs.get("hidden_states"))
 
 
 def _plain_attention(site: Site, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Tensor:

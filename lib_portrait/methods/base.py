@@ -121,11 +121,13 @@ class Rule(ABC, Generic[P]):
     in_control: whether it stands in the ControlNet too that was trained with the adapter.
     replaces_attention: whether positive rows run without the host's own cross-attention, and so without what others
     have added to it.
+    adds_rows: whether rows of its own run along in the UNet's calls, which show other pictures than those drawn.
     """
 
     reads_words = False
     in_control = False
     replaces_attention = False
+    adds_rows = False
 
     def __init__(self, people: Sequence[P], routing: RoutingMaps | None = None):
         self.people = list(people)

@@ -325,6 +325,7 @@ class FusionRule(Rule[FusedIdentity]):
         super().__init__(people, routing)
         self.adapter = adapter
         self.seeing = adapter.properties.seeing
+        self.adds_rows = adapter.properties.rides
         self._hidden: list[HiddenStates] = []
         # Counts the looks, so that no site keeps what was made of an earlier one.
         self._looks = 0

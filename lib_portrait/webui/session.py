@@ -93,6 +93,7 @@ class Session:
         self._rule: Rule[Any] | None = None
         self._guidance: ReferenceGuidance | None = None
         self._injection: Injection | None = None
+        self._lllites: hooks.LLLites | None = None
         self._controls: list[Injection] = []
         self._hints: control.Hints | None = None
         self._frozen: control.Frozen | None = None
@@ -204,22 +205,32 @@ class Session:
     def _enter(self, p: Any, unet: torch.nn.Module) -> None:
         self._pre_hook = unet.register_forward_pre_hook(self._check_call)
         assert self._conditioning is not None and self._rule is not None
-        if self._rule.replaces_attention and hooks.are_on(unet):
+        if self._rule.replaces_attention and hooks.ip_adapters_on(unet):
             raise PortraitError(
                 "ControlNet",
                 f"an IP-Adapter, InstantID or PuLID unit adds to the attention that {self.method.title} replaces, so "
                 "it would be left out",
                 "Switch this unit off, or choose a method that leaves the model's own attention in place.",
             )
-        if self._injection is None or self._injection.unet is not unet:
+        if self._rule.adds_rows and hooks.LLLites(unet).layers:
+            raise PortraitError(
+                "ControlNet",
+                "a ControlNet-LLLite unit acts on all that runs in the picture's steps, and so on the photos that "
+                f"{self.method.title} has run along with this adapter",
+                "Switch this unit off, or choose an adapter that looks at the photos beforehand, or another method.",
+            )
+        if self._injection is None or self._lllites is None or self._injection.unet is not unet:
             self._conditioning.check_fits(find_sites(unet))
-            self._injection = Injection(unet, self._rule, host_state=lora_state, guidance=self._guidance)
+            self._lllites = hooks.LLLites(unet)
+            rules = (self._rule, self._lllites)
+            self._injection = Injection(unet, *rules, host_state=lora_state, guidance=self._guidance)
         host = WebuiHost(shared.sd_model, (p.width, p.height))
         self._rule.prepare(host)
         if self._guidance is not None:
             self._guidance.prepare(host)
             self._frozen = control.Frozen(p)
         self._injection.calls.clear()
+        self._lllites.take()
         self._injection.inject()
         if self._rule.in_control:
             self._enter_control(p, unet)
@@ -268,6 +279,8 @@ class Session:
         if self._injection is not None and self._injection.injected:
             self._injection.eject()
             self._seen += self._injection.calls.get(POSITIVE, 0)
+        if self._lllites is not None:
+            self._lllites.restore()
 
     def _check_call(self, unet: torch.nn.Module, args: tuple[Any, ...]) -> None:
         # A fault found in a denoiser callback stops the picture here, one line of code later.

@@ -115,12 +115,12 @@ def test_it_is_left_out_for_a_while_and_put_back_whatever_happens(unet: nn.Modul
     functions = [layer.ipadapter_hacks for layer in adapter.layers]
     with_it = run(unet, z, t, context)
     with hooks.left_out(unet):
-        assert not hooks.are_on(unet)
+        assert not hooks.ip_adapters_on(unet)
         without = run(unet, z, t, context)
     with pytest.raises(RuntimeError, match="in between"), hooks.left_out(unet):
         raise RuntimeError("in between")
     assert all(layer.ipadapter_hacks is own for layer, own in zip(adapter.layers, functions, strict=True))
-    assert hooks.are_on(unet) and adapter.seen == [4] * len(adapter.layers)
+    assert hooks.ip_adapters_on(unet) and adapter.seen == [4] * len(adapter.layers)
     assert torch.equal(run(unet, z, t, context), with_it)
     torch.testing.assert_close(without, run(ldm_unet(), z, t, context), atol=1e-5, rtol=0)
     assert (with_it - without).abs().max() > 1e-2
@@ -231,7 +231,7 @@ def test_the_host_s_calls_of_ours_are_without_it(host: Host) -> None:
         try:
             torch.testing.assert_close(asked.call(*given), bare, atol=1e-5, rtol=0)
             assert not adapter.seen
-            assert hooks.are_on(host.unet)
+            assert hooks.ip_adapters_on(host.unet)
         finally:
             adapter.take_off()
 

@@ -326,6 +326,18 @@ def test_only_webui_and_scripts_may_import_the_host():
     assert HOST & set(ROOMS["benchmarks"].packages.split()) == {"ldm"}
 
 
+HOOKS = re.compile("lllite|ipadapter|_hacks", re.IGNORECASE)
+
+
+def test_one_file_alone_knows_what_other_extensions_hang_onto_layers():
+    found = {
+        path.relative_to(ROOT).as_posix()
+        for path in sources()
+        if any(re.fullmatch(r"\w+", word) and HOOKS.search(word) for word in words(path.read_text(encoding="utf-8")))
+    }
+    assert found - {"lib_portrait/webui/session.py"} == {"lib_portrait/webui/hooks.py"}
+
+
 def top_level(tree: ast.Module) -> Iterator[ast.stmt]:
     """The statements that run when a module is imported; what only a type checker reads is left out."""
     pending: list[ast.stmt] = list(tree.body)

@@ -97,6 +97,11 @@ class Oracle:
         nobody = self._embedding(torch.zeros(1, 49, BACKBONE_WIDTHS[-1]), torch.cat([zeros, clip], dim=-1), beta)[0]
         return Known(mixed, nobody, portrait.get("scale", 0.7) * identity.get("scale", 1.0))
 
+    def queried(self, site: int, x: Tensor) -> Tensor:
+        """What the queries of a cross-attention are made of, where its input is x: tests of others who change it say
+        so in place of this."""
+        return x
+
     def routed(self, x: Tensor, site: int, portrait: Mapping[str, Any]) -> Tensor:
         """Whose turn it is at each position (eq. 2, 3): x (rows, n, C), the site's input -> numbers (rows, n).
 
@@ -168,7 +173,7 @@ class Oracle:
                 up, down = (source[f"faceid_adapter.{site}.{part}_lora.{side}.weight"] for side in ("up", "down"))
                 weights[part] = weights[part] + portrait.get("lora_scale", 1.0) * up @ down
 
-        query = F.linear(x, weights["to_q"])
+        query = F.linear(self.queried(site, x), weights["to_q"])
         # The host's own marks and Portrait's are off here: the layer itself must see text alone.
         assert context.shape[1] % 77 == 0, f"attention saw {context.shape[1]} tokens of context"
         text = self._attend(query, F.linear(context, weights["to_k"]), F.linear(context, weights["to_v"]))

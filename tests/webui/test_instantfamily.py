@@ -136,6 +136,7 @@ class Equations:
                 weights["to_out"] = self.oracle._weight(site, "to_out", checkpoint, {})
                 bias = self.oracle._bias(site, checkpoint)
                 seen = {part: recording.tensors[f"{number}.{site}.0.{part}"] for part in ("in", "context", "out")}
+                seen["in"] = self.oracle.queried(site, seen["in"])
                 self._check_rows(weights, bias, seen, call["kinds"], names, mask)
         self.check_control(recording, names if in_control else (), mask)
 
