@@ -7,7 +7,8 @@ the context that the UNet got.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import contextlib
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -24,6 +25,8 @@ TITLE = "controlnet"
 # The folder that the extension saves them in.
 SHOWN_AS = "portrait"
 _HINTS = ("hint_cond", "hr_hint_cond")
+# Where the host keeps what it has made of prompts for the next request: its parameters and the conditions.
+_KEPT_CONDITIONS = ("cached_c", "cached_uc", "cached_hr_c", "cached_hr_uc")
 
 
 @dataclass(frozen=True)
@@ -79,6 +82,22 @@ def trained_with(p: Any, file: StoredFile) -> list[Unit]:
 
     found = [unit for unit in units(p) if unit.file is not None and instances.store().matches(unit.file, file)]
     return list({id(unit.network): unit for unit in reversed(found)}.values())[::-1]
+
+
+@contextlib.contextmanager
+def marks_dropped(p: Any) -> Iterator[None]:
+    """Around a sampling: where it fails, the host forgets the conditions that it keeps for the next request.
+
+    In front of each stands then the extension's mark, put there at the sampling's start. It has them forgotten too, but
+    in its first call of the UNet; a request that is refused before would spoil the next one of the same prompt.
+    """
+    try:
+        yield
+    except BaseException:
+        for name in _KEPT_CONDITIONS:
+            if kept := getattr(p, name, None):
+                kept[:] = [None, None]
+        raise
 
 
 class Frozen:

@@ -477,7 +477,8 @@ class _Guard:
             return self.host()(*args, **kwargs)
         try:
             if self._name == "sample":
-                result = session.sample(p, self.host(), *args, **kwargs)
+                with control.marks_dropped(p):
+                    result = session.sample(p, self.host(), *args, **kwargs)
                 jobs.sampled(p, session.number)
                 return result
             session.check()

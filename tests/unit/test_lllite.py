@@ -361,7 +361,10 @@ def test_rows_of_other_pictures_would_be_changed_too_and_that_is_refused(
     host.generate(Processing(host, one()))
     unit = Unit(host.unet)
     try:
-        fault: Any = refused(host, Processing(host, one()))
+        p: Any = Processing(host, one())
+        kept = p.cached_c = ["its parameters", "conditions with ControlNet's mark"]
+        fault: Any = refused(host, p)
+        assert kept == [None, None]
         assert fault.field == "ControlNet" and fault.status_code == 422
     finally:
         unit.take_off()

@@ -205,9 +205,12 @@ def test_methods_that_would_hide_it_are_refused(
 ) -> None:
     client = server_with_controlnet
     portrait = family(people, "ada") if method == "instantfamily" else fused(people, "ada", adapter=method)
+    vanilla = client.generate().images
     refused = client.record(portrait, **beside(units["ip-adapter"]))
     assert refused.answer.status == 422 and not refused.calls
     assert refused.answer.detail.startswith("ControlNet: an IP-Adapter")
+    # The same prompt, which ControlNet had marked by then.
+    assert client.generate().images == vanilla
     assert client.generate(portrait, **beside(units["t2i-adapter"])).status == 200
     assert client.generate(portrait).status == 200
 
