@@ -86,6 +86,8 @@ def family(people: dict[str, str], *names: str, kit: str = FAMILY, **more: Any) 
 class Equations:
     """What the cross-attentions of the UNet and of the control network should put out (eq. 4 to 8)."""
 
+    tolerance = 1e-3
+
     def __init__(self, world: World, oracle: Oracle, people: dict[str, str]):
         self.oracle, self.world = oracle, world
         self.control = load_file(world.models / "ControlNet" / "control.safetensors")
@@ -166,7 +168,7 @@ class Equations:
         for row, kind in enumerate(kinds):
             people = names if kind == "positive" else ()
             wanted = self.output(weights, bias, seen["in"][row], seen["context"][row], people, mask)
-            assert (seen["out"][row] - wanted).norm() < 1e-3 * wanted.norm(), (row, kind)
+            assert (seen["out"][row] - wanted).norm() < self.tolerance * wanted.norm(), (row, kind)
 
 
 @pytest.fixture(scope="module")
