@@ -12,8 +12,11 @@ cross-attentions) stands a `forward` that makes x + h(x) of what enters, h being
 without gradients (scripts/controlnet_lllite.py). What h knows of the control picture is made at the first call, for the
 size of the level at which the UNet then is.
 
-So both are right in whole calls of the sampling alone. In any other they may give no error but other numbers, there and
-in all calls that follow. An empty list switches either off.
+**Reference and style align.** On the instances of transformer blocks stands a `_forward` that has self-attention see
+other pictures, or other rows of the call (scripts/hook.py); the block's own is kept beside it.
+
+So all are right in whole calls of the sampling alone. In any other they may give no error but other numbers, there and
+in all calls that follow. An empty list switches the first two off.
 """
 
 from __future__ import annotations
@@ -29,6 +32,7 @@ from lib_portrait.attention.injection import Call, Wrapper
 from lib_portrait.attention.sites import Site
 
 _FUNCTIONS, _LLLITES = "ipadapter_hacks", "lllite_list"
+_OWN_FORWARD = "_original_inner_forward_cn_hijack"
 _PROJECTIONS = ("to_q", "to_k", "to_v")
 
 
@@ -50,14 +54,17 @@ def left_out(unet: nn.Module) -> Iterator[None]:
         for layer in unet.modules():
             for name in (_FUNCTIONS, _LLLITES):
                 if getattr(layer, name, None):
-                    stack.enter_context(_empty(layer, name))
+                    stack.enter_context(_replaced(layer, name, []))
+            # Kept for good, with the block's own in place again, once such a unit has been there.
+            if (own := getattr(layer, _OWN_FORWARD, None)) is not None:
+                stack.enter_context(_replaced(layer, "_forward", own))
         yield
 
 
 @contextlib.contextmanager
-def _empty(layer: Any, name: str) -> Iterator[None]:
+def _replaced(layer: Any, name: str, value: Any) -> Iterator[None]:
     theirs = getattr(layer, name)
-    setattr(layer, name, [])
+    setattr(layer, name, value)
     try:
         yield
     finally:
@@ -111,7 +118,7 @@ class LLLites:
 
     def _entering(self, layer: nn.Module, host: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
         x = x + self._added(layer, x)
-        with _empty(layer, _LLLITES):
+        with _replaced(layer, _LLLITES, []):
             return host(x)
 
     def _added(self, layer: nn.Module, x: Tensor) -> Tensor | float:

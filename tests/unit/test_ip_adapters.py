@@ -104,6 +104,13 @@ def unet() -> Iterator[nn.Module]:
 
 
 @pytest.fixture
+def own() -> Iterator[nn.Module]:
+    """A UNet that nobody looks at afterwards."""
+    with torch.no_grad():
+        yield ldm_unet()
+
+
+@pytest.fixture
 def adapter(unet: nn.Module) -> Iterator[IPAdapter]:
     made = IPAdapter(unet, rows=4)
     yield made
@@ -124,6 +131,28 @@ def test_it_is_left_out_for_a_while_and_put_back_whatever_happens(unet: nn.Modul
     assert torch.equal(run(unet, z, t, context), with_it)
     torch.testing.assert_close(without, run(ldm_unet(), z, t, context), atol=1e-5, rtol=0)
     assert (with_it - without).abs().max() > 1e-2
+
+
+def test_rows_that_share_their_self_attention_are_left_out_too(own: nn.Module) -> None:
+    """ControlNet's style align (scripts/hook.py: hacked_basic_transformer_inner_forward)."""
+    given = inputs()
+    bare = run(own, *given)
+
+    def aligned(self: Any, x: Tensor, context: Tensor | None = None) -> Tensor:
+        every = self.norm1(x).flatten(0, 1)[None]
+        x = self.attn1(every).view_as(x) + x
+        x = self.attn2(self.norm2(x), context=context) + x
+        return self.ff(self.norm3(x)) + x
+
+    blocks: list[Any] = [block for block in own.modules() if hasattr(block, "attn1")]
+    for block in blocks:
+        block._original_inner_forward_cn_hijack = block._forward
+        block._forward = MethodType(aligned, block)
+    theirs = run(own, *given)
+    with hooks.left_out(own):
+        assert torch.equal(run(own, *given), bare)
+    assert torch.equal(run(own, *given), theirs)
+    assert (theirs - bare).abs().max() > 1e-2
 
 
 @pytest.mark.parametrize("noise", ["fixed", "step"])
