@@ -46,7 +46,7 @@ NEED = "need"
 # Files that some process starts a WebUI with ControlNet for: one process gets all of them.
 BESIDE_CONTROLNET = tuple(
     f"tests/webui/test_{name}.py"
-    for name in ("guidance", "fusion", "instantfamily", "controlnet", "omniportrait", "ip_adapter")
+    for name in ("guidance", "fusion", "instantfamily", "controlnet", "omniportrait", "ip_adapter", "lllite")
 )
 # Those that take longest, in this order: of several processes one that gets a long file last works on alone.
 LONGEST = (
