@@ -86,7 +86,7 @@ def trained_with(p: Any, file: StoredFile) -> list[Unit]:
 
 @contextlib.contextmanager
 def marks_dropped(p: Any) -> Iterator[None]:
-    """Around a sampling: where it fails, the host forgets the conditions that it keeps for the next request.
+    """Around a sampling: where it fails beside units, the host forgets the conditions that it keeps for the next one.
 
     In front of each stands then the extension's mark, put there at the sampling's start. It has them forgotten too, but
     in its first call of the UNet; a request that is refused before would spoil the next one of the same prompt.
@@ -94,7 +94,8 @@ def marks_dropped(p: Any) -> Iterator[None]:
     try:
         yield
     except BaseException:
-        for name in _KEPT_CONDITIONS:
+        beside_units = getattr(_script(p), "latest_network", None) is not None
+        for name in _KEPT_CONDITIONS if beside_units else ():
             if kept := getattr(p, name, None):
                 kept[:] = [None, None]
         raise

@@ -18,7 +18,7 @@ from lib_portrait.guidance.reference import forget
 from lib_portrait.methods.fusion import STEP
 from lib_portrait.methods.uniportrait import Adapter
 from lib_portrait.webui import hooks
-from tests.host_stand_in import Host, Processing, standing_in
+from tests.host_stand_in import Host, Processing, Script, standing_in
 from tests.parity.unets import flatten, ldm_unet, load_bin, sgm_unet
 from tests.unit.test_attention import attributes
 from tests.unit.test_fusion import person as fused_person
@@ -361,11 +361,15 @@ def test_rows_of_other_pictures_would_be_changed_too_and_that_is_refused(
     host.generate(Processing(host, one()))
     unit = Unit(host.unet)
     try:
-        p: Any = Processing(host, one())
-        kept = p.cached_c = ["its parameters", "conditions with ControlNet's mark"]
-        fault: Any = refused(host, p)
-        assert kept == [None, None]
-        assert fault.field == "ControlNet" and fault.status_code == 422
+        for network in (object(), None):
+            p: Any = Processing(host, one())
+            controlnet: Any = Script("/x/scripts/controlnet.py", "ControlNet", object(), 0, 0)
+            controlnet.latest_network = network
+            p.scripts.alwayson_scripts.append(controlnet)
+            kept = p.cached_c = ["its parameters", "conditions, with ControlNet's mark beside its units"]
+            fault: Any = refused(host, p)
+            assert (kept == [None, None]) is (network is not None)
+            assert fault.field == "ControlNet" and fault.status_code == 422
     finally:
         unit.take_off()
 

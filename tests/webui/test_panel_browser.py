@@ -255,7 +255,7 @@ def test_reference_guidance_is_a_section_of_its_own(driver: Any, server: Client,
     assert not page.one(strength).is_displayed(), "it is off and folded at first"
     page.upload(1, portrait())
     page.wait(lambda: page.crops(1), "the crop")
-    assert page.text(f"{section}_references").strip() == ""
+    page.wait(lambda: page.text(f"{section}_references").strip() == "", "nothing to be shown")
 
     page.click(f"{section} > .label-wrap")
     page.wait(lambda: page.one(strength).is_displayed(), "the settings in front")
