@@ -19,6 +19,7 @@ import portrait
 from lib_portrait.commands.download import Meter
 from lib_portrait.errors import PortraitError
 from tests import command as test_command
+from tests import conftest
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -234,6 +235,12 @@ def test_the_test_command_runs_every_check_and_fails_with_any(monkeypatch, capfd
     ran.clear()
     assert portrait.run(portrait.parse(["test", "-k", "parity"])) == 0
     assert ran == ["pytest"]
+
+
+def test_the_files_that_are_handed_out_first_are_there():
+    """One that was renamed would be handed out last, and the whole take longer without anybody's seeing why."""
+    missing = [file for file in conftest.LONGEST if not (ROOT / file).is_file()]
+    assert missing == [] and len(set(conftest.LONGEST)) == len(conftest.LONGEST)
 
 
 def test_bench_hands_on_what_follows_the_name(monkeypatch):

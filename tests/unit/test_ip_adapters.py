@@ -93,14 +93,20 @@ def attention_with_functions(self: Any, x: Tensor, context: Tensor | None = None
     return self.to_out(out)
 
 
-@pytest.fixture
-def unet() -> Iterator[nn.Module]:
-    made = ldm_unet()
-    before = attributes(made)
+@contextlib.contextmanager
+def unchanged(unet: nn.Module) -> Iterator[nn.Module]:
+    """A UNet as hosts sample with it, which has to be afterwards as it was; no reference is known of earlier ones."""
+    before = attributes(unet)
     forget()
     with torch.no_grad():
+        yield unet
+    assert attributes(unet) == before
+
+
+@pytest.fixture
+def unet() -> Iterator[nn.Module]:
+    with unchanged(ldm_unet()) as made:
         yield made
-    assert attributes(made) == before
 
 
 @pytest.fixture

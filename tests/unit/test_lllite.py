@@ -14,18 +14,16 @@ import torch
 from torch import Tensor, nn
 
 from lib_portrait.attention import Injection, find_sites, mark
-from lib_portrait.guidance.reference import forget
 from lib_portrait.methods.fusion import STEP
 from lib_portrait.methods.uniportrait import Adapter
 from lib_portrait.webui import hooks
 from tests.host_stand_in import Host, Processing, Script, standing_in
 from tests.parity.unets import flatten, ldm_unet, load_bin, sgm_unet
-from tests.unit.test_attention import attributes
 from tests.unit.test_fusion import person as fused_person
 from tests.unit.test_fusion import pictures, prepared
 from tests.unit.test_guidance_reference import ROWS, guidance, inputs, person, run, uniportrait, without_backward
 from tests.unit.test_instantfamily import rule_of as family
-from tests.unit.test_ip_adapters import ADAPTER_FILES, HostWithUnits
+from tests.unit.test_ip_adapters import ADAPTER_FILES, HostWithUnits, unchanged
 from tests.unit.test_session import folder, one, refused, unets, untouched  # noqa: F401
 from tests.unit.test_session_guidance import alone as guided_alone
 
@@ -146,12 +144,8 @@ def around(unet: nn.Module) -> Callable[[], None]:
 
 @pytest.fixture(params=["ldm", "sgm"])
 def unet(request: pytest.FixtureRequest) -> Iterator[nn.Module]:
-    made = ldm_unet() if request.param == "ldm" else sgm_unet()
-    before = attributes(made)
-    forget()
-    with torch.no_grad():
+    with unchanged(ldm_unet() if request.param == "ldm" else sgm_unet()) as made:
         yield made
-    assert attributes(made) == before
 
 
 @pytest.fixture

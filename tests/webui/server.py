@@ -181,6 +181,17 @@ def changes(before: Mapping[str, Any], after: Mapping[str, Any]) -> dict[str, An
     return found
 
 
+def left_behind(client: Client, before: Mapping[str, Any]) -> dict[str, Any]:
+    """What is not as in an earlier state of the server; of tensors those that have a gradient or a graph, as the host
+    keeps more or fewer conditions by what was drawn last."""
+    after = client.state()
+    found = changes(before, after)
+    found.pop("tensors", None)
+    if after["tensors"]["with a gradient"] or after["tensors"]["with a graph"]:
+        found["tensors"] = after["tensors"]
+    return found
+
+
 # The host's own Lora extension, Hypertile and token merging leave it on layers once they were used.
 BOOKKEEPING = ("network_", "__webui_hypertile_", "_tome_info", "applied_token_merged_ratio")
 

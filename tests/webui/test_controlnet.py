@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from tests.webui.oracle import Oracle, assert_nobody_is_seen, assert_people_are_seen
-from tests.webui.server import Client, changes
+from tests.webui.server import Client, left_behind
 from tests.webui.test_matrix import LONG, drawing, one, two
 
 pytestmark = pytest.mark.webui
@@ -108,6 +108,4 @@ def test_nothing_is_left_beside_controlnet(
     assert client.record(one(people), {"interrupt": {"call": 0}}, **beside(control)).answer.status == 200
     assert client.generate(**beside(control)).images == controlled
     assert client.generate().images == vanilla
-    left = changes(before, client.state())
-    # ControlNet keeps its last network and hints from one request to the next.
-    assert {name for name in left if name != "tensors"} == set(), left
+    assert left_behind(client, before) == {}

@@ -17,7 +17,7 @@ from lib_portrait.attention.sites import LAYOUTS
 from lib_portrait.methods.fusion import STEP, Properties
 from lib_portrait.request import HASH_DIGITS, Photo
 from tests.webui.oracle import NOBODY, Oracle, assert_nobody_is_seen, recorded_sites
-from tests.webui.server import Client, Recording, changes
+from tests.webui.server import Client, Recording, left_behind
 from tests.webui.test_controlnet import beside, control  # noqa: F401
 from tests.webui.test_matrix import CELLS, LONG, Cell, difference, rows
 from tests.webui.world import BLOCKS, KIT, World
@@ -175,8 +175,7 @@ def test_nothing_is_left(server: Client, people: dict[str, str], adapter: str) -
     assert server.record(portrait, {"fail": {"call": 1, "site": 13}}).answer.status == 500
     assert server.record(portrait, {"interrupt": {"call": 0}}).answer.status == 200
     assert server.generate().images == vanilla
-    left = changes(before, server.state())
-    assert {name for name in left if name != "tensors"} == set(), left
+    assert left_behind(server, before) == {}
 
 
 @pytest.mark.parametrize("adapter", ADAPTERS)

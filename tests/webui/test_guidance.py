@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 
-from tests.webui.server import Client, Recording, changes, unlike_new
+from tests.webui.server import Client, Recording, changes, left_behind, unlike_new
 from tests.webui.test_controlnet import REFERENCE, beside, control  # noqa: F401
 from tests.webui.test_fusion import adapters, fused, sampled  # noqa: F401
 from tests.webui.test_instantfamily import adapters as families  # noqa: F401
@@ -251,8 +251,7 @@ def test_nothing_is_left(server: Client, people: dict[str, str]) -> None:
             assert recording.answer.status == 500, recording.answer.detail
         assert server.record(portrait, {"interrupt": {"call": 1}}, steps=4).answer.status == 200
     assert server.generate().images == vanilla
-    left = changes(before, server.state())
-    assert {name for name in left if name != "tensors"} == set(), left
+    assert left_behind(server, before) == {}
     assert unlike_new(server) == {}
 
 

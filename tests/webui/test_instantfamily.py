@@ -22,7 +22,7 @@ from lib_portrait.methods.instantfamily import COLOURS, EXCLUDE, MULTIPLY, FaceP
 from lib_portrait.request import Photo
 from tests.unit.test_layout import head
 from tests.webui.oracle import Oracle, assert_nobody_is_seen, recorded_sites
-from tests.webui.server import Client, Recording, changes
+from tests.webui.server import Client, Recording, left_behind
 from tests.webui.test_controlnet import REFERENCE, beside, control  # noqa: F401
 from tests.webui.test_matrix import LONG, difference, one, pixels_of
 from tests.webui.world import BACKBONE_WIDTHS, BLOCKS, LDM_PATHS, World
@@ -344,8 +344,7 @@ def test_nothing_is_left_in_either_network(
     assert client.generate(**beside(control)).images == controlled
     equations.check(recorded(client, None, control), ())
     assert client.generate().images == vanilla
-    left = changes(before, client.state())
-    assert {name for name in left if name != "tensors"} == set(), left
+    assert left_behind(client, before) == {}
 
 
 def test_what_cannot_be_honoured_is_refused(server_with_controlnet: Client, people: dict[str, str]) -> None:

@@ -17,7 +17,7 @@ from lib_portrait.faces.features import PictureEncoder
 from lib_portrait.faces.vision import image_tower_from_state_dict
 from lib_portrait.request import HASH_DIGITS, Photo
 from tests.unit.test_omniportrait import clip
-from tests.webui.server import Client, Recording, changes
+from tests.webui.server import Client, Recording, left_behind
 from tests.webui.test_controlnet import beside, control  # noqa: F401
 from tests.webui.test_matrix import LONG
 from tests.webui.world import CONTEXT, World
@@ -235,5 +235,4 @@ def test_nothing_is_left_and_the_infotext_brings_the_picture_back(server: Client
     assert server.record(portrait, {"fail": {"call": 1, "site": 13}}, prompt=prompt).answer.status == 500
     assert server.record(portrait, {"interrupt": {"call": 0}}, prompt=prompt).answer.status == 200
     assert server.generate(prompt=prompt).images == vanilla
-    left = changes(before, server.state())
-    assert {name for name in left if name != "tensors"} == set(), left
+    assert left_behind(server, before) == {}
