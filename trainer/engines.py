@@ -34,7 +34,8 @@ Job = TypeVar("Job")
 Result = TypeVar("Result")
 # How many results of a process may wait for the writer.
 PENDING_PER_PROCESS = 8
-# What a step of Ray's takes of a processor: less than one, so that a machine with a single one can run all of them.
+# What a step of Ray's takes of a processor, at most: all of them must fit on a single one. Ray would run those that fit
+# to their end, over all jobs, before the first of the next, and hold what comes of it.
 RAY_CPUS = 0.5
 # How often a job is tried again whose worker was killed. What kills every worker, a want of memory, ends the command.
 RETRIES = 3
@@ -168,12 +169,13 @@ class RayEngine:
             pool = ray.data.ActorPoolStrategy(size=min(actors, len(jobs)))
             items = [{"item": pickle.dumps(job)} for job in jobs]
             data = ray.data.from_items(items, override_num_blocks=-(-len(items) // together))
+            cpus = min(RAY_CPUS, 1 / len(steps))
             for step in steps:
                 with warnings.catch_warnings():
                     # Of retries, what will take the place of `ray_remote_args` says nothing yet; by default there is
                     # no end to them, also where a job kills every worker that takes it.
                     warnings.simplefilter("ignore", DeprecationWarning)
-                    data = _mapped(data, step, pool, gpus)
+                    data = _mapped(data, step, pool, cpus, gpus)
             try:
                 for row in data.iter_rows():
                     result = pickle.loads(row["item"])
@@ -199,15 +201,15 @@ class RayEngine:
         return actors, 1 / math.ceil(actors / gpus)
 
 
-def _mapped(data: Any, step: Step, pool: Any, gpus: float) -> Any:
+def _mapped(data: Any, step: Step, pool: Any, cpus: float, gpus: float) -> Any:
     """The dataset after this step."""
     if not step.network:
-        return data.map(_row, fn_args=(step.function,), num_cpus=RAY_CPUS, num_gpus=0, max_retries=RETRIES)
+        return data.map(_row, fn_args=(step.function,), num_cpus=cpus, num_gpus=0, max_retries=RETRIES)
     return data.map(
         _Actor,
         fn_constructor_args=(step.function,),
         compute=pool,
-        num_cpus=RAY_CPUS,
+        num_cpus=cpus,
         num_gpus=gpus,
         max_restarts=-1,
         max_task_retries=RETRIES,

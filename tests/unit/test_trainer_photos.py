@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import os
 import pickle
@@ -10,6 +11,7 @@ import socket
 import subprocess
 import sys
 import tarfile
+import tempfile
 import threading
 import time
 from pathlib import Path
@@ -707,6 +709,23 @@ def test_a_killed_command_goes_on_with_the_other_engine(ray, pictures, whole, tm
 def test_what_is_wrong_in_a_worker_of_ray_s_is_told_as_in_this_process(ray):
     with pytest.raises(PortraitError, match=r"^size: 3 was given\. Give 64 or more"):
         list(RayEngine(ray, 1).map([Step(PhotoSettings, network=True), Step(str)], [512, 3]))
+
+
+def noted(folder):
+    """Of a file in the folder for each call."""
+    return tempfile.mkdtemp(dir=folder)
+
+
+def slowly(place):
+    time.sleep(0.1)
+    return place
+
+
+def test_all_steps_of_ray_s_run_beside_one_another_on_a_single_processor(ray, tmp_path):
+    results = RayEngine(ray, 1).map([Step(noted), Step(slowly, network=True), Step(str)], [str(tmp_path)] * 300)
+    with contextlib.closing(results):
+        next(results)
+        assert len(list(tmp_path.iterdir())) < 200
 
 
 @pytest.mark.parametrize("network", [False, True])
