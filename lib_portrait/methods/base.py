@@ -122,12 +122,14 @@ class Rule(ABC, Generic[P]):
     replaces_attention: whether positive rows run without the host's own cross-attention, and so without what others
     have added to it.
     adds_rows: whether rows of its own run along in the UNet's calls, which show other pictures than those drawn.
+    added_rows: which ones of the call that is under way, or was the last, these are: the last of them all.
     """
 
     reads_words = False
     in_control = False
     replaces_attention = False
     adds_rows = False
+    added_rows = range(0)
 
     def __init__(self, people: Sequence[P], routing: RoutingMaps | None = None):
         self.people = list(people)

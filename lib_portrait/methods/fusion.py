@@ -296,7 +296,6 @@ class _Riding:
     """References that go along in the picture's UNet calls.
 
     latents: of each reference, without noise. text: what they are seen with, (1, n, D), and SDXL's vector beside it.
-    rows: which ones of the call that is under way they are.
     """
 
     latents: list[Tensor]
@@ -304,7 +303,6 @@ class _Riding:
     text: Tensor
     vector: Tensor | None
     by_shape: dict[tuple[int, int], list[Tensor]] = field(default_factory=dict)
-    rows: range = range(0)
 
     def at(self, shape: tuple[int, int], t: float) -> Tensor:
         if shape not in self.by_shape:
@@ -407,12 +405,12 @@ class FusionRule(Rule[FusedIdentity]):
         first = next((row for row, kind in enumerate(call.kinds) if kind in self.seeing), None)
         if riding is None:
             return args, kwargs
-        riding.rows = range(0)
+        self.added_rows = range(0)
         if self._recorded is not None or first is None:
             return args, kwargs
         numbers, count = cast("list[int]", call.numbers), len(riding.latents)
         rows = len(numbers)
-        riding.rows = range(rows, rows + count)
+        self.added_rows = range(rows, rows + count)
         own = max(call.table) + 1
         call.table, call.numbers = {**call.table, own: Row(REFERENCE)}, [*numbers, *[own] * count]
         times = torch.as_tensor(TIMESTEPS.of(args, kwargs)).flatten()
@@ -445,13 +443,13 @@ class FusionRule(Rule[FusedIdentity]):
 
     def leave(self, output: Any) -> Any:
         """The rows that were there before."""
-        if self._riding is None or not self._riding.rows:
+        if not self.added_rows:
             return output
         if isinstance(output, Tensor):
-            return output[: self._riding.rows.start]
+            return output[: self.added_rows.start]
         if isinstance(output, tuple):
             return tuple(map(self.leave, output))
-        return replace(output, sample=output.sample[: self._riding.rows.start])
+        return replace(output, sample=output.sample[: self.added_rows.start])
 
     # ---- at a site
 
@@ -467,7 +465,7 @@ class FusionRule(Rule[FusedIdentity]):
                 self._recorded[site.index] = x[call.rows_of(REFERENCE)]
                 return host(*args, **kwargs)
             seeing = [row for row, kind in enumerate(kinds) if kind in self.seeing]
-            looked_at = [] if self._riding is None else list(self._riding.rows)
+            looked_at = list(self.added_rows)
             rest = [row for row in range(len(x)) if row not in seeing and row not in looked_at]
             parts = []
             if seeing:

@@ -8,14 +8,16 @@ the context that the UNet got.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 
 from lib_portrait.attention.regions import Box
+from lib_portrait.errors import PortraitError
 
 if TYPE_CHECKING:
     from lib_portrait.checkpoints.kit import StoredFile
@@ -56,6 +58,11 @@ def show(p: Any, unit: Unit) -> None:
 def _script(p: Any) -> Any:
     scripts = getattr(p.scripts, "alwayson_scripts", ())
     return next((one for one in scripts if one.title().lower() == TITLE), None)
+
+
+def _run(p: Any) -> list[Any]:
+    """The extension's own parameters of what its enabled units run."""
+    return list(getattr(getattr(_script(p), "latest_network", None), "control_params", None) or ())
 
 
 def units(p: Any) -> list[Unit]:
@@ -109,8 +116,7 @@ class Frozen:
     """
 
     def __init__(self, p: Any):
-        hook = getattr(_script(p), "latest_network", None)
-        run = [parameters.control_model for parameters in getattr(hook, "control_params", None) or ()]
+        run = [parameters.control_model for parameters in _run(p)]
         networks = [network for network in run if isinstance(network, torch.nn.Module)]
         self._weights = [weight for network in networks for weight in network.parameters() if weight.requires_grad]
         self._set(False)
@@ -121,6 +127,46 @@ class Frozen:
     def _set(self, gradients: bool) -> None:
         for weight in self._weights:
             weight.requires_grad_(gradients)
+
+
+class Spared:
+    """Rows that a method has run along, while this is in place without what ControlNets and T2I-Adapters of the enabled
+    units add, which is made for the picture.
+
+    rows: which ones of the UNet's call that is under way, its last. Raises PortraitError where a unit acts on all rows
+    in another way, as LLLites do, and references by attention.
+    """
+
+    def __init__(self, p: Any, rows: Callable[[], range], who: str):
+        run = _run(p)
+        for parameters in run:
+            kind = parameters.control_model_type
+            if not kind.is_controlnet and kind.name != "T2I_Adapter":
+                raise PortraitError(
+                    "ControlNet",
+                    f"a unit of the kind {kind.name} acts on all that runs in the picture's steps, and so on the "
+                    f"photos that {who} has run along with this adapter",
+                    "Switch this unit off, or choose an adapter that looks at the photos beforehand, or another "
+                    "method.",
+                )
+        self._units = run
+        for parameters in run:
+            parameters.apply_effective_region_mask = partial(
+                self._without, parameters.apply_effective_region_mask, rows
+            )
+
+    @staticmethod
+    def _without(theirs: Callable[[torch.Tensor], torch.Tensor], rows: Callable[[], range], added: Any) -> torch.Tensor:
+        """What a unit adds to the rows of one layer (B, C, h, w), or to each of them alike (1, C, h, w)."""
+        added, own = theirs(added), rows()
+        if not own:
+            return added
+        shared = added.expand(own.start, -1, -1, -1) if len(added) == 1 else added[: own.start]
+        return torch.cat([shared, added.new_zeros(len(own), *added.shape[1:])])
+
+    def restore(self) -> None:
+        for parameters in self._units:
+            del parameters.apply_effective_region_mask
 
 
 class Hints:

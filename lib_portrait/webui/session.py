@@ -97,6 +97,7 @@ class Session:
         self._controls: list[Injection] = []
         self._hints: control.Hints | None = None
         self._frozen: control.Frozen | None = None
+        self._spared: control.Spared | None = None
         self._shown = False
         self._pre_hook: Any = None
         self._sampling = False
@@ -212,13 +213,9 @@ class Session:
                 "it would be left out",
                 "Switch this unit off, or choose a method that leaves the model's own attention in place.",
             )
-        if self._rule.adds_rows and hooks.LLLites(unet).layers:
-            raise PortraitError(
-                "ControlNet",
-                "a ControlNet-LLLite unit acts on all that runs in the picture's steps, and so on the photos that "
-                f"{self.method.title} has run along with this adapter",
-                "Switch this unit off, or choose an adapter that looks at the photos beforehand, or another method.",
-            )
+        if self._rule.adds_rows:
+            rule = self._rule
+            self._spared = control.Spared(p, lambda: rule.added_rows, self.method.title)
         if self._injection is None or self._lllites is None or self._injection.unet is not unet:
             self._conditioning.check_fits(find_sites(unet))
             self._lllites = hooks.LLLites(unet)
@@ -267,10 +264,10 @@ class Session:
             p.extra_generation_params[NOTICES_KEY] = known
 
     def _leave(self) -> None:
-        for kept in (self._hints, self._frozen):
+        for kept in (self._hints, self._frozen, self._spared):
             if kept is not None:
                 kept.restore()
-        self._hints = self._frozen = None
+        self._hints = self._frozen = self._spared = None
         while self._controls:
             self._controls.pop().eject()
         if self._pre_hook is not None:

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from tests.webui.oracle import Oracle, assert_people_are_seen, recorded_sites
 from tests.webui.server import Client, Recording, left_behind
-from tests.webui.test_controlnet import beside, control  # noqa: F401
+from tests.webui.test_controlnet import REFERENCE, beside, control  # noqa: F401
 from tests.webui.test_fusion import adapters, fused  # noqa: F401
 from tests.webui.test_guidance import GUIDANCE, added, alone, assert_eq_11
 from tests.webui.test_instantfamily import adapters as families  # noqa: F401
@@ -213,6 +213,43 @@ def test_methods_that_would_hide_it_are_refused(
     assert client.generate().images == vanilla
     assert client.generate(portrait, **beside(units["t2i-adapter"])).status == 200
     assert client.generate(portrait).status == 200
+
+
+@pytest.mark.parametrize("mode", ["Balanced", "ControlNet is more important"])
+@pytest.mark.parametrize("kind", ["control", "t2i-adapter"])
+def test_references_that_ride_along_are_not_controlled(
+    server_with_controlnet: Client,
+    people: dict[str, str],
+    units: dict[str, dict[str, Any]],
+    control: dict[str, Any],  # noqa: F811
+    kind: str,
+    mode: str,
+) -> None:
+    client, portrait, sites = server_with_controlnet, fused(people, "ada", adapter="riding"), (13, 31)
+    unit = {**units, "control": control}[kind]
+    plain = client.record(portrait, sites=sites)
+    controlled = client.record(portrait, sites=sites, **beside({**unit, "control_mode": mode}))
+    assert controlled.answer.status == 200, controlled.answer.detail
+    for number, call in enumerate(plain.calls):
+        for site in sites:
+            alone_here, here = (one.tensors[f"{number}.{site}.0.in"] for one in (plain, controlled))
+            rows = len(call["kinds"])
+            assert len(here) == rows + 1
+            assert torch.equal(alone_here[rows:], here[rows:])
+    assert not torch.equal(alone_here[:rows], here[:rows])
+
+
+def test_what_would_refer_to_them_too_is_refused(
+    server_with_controlnet: Client,
+    people: dict[str, str],
+    control: dict[str, Any],  # noqa: F811
+) -> None:
+    client, portrait = server_with_controlnet, fused(people, "ada", adapter="riding")
+    own = client.generate(portrait).images
+    refused = client.record(portrait, **beside(control, REFERENCE))
+    assert refused.answer.status == 422 and not refused.calls
+    assert refused.answer.detail.startswith("ControlNet: a unit of the kind AttentionInjection")
+    assert client.generate(portrait).images == own
 
 
 def test_nothing_is_left(

@@ -238,7 +238,7 @@ def test_references_that_ride_along_would_be_controlled_too_and_that_is_refused(
     for guidance in ({}, {"guidance": GUIDANCE}):
         refused = client.record({**portrait, **guidance}, **beside(unit))
         assert refused.answer.status == 422 and not refused.calls
-        assert refused.answer.detail.startswith("ControlNet: a ControlNet-LLLite unit"), refused.answer.detail
+        assert refused.answer.detail.startswith("ControlNet: a unit of the kind Controlllite"), refused.answer.detail
     assert client.generate(portrait).images == own
     assert client.generate().images == vanilla
 
