@@ -1,6 +1,6 @@
 """Run the checks: lint, format, types and all tests; with arguments only pytest, with these arguments.
 
-portrait.py test                 everything, the tests in three processes of one thread each, which wait for browsers and servers
+portrait.py test                 everything, the tests in two processes of one thread each
 portrait.py test -k parity       the comparison with the official code
 portrait.py test tests/unit -x   any arguments of pytest; paths count from the project's folder
 """
@@ -21,7 +21,7 @@ CHECKS = {
     "ruff format": ["ruff", "format", "--check", "."],
     "mypy": ["mypy"],
     # A file's tests stay together; each process that has some of the WebUI's starts one of its own.
-    "pytest": ["pytest", "--numprocesses=3", "--dist=loadfile"],
+    "pytest": ["pytest", "--numprocesses=2", "--dist=loadfile"],
 }
 
 
