@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -351,21 +352,30 @@ def test_rows_of_other_pictures_would_be_changed_too_and_that_is_refused(
 ) -> None:
     from lib_portrait.methods.base import Rule
 
+    def beside(network: object) -> tuple[Any, list[Any]]:
+        p: Any = Processing(host, one())
+        controlnet: Any = Script("/x/scripts/controlnet.py", "ControlNet", object(), 0, 0)
+        controlnet.latest_network = network
+        p.scripts.alwayson_scripts.append(controlnet)
+        p.cached_c = ["its parameters", "conditions, with ControlNet's mark beside its units"]
+        return p, p.cached_c
+
+    def fail(step: int) -> None:
+        raise RuntimeError("in between")
+
     monkeypatch.setattr(Rule, "adds_rows", True)
-    host.generate(Processing(host, one()))
-    unit = Unit(host.unet)
-    try:
-        for network in (object(), None):
-            p: Any = Processing(host, one())
-            controlnet: Any = Script("/x/scripts/controlnet.py", "ControlNet", object(), 0, 0)
-            controlnet.latest_network = network
-            p.scripts.alwayson_scripts.append(controlnet)
-            kept = p.cached_c = ["its parameters", "conditions, with ControlNet's mark beside its units"]
-            fault: Any = refused(host, p)
-            assert (kept == [None, None]) is (network is not None)
-            assert fault.field == "ControlNet" and fault.status_code == 422
-    finally:
-        unit.take_off()
+    kind = SimpleNamespace(is_controlnet=False, name="Controlllite")
+    unit = SimpleNamespace(control_model_type=kind, control_model=None)
+    p, kept = beside(SimpleNamespace(control_params=[unit]))
+    fault: Any = refused(host, p)
+    assert fault.field == "ControlNet" and fault.status_code == 422 and "Controlllite" in fault.problem
+    assert kept == [None, None]
+    # Without an enabled unit there is no mark.
+    p, kept = beside(None)
+    monkeypatch.setattr(host, "before_call", fail)
+    with pytest.raises(Exception, match="in between"):
+        host.generate(p)
+    assert kept != [None, None]
 
 
 @pytest.mark.parametrize("reference_t", [0, STEP])
