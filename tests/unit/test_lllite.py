@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from lib_portrait.attention import Injection, find_sites, mark
 from lib_portrait.methods.fusion import STEP
 from lib_portrait.methods.uniportrait import Adapter
-from lib_portrait.webui import hooks
+from lib_portrait.webui import control, hooks
 from tests.host_stand_in import Host, Processing, Script, standing_in
 from tests.parity.unets import flatten, ldm_unet, load_bin, sgm_unet
 from tests.unit.test_fusion import person as fused_person
@@ -383,3 +383,25 @@ def test_who_has_rows_along_says_so(reference_t: int | str) -> None:
     with torch.no_grad():
         rule = prepared(ldm_unet(), [fused_person(*pictures(1))], reference_t=reference_t)
     assert rule.adds_rows == (reference_t == STEP)
+
+
+def test_rows_along_get_nothing_of_what_a_unit_adds_to_the_others() -> None:
+    class Parameters:
+        control_model_type = SimpleNamespace(is_controlnet=True)
+
+        def apply_effective_region_mask(self, added: Tensor) -> Tensor:
+            return added * 2
+
+    unit, rows = Parameters(), range(0)
+    network = SimpleNamespace(control_params=[unit])
+    controlnet = SimpleNamespace(title=lambda: "ControlNet", latest_network=network)
+    p = SimpleNamespace(scripts=SimpleNamespace(alwayson_scripts=[controlnet]))
+    spared = control.Spared(p, lambda: rows, "Fusion")
+    for_each, alike = torch.ones(3, 2, 4, 4), torch.ones(1, 2, 4, 4)
+    assert torch.equal(unit.apply_effective_region_mask(for_each), for_each * 2)
+    rows = range(2, 3)
+    wanted = torch.tensor([2.0, 2.0, 0.0])[:, None, None, None].expand(3, 2, 4, 4)
+    assert torch.equal(unit.apply_effective_region_mask(for_each), wanted)
+    assert torch.equal(unit.apply_effective_region_mask(alike), wanted)
+    spared.restore()
+    assert vars(unit) == {}
