@@ -67,15 +67,14 @@ def _run(p: Any) -> list[Any]:
 
 def units(p: Any) -> list[Unit]:
     """The enabled units whose model is a ControlNet, for the sampling that is about to begin."""
-    script = _script(p)
-    hook = getattr(script, "latest_network", None)
-    if script is None or hook is None:
+    script, run = _script(p), _run(p)
+    if not run:
         return []
     # Its files by the names of the models: in a module of its own, which has no name here that is ours to use.
     state = type(script).title.__globals__.get("global_state")
     files = getattr(state, "cn_models", {})
     found = []
-    for unit, parameters in zip(script.enabled_units, hook.control_params or ()):
+    for unit, parameters in zip(script.enabled_units, run):
         if getattr(parameters.control_model_type, "is_controlnet", False):
             name = str(unit.model)
             file = files.get(name)

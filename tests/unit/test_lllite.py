@@ -6,7 +6,6 @@ What it should do there is said by hooks in front of the projections (`Plainly`)
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -18,13 +17,13 @@ from lib_portrait.attention import Injection, find_sites, mark
 from lib_portrait.methods.fusion import STEP
 from lib_portrait.methods.uniportrait import Adapter
 from lib_portrait.webui import control, hooks
-from tests.host_stand_in import Host, Processing, Script, standing_in
+from tests.host_stand_in import Host, Processing, Script
 from tests.parity.unets import flatten, ldm_unet, load_bin, sgm_unet
 from tests.unit.test_fusion import person as fused_person
 from tests.unit.test_fusion import pictures, prepared
 from tests.unit.test_guidance_reference import ROWS, guidance, inputs, person, run, uniportrait, without_backward
 from tests.unit.test_instantfamily import rule_of as family
-from tests.unit.test_ip_adapters import ADAPTER_FILES, HostWithUnits, unchanged
+from tests.unit.test_ip_adapters import ADAPTER_FILES, HostWithUnits, host, unchanged  # noqa: F401
 from tests.unit.test_session import folder, one, refused, unets, untouched  # noqa: F401
 from tests.unit.test_session_guidance import alone as guided_alone
 
@@ -312,17 +311,8 @@ def test_its_own_window_and_hires_fix_are_kept(progress: float, hires: bool) -> 
 # ----------------------------------------------------------------------------------------------------- in the WebUI
 
 
-@pytest.fixture
-def host(folder: Path, unets: dict[str, nn.Module], untouched: dict[str, Any]) -> Iterator[Host]:  # noqa: F811
-    made = Host(folder, unets)
-    with standing_in(made.modules):
-        made.load_portrait()
-        yield made
-    made.take_hooks_off()
-
-
 @pytest.mark.parametrize("values", [one(), guided_alone()], ids=["a method", "guidance"])
-def test_both_are_in_the_picture_and_nothing_is_left(host: Host, values: Any) -> None:
+def test_both_are_in_the_picture_and_nothing_is_left(host: Host, values: Any) -> None:  # noqa: F811
     without = host.generate(Processing(host, values)).images[0].tobytes()
     plain = host.generate(Processing(host, ({"enabled": False}, ""))).images[0].tobytes()
     unit = Unit(host.unet)
@@ -348,7 +338,8 @@ def test_both_are_in_the_picture_and_nothing_is_left(host: Host, values: Any) ->
 
 
 def test_rows_of_other_pictures_would_be_changed_too_and_that_is_refused(
-    host: Host, monkeypatch: pytest.MonkeyPatch
+    host: Host,  # noqa: F811
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     from lib_portrait.methods.base import Rule
 

@@ -26,6 +26,17 @@ LEFT, RIGHT = {"box": [0, 0, 0.5, 1]}, {"box": [0.5, 0, 1, 1]}
 REGIONS = (LEFT, RIGHT)
 
 
+def kept_and_made_beside(client: Client, portrait: dict[str, Any], others: dict[str, Any]) -> list[torch.Tensor]:
+    """Latents beside others' units: with features of the references from before they came, and with new ones."""
+    found = []
+    for asked_before in (True, False):
+        assert client.call("/portrait/drop-caches", {}).status == 200
+        if asked_before:
+            assert client.generate(portrait).status == 200
+        found.append(client.record(portrait, sites=(), **others).latents())
+    return found
+
+
 def alone(people: dict[str, str], count: int = 1, **more: Any) -> dict[str, Any]:
     """Guidance without any method, of one person in the left half, or of another in the right half too."""
     names = ("ada", "ben")[:count]

@@ -21,7 +21,7 @@ from tests.webui.oracle import Oracle, assert_people_are_seen, recorded_sites
 from tests.webui.server import Client, Recording, left_behind
 from tests.webui.test_controlnet import REFERENCE, beside, control  # noqa: F401
 from tests.webui.test_fusion import adapters, fused  # noqa: F401
-from tests.webui.test_guidance import GUIDANCE, added, alone, assert_eq_11
+from tests.webui.test_guidance import GUIDANCE, added, alone, assert_eq_11, kept_and_made_beside
 from tests.webui.test_instantfamily import adapters as families  # noqa: F401
 from tests.webui.test_instantfamily import family
 from tests.webui.test_matrix import difference, drawing, one
@@ -161,12 +161,7 @@ def test_references_are_seen_without_the_units(
     server_with_controlnet: Client, people: dict[str, str], units: dict[str, dict[str, Any]]
 ) -> None:
     """Features that were made before the units came are those that are made beside them."""
-    client, found = server_with_controlnet, []
-    for asked_before in (True, False):
-        assert client.call("/portrait/drop-caches", {}).status == 200
-        if asked_before:
-            assert client.generate(alone(people)).status == 200
-        found.append(client.record(alone(people), sites=(), **beside(*units.values())).latents())
+    found = kept_and_made_beside(server_with_controlnet, alone(people), beside(*units.values()))
     # A layer that has had an IP-Adapter runs PyTorch's attention, others the host's: their last digits differ.
     assert difference(*found) < 1e-3
 

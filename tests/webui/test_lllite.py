@@ -20,7 +20,16 @@ from tests.webui.oracle import Oracle, assert_nobody_is_seen, assert_people_are_
 from tests.webui.server import Client, Recording, left_behind
 from tests.webui.test_controlnet import beside, control  # noqa: F401
 from tests.webui.test_fusion import adapters, assert_positive_rows_see_the_reference, fused  # noqa: F401
-from tests.webui.test_guidance import GUIDANCE, METHODS, added, alone, assert_eq_11, request_of, without
+from tests.webui.test_guidance import (
+    GUIDANCE,
+    METHODS,
+    added,
+    alone,
+    assert_eq_11,
+    kept_and_made_beside,
+    request_of,
+    without,
+)
 from tests.webui.test_instantfamily import Equations, equations, family, recorded  # noqa: F401
 from tests.webui.test_instantfamily import adapters as families  # noqa: F401
 from tests.webui.test_ip_adapter import random
@@ -257,13 +266,7 @@ def test_guidance_on_top_in_either_order(
 def test_references_of_guidance_are_seen_without_the_unit(
     server_with_controlnet: Client, people: dict[str, str], unit: dict[str, Any]
 ) -> None:
-    client, found = server_with_controlnet, []
-    for asked_before in (True, False):
-        assert client.call("/portrait/drop-caches", {}).status == 200
-        if asked_before:
-            assert client.generate(alone(people)).status == 200
-        found.append(client.record(alone(people), sites=(), **beside(unit)).latents())
-    assert torch.equal(*found)
+    assert torch.equal(*kept_and_made_beside(server_with_controlnet, alone(people), beside(unit)))
 
 
 @pytest.mark.parametrize("options", [{"noise": "step"}, {"checkpointing": True}, {"every": 2}], ids=str)
